@@ -1,0 +1,2650 @@
+/**
+ * One file that makes a [Hono](https://hono.dev) app its own OAuth 2.1 authorization server, for **one person's** MCP
+ * server: Claude on the web, on the phone, on the desktop and in the terminal connects to it, and only its owner can
+ * let a client in.
+ *
+ * ```ts ignore
+ * import { Hono } from "hono";
+ * import { type AuthEnv, personalAuth } from "@personal-auth/mcp";
+ *
+ * const app = new Hono<AuthEnv>();
+ * app.route("/", personalAuth({ baseUrl: "https://your-domain.com" }));
+ * app.all("/mcp", (c) => c.json({ hello: c.var.auth.clientId })); // reached only with a valid token
+ *
+ * export default app;
+ * ```
+ *
+ * What it serves, below `baseUrl`:
+ *
+ * | path | what | standard |
+ * |---|---|---|
+ * | `/.well-known/oauth-authorization-server` | authorization server metadata | RFC 8414 |
+ * | `/.well-known/oauth-protected-resource/mcp` | protected resource metadata | RFC 9728 |
+ * | `/register` | open dynamic client registration, which stores nothing | RFC 7591 |
+ * | `/authorize` | the owner signs in and approves or denies | OAuth 2.1 §4.1, RFC 7636, 8707, 9207 |
+ * | `/token` | code exchange and refresh | OAuth 2.1 §4.1.3, §4.3 |
+ * | `/revoke` | ends a connection | RFC 7009 |
+ * | `/mcp` | the guard in front of your handler | RFC 6750, RFC 9728 |
+ *
+ * The file reads from top to bottom in the order a client meets it: options, discovery, clients, redirects,
+ * authorization, tokens, grants, guard; then what they stand on: owner, pages, stores, primitives, errors.
+ *
+ * @module
+ */
+
+import { type Context, Hono, type MiddlewareHandler } from "hono";
+import { bodyLimit } from "hono/body-limit";
+import { getCookie, setCookie } from "hono/cookie";
+import { cors } from "hono/cors";
+import { html, raw } from "hono/html";
+import type { AuthInfo } from "@modelcontextprotocol/sdk/server/auth/types.js";
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Options and public types
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** What {@linkcode personalAuth} is configured with. Only `baseUrl` is required. */
+export interface PersonalAuthOptions {
+  /**
+   * The public URL of the server, which is also the issuer (RFC 8414 §2), byte for byte: no trailing slash. `https`,
+   * or `http` on loopback. A path is allowed (`https://host/vault`): the endpoints then live below it.
+   */
+  baseUrl: string;
+  /**
+   * The owner's password. Absent: one is generated at the first start, printed once, and kept hashed in the store.
+   * `false`: nobody is asked for anything, so that **anybody with an account at an allowed client gets in**.
+   */
+  password?: string | false | undefined;
+  /**
+   * Which redirect targets may be registered: `example.com` (https), `*.example.com` (its subdomains), `localhost`
+   * (any loopback address and port), `scheme://host` (a private-use scheme). `null`: all. This names the apps that may
+   * ask, never the owner. Default: claude.ai, claude.com, localhost and Claude Desktop's `claude://claude.ai`.
+   */
+  allowedRedirectDomains?: string[] | null | undefined;
+  /** Lifetime of an access token, in seconds. Default: 30 days. */
+  accessTokenTtl?: number | undefined;
+  /** How long a connection outlives its last refresh, in seconds. Default: 365 days. */
+  refreshTokenTtl?: number | undefined;
+  /** Where state lives. Default: `fileStore(".oauth-state")`. */
+  store?: Store | undefined;
+  /** The path that is guarded, relative to `baseUrl`; both together are the resource identifier. Default: `/mcp`. */
+  mcpPath?: string | undefined;
+  /** The scopes on offer, as names or as names with what they allow in words. Default: `["mcp"]`. */
+  scopes?: string[] | Record<string, string> | undefined;
+  /** Clients registered by hand, for hosts where a person types in an id and a secret. */
+  clients?: PreregisteredClient[] | undefined;
+  /** Replaces the password: whether this request comes from the owner, as told by a proxy, a passkey, an upstream login. */
+  authenticateOwner?: ((c: Context) => boolean | Promise<boolean>) | undefined;
+  /** Called with everything worth a log line or an alarm. Default: one line each on the console. */
+  onEvent?: ((event: AuthEvent) => void) | undefined;
+}
+
+/** A client registered by hand, in the member names of RFC 7591 §2. Without a secret it is a public client. */
+export interface PreregisteredClient {
+  client_id: string;
+  client_secret?: string;
+  client_name?: string;
+  redirect_uris: string[];
+}
+
+/** Something security-relevant that happened. `type` is stable; `message` is for people and may change. */
+export interface AuthEvent {
+  type:
+    | "client_registered"
+    | "redirect_refused"
+    | "owner_signed_in"
+    | "sign_in_failed"
+    | "sign_in_throttled"
+    | "connection_approved"
+    | "connection_denied"
+    | "connection_revoked"
+    | "code_replayed"
+    | "refresh_token_reused"
+    | "token_created"
+    | "owner_unprotected"
+    | "password_weak"
+    | "server_error";
+  /** Seconds since the epoch. */
+  at: number;
+  message: string;
+  /** The id of the connection concerned, as in {@linkcode Connection}. */
+  connection?: string;
+  /** The client's own name for itself: not verified by anybody. */
+  clientName?: string;
+  /** What was thrown, for `server_error`. */
+  cause?: unknown;
+}
+
+/** A client the owner has let in, or a personal access token. Times are in seconds since the epoch. */
+export interface Connection {
+  id: string;
+  kind: "client" | "token";
+  clientId: string;
+  clientName: string;
+  redirectUri?: string;
+  scopes: string[];
+  createdAt: number;
+  lastUsedAt?: number;
+  expiresAt: number;
+}
+
+/** What a personal access token is made of. */
+export interface TokenRequest {
+  /** What the owner calls it, shown in the list of connections. */
+  name: string;
+  /** Default: every scope on offer. */
+  scopes?: string[];
+  /** Seconds. Default: 365 days. */
+  expiresIn?: number;
+}
+
+/** The Hono environment of a guarded route: `c.var.auth` is the MCP SDK's `AuthInfo`. */
+export interface AuthEnv {
+  Variables: { auth: AuthInfo };
+}
+
+/** The Hono app that {@linkcode personalAuth} returns, with the few things a program needs besides the routes. */
+export interface PersonalAuth extends Hono<AuthEnv> {
+  /**
+   * Checks an access token: the MCP SDK's `OAuthTokenVerifier`.
+   *
+   * @throws {OAuthError} `invalid_token` if it is unknown, expired, revoked or meant for another resource.
+   */
+  verifyAccessToken(token: string): Promise<AuthInfo>;
+  /** Middleware that answers 403 with a step-up challenge (RFC 6750 §3.1) unless the token has all these scopes. */
+  requireScopes(...scopes: string[]): MiddlewareHandler<AuthEnv>;
+  /** Every live connection and personal access token, newest first. */
+  connections(): Promise<Connection[]>;
+  /** Ends a connection: its code, access and refresh tokens at once. `false`: there is none of that id. */
+  revoke(id: string): Promise<boolean>;
+  /**
+   * Makes a personal access token for scripts and headless clients. The token is in this answer and nowhere else.
+   *
+   * @throws {TypeError} if the name is empty, a scope is not on offer, or the lifetime is not a positive number.
+   */
+  createToken(request: TokenRequest): Promise<{ id: string; token: string; expiresAt: number }>;
+}
+
+/**
+ * Where state lives. Keys are short ASCII strings, values are plain JSON, times are seconds since the epoch.
+ * One primitive, `update`, carries all atomicity, so that any engine with compare-and-set can be a store.
+ */
+export interface Store {
+  /** The value of a key, or `undefined` if there is none or it has expired. */
+  get(key: string): Promise<unknown>;
+  /**
+   * Reads, changes and writes one key, atomically against every other process on the same store, and durably before
+   * it resolves. `change` must be pure: it may be called again after a lost race. Returning `undefined` deletes;
+   * returning `current` itself writes nothing. Without `expiresAt` a key keeps the expiry it had (a new one: none).
+   *
+   * @returns what `change` returned.
+   */
+  update(
+    key: string,
+    change: (current: unknown) => unknown,
+    options?: { expiresAt?: number },
+  ): Promise<unknown>;
+  /** All live entries whose keys start with `prefix`, in the order of their keys. */
+  list(prefix: string): AsyncIterable<[key: string, value: unknown]>;
+  /** Lets go of files and sockets. */
+  close?(): void | Promise<void>;
+}
+
+const MINUTE = 60;
+const HOUR = 60 * MINUTE;
+const DAY = 24 * HOUR;
+
+/** What the options come to, checked and completed. */
+interface Settings {
+  issuer: string;
+  origin: string;
+  /** https, as opposed to http on loopback. */
+  secure: boolean;
+  /** `baseUrl`'s path, or "". */
+  basePath: string;
+  /** The guarded path as a route, `baseUrl`'s path included. */
+  mcpPath: string;
+  /** The one resource identifier (RFC 8707) that tokens are issued for, and its URL form for `AuthInfo`. */
+  resource: string;
+  /** Scope names and what they allow, in words. */
+  scopes: Map<string, string>;
+  accessTokenTtl: number;
+  refreshTokenTtl: number;
+  allowed: string[] | null;
+  clients: PreregisteredClient[];
+  password: string | false | undefined;
+  authenticateOwner: PersonalAuthOptions["authenticateOwner"];
+  emit: Emit;
+}
+
+type Emit = (type: AuthEvent["type"], message: string, more?: Partial<AuthEvent>) => void;
+
+function demand(condition: unknown, message: string): asserts condition {
+  if (!condition) throw new TypeError(message);
+}
+
+function readOptions(options: PersonalAuthOptions): Settings {
+  const url = readBaseUrl(options?.baseUrl);
+  const mcpPath = options.mcpPath ?? "/mcp";
+  demand(
+    typeof mcpPath === "string" && PATH.test(mcpPath) && !OUR_PATHS.has(mcpPath),
+    `mcpPath must be a path of its own without a trailing slash, such as "/mcp", not ${show(mcpPath)}`,
+  );
+  const { password, authenticateOwner, onEvent } = options;
+  demand(
+    password === undefined || password === false ||
+      (typeof password === "string" && normalize(password) !== ""),
+    `password must be a non-empty string; leave it out to have one generated`,
+  );
+  demand(
+    authenticateOwner === undefined || (typeof authenticateOwner === "function" && password === undefined),
+    "authenticateOwner must be a function, and stands instead of password: give one of the two",
+  );
+  demand(onEvent === undefined || typeof onEvent === "function", "onEvent must be a function");
+  const basePath = url.pathname === "/" ? "" : url.pathname;
+  return {
+    issuer: options.baseUrl,
+    origin: url.origin,
+    secure: url.protocol === "https:",
+    basePath,
+    mcpPath: basePath + mcpPath,
+    resource: options.baseUrl + mcpPath,
+    scopes: readScopes(options.scopes ?? ["mcp"]),
+    accessTokenTtl: readSeconds("accessTokenTtl", options.accessTokenTtl ?? 30 * DAY),
+    refreshTokenTtl: readSeconds("refreshTokenTtl", options.refreshTokenTtl ?? 365 * DAY),
+    allowed: readAllowed(options.allowedRedirectDomains),
+    clients: readClients(options.clients ?? []),
+    password: typeof password === "string" ? normalize(password) : password,
+    authenticateOwner,
+    emit: emitter(onEvent ?? logEvent),
+  };
+}
+
+const PATH = /^(\/[A-Za-z0-9._~-]+)+$/;
+const OUR_PATHS = new Set(["/authorize", "/token", "/register", "/revoke"]);
+
+function readBaseUrl(baseUrl: unknown): URL {
+  const url = typeof baseUrl === "string" ? URL.parse(baseUrl) : null;
+  demand(url, `baseUrl must be a URL such as "https://your-domain.com", not ${show(baseUrl)}`);
+  demand(
+    url.protocol === "https:" || (url.protocol === "http:" && isLoopback(url.hostname)),
+    `baseUrl must be https, or http on localhost: tokens would travel readable; write "https://${url.host}"`,
+  );
+  // Clients compare the issuer byte for byte (RFC 8414 §3.3), so whatever a URL parser would change is refused here.
+  const canonical = url.origin + (url.pathname === "/" ? "" : url.pathname.replace(/\/+$/, ""));
+  demand(baseUrl === canonical, `baseUrl must be written without a trailing slash or extras: "${canonical}"`);
+  demand(
+    url.pathname === "/" || PATH.test(url.pathname),
+    `baseUrl's path may hold letters, digits and ._~- only, not ${show(url.pathname)}`,
+  );
+  return url;
+}
+
+function readSeconds(name: string, value: unknown): number {
+  demand(
+    typeof value === "number" && Number.isFinite(value) && value >= 1,
+    `${name} must be a number of seconds, at least 1, not ${show(value)}`,
+  );
+  return value;
+}
+
+function readScopes(scopes: string[] | Record<string, string>): Map<string, string> {
+  const entries = Array.isArray(scopes) ? scopes.map((name): [string, string] => [name, ""]) : Object.entries(scopes);
+  demand(entries.length > 0, `scopes must name at least one scope, such as ["mcp"]`);
+  for (const [name, words] of entries) {
+    demand(
+      SCOPE.test(name) && name !== "offline_access" && name !== "openid",
+      `scopes holds ${show(name)}: a scope is printable ASCII without spaces and quotes; ` +
+        "openid and offline_access are not for the owner to offer",
+    );
+    demand(typeof words === "string", `scopes.${name} must say in words what the scope allows`);
+  }
+  return new Map(entries);
+}
+
+/** One scope-token of RFC 6749 §3.3. */
+const SCOPE = /^[\x21\x23-\x5b\x5d-\x7e]+$/;
+
+function readAllowed(allowed: string[] | null | undefined): string[] | null {
+  if (allowed === null) return null;
+  const entries = allowed ?? ["claude.ai", "claude.com", "localhost", "claude://claude.ai"];
+  demand(Array.isArray(entries), "allowedRedirectDomains must be a list of domains, or null to allow all");
+  for (const entry of entries) {
+    demand(
+      typeof entry === "string" && ALLOW_ENTRY.test(entry),
+      `allowedRedirectDomains holds ${show(entry)}: write "example.com", "*.example.com", "localhost" or, for an ` +
+        `app's own scheme, "scheme://host"`,
+    );
+  }
+  return entries;
+}
+
+const ALLOW_ENTRY = /^((\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)*(:\d{1,5})?|(?!https?:)[a-z][a-z0-9+.-]*:\/\/[^\s/?#@\\]*)$/;
+
+function readClients(clients: PreregisteredClient[]): PreregisteredClient[] {
+  demand(Array.isArray(clients), "clients must be a list of { client_id, client_secret?, redirect_uris }");
+  for (const { client_id, client_secret, redirect_uris } of clients) {
+    demand(
+      typeof client_id === "string" && /^[\x20-\x7e]+$/.test(client_id),
+      "clients: every client needs a client_id of printable ASCII",
+    );
+    demand(
+      client_secret === undefined || (typeof client_secret === "string" && client_secret.length >= 16),
+      `clients: the client_secret of ${show(client_id)} must have at least 16 characters`,
+    );
+    demand(
+      Array.isArray(redirect_uris) && redirect_uris.length > 0,
+      `clients: ${show(client_id)} needs a list of redirect_uris`,
+    );
+    for (const uri of redirect_uris) {
+      const fault = unsafeRedirect(uri);
+      demand(!fault, `clients: redirect_uri ${show(uri)} of ${show(client_id)} ${fault}`);
+    }
+  }
+  return clients;
+}
+
+/** An unknown value for an error message, on one line and never long. */
+function show(value: unknown): string {
+  return (JSON.stringify(value) ?? String(value)).slice(0, 200);
+}
+
+function emitter(sink: (event: AuthEvent) => void): Emit {
+  return (type, message, more) => {
+    try {
+      sink({ type, at: Math.floor(Date.now() / 1000), message, ...more });
+    } catch (error) {
+      console.error("personal-auth: onEvent threw", error); // a broken alarm must not break the request it reports
+    }
+  };
+}
+
+/** Registrations are anybody's to make: they are told to `onEvent`, but the console is spared them. */
+function logEvent({ type, message, connection, clientName, cause }: AuthEvent): void {
+  if (type === "client_registered") return;
+  // show() keeps what a client controls on its own line, so that no name can forge a second log entry.
+  const parts = [clientName && `client ${show(clientName)}`, connection && `connection ${connection}`];
+  console.log(["personal-auth", type, message, ...parts.filter(Boolean)].join(" | "));
+  if (cause !== undefined) console.error(cause);
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// The server
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/**
+ * A complete OAuth 2.1 authorization server and the guard of one person's MCP server, as a Hono app. Mount it first,
+ * at "/": `app.route("/", personalAuth({ baseUrl }))`.
+ *
+ * @throws {TypeError} if an option is wrong, saying what to write instead.
+ * @throws {Error} if the state folder cannot be used, saying which file and what to do.
+ */
+export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
+  const settings = readOptions(options);
+  const store = reporting(options.store ?? fileStore(".oauth-state"), settings.emit);
+  const mac = serverMac(store);
+  const refusal = redirectPolicy(settings.allowed);
+  const clients = clientRegistry(settings, mac, refusal);
+  const grants = grantKeeper(settings, store, mac);
+  const owner = ownerDesk(settings, store, mac);
+  const authorize = authorizeEndpoint(settings, clients, refusal, grants, owner);
+  const guard = resourceGuard(settings, grants.verifyAccessToken);
+
+  const app = new Hono<AuthEnv>();
+  const { basePath, mcpPath, emit } = settings;
+
+  for (const [path, document] of discoveryDocuments(settings)) {
+    app.use(path, OPEN_TO_BROWSERS);
+    app.get(path, (c) => c.json(document, 200, { "Cache-Control": "public, max-age=300" }));
+    app.all(path, answering(() => methodNotAllowed("GET, HEAD"), emit));
+  }
+  // A partial document breaks clients that parse it strictly, and an app's catch-all page would be taken for one.
+  for (const path of openidPaths(settings)) app.all(path, (c) => c.json({ error: "not_found" }, 404));
+
+  const limit = bodyLimit({
+    maxSize: MAX_BODY_BYTES,
+    onError: (c) => errorResponse(c, bodyTooLarge(), emit),
+  });
+  const post = (path: string, handler: Handler) => {
+    for (const route of [basePath + path, `${basePath}${path}/`]) {
+      app.use(route, OPEN_TO_BROWSERS, limit);
+      app.post(route, answering(handler, emit));
+      app.all(route, answering(() => methodNotAllowed("POST"), emit));
+    }
+  };
+  post("/register", clients.register);
+  post("/token", (c) => tokenEndpoint(c, clients, grants, settings));
+  post("/revoke", (c) => revocationEndpoint(c, clients, grants));
+
+  for (const route of [`${basePath}/authorize`, `${basePath}/authorize/`]) {
+    app.use(route, limit);
+    app.get(route, answering(authorize.show, emit, errorPage));
+    app.post(route, answering(authorize.decide, emit, errorPage));
+    app.all(route, answering(() => methodNotAllowed("GET, HEAD, POST"), emit));
+  }
+
+  app.use(`${mcpPath}/*`, guard.middleware);
+
+  return Object.assign(app, {
+    verifyAccessToken: grants.verifyAccessToken,
+    requireScopes: guard.requireScopes,
+    connections: grants.connections,
+    revoke: grants.revoke,
+    createToken: grants.createToken,
+  });
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Discovery
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/**
+ * Browser-based clients (MCP Inspector, playgrounds) read these endpoints from another origin. `*` is safe: nothing
+ * here looks at a cookie. The owner's pages, which do, are never opened this way.
+ */
+const OPEN_TO_BROWSERS = cors({
+  origin: "*",
+  exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"],
+});
+
+/**
+ * Both metadata documents at every place a client looks for them. They are built from `baseUrl` and never from the
+ * request: behind a proxy that ends TLS, a request claims to be http, and a forged Host header would be believed.
+ */
+function discoveryDocuments(settings: Settings): Map<string, Record<string, unknown>> {
+  const { basePath, mcpPath } = settings;
+  const server = authorizationServerMetadata(settings);
+  const resource = protectedResourceMetadata(settings);
+  return new Map([
+    [`/.well-known/oauth-authorization-server${basePath}`, server], // RFC 8414 §3.1: the path goes behind
+    [`/.well-known/oauth-authorization-server${mcpPath}`, server], // clients that take the MCP URL for the issuer
+    [`${basePath}/.well-known/oauth-authorization-server`, server],
+    [`/.well-known/oauth-protected-resource${mcpPath}`, resource], // RFC 9728 §3.1
+    [`/.well-known/oauth-protected-resource${basePath}`, resource], // clients that ask the root only
+    [`${mcpPath}/.well-known/oauth-protected-resource`, resource],
+  ]);
+}
+
+/** RFC 8414 §2. */
+function authorizationServerMetadata({ issuer, scopes }: Settings): Record<string, unknown> {
+  const authMethods = ["none", "client_secret_post", "client_secret_basic"]; // Claude looks for "none"
+  return {
+    issuer,
+    authorization_endpoint: `${issuer}/authorize`,
+    token_endpoint: `${issuer}/token`,
+    registration_endpoint: `${issuer}/register`,
+    revocation_endpoint: `${issuer}/revoke`,
+    // Clients ask for a refresh token only where this list holds offline_access (MCP 2026-07-28, refresh tokens).
+    scopes_supported: onOffer(scopes),
+    response_types_supported: ["code"],
+    response_modes_supported: ["query"],
+    grant_types_supported: ["authorization_code", "refresh_token"],
+    token_endpoint_auth_methods_supported: authMethods,
+    revocation_endpoint_auth_methods_supported: authMethods,
+    code_challenge_methods_supported: ["S256"],
+    authorization_response_iss_parameter_supported: true,
+  };
+}
+
+/** What a client may ask the authorization server for. */
+function onOffer(scopes: Map<string, string>): string[] {
+  return [...scopes.keys(), OFFLINE_ACCESS];
+}
+
+/** RFC 9728 §2. No `offline_access`: it is the authorization server's affair, not the resource's. */
+function protectedResourceMetadata({ issuer, resource, scopes }: Settings): Record<string, unknown> {
+  return {
+    resource,
+    authorization_servers: [issuer],
+    scopes_supported: [...scopes.keys()],
+    bearer_methods_supported: ["header"],
+  };
+}
+
+function openidPaths({ basePath, mcpPath }: Settings): Set<string> {
+  const document = "/.well-known/openid-configuration";
+  return new Set([
+    document + basePath,
+    document + mcpPath,
+    basePath + document,
+    mcpPath + document,
+  ]);
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Clients
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** A client, whatever its origin. */
+interface Client {
+  id: string;
+  name: string;
+  redirect_uris: string[];
+  /** What a confidential client must present; `undefined` for a public one. */
+  secret: string | undefined;
+  /** Whether it registered for refresh tokens. */
+  refreshes: boolean;
+  /** The owner typed this one in, so its redirect URIs need no allow-list. */
+  preregistered: boolean;
+}
+
+/** What a signed client_id carries: no more than is needed to recognise the client again. Short names keep it short. */
+interface SignedClient {
+  n: string;
+  r: string[];
+  /** 1: confidential. */
+  s?: 1;
+  /** 1: registered without the refresh_token grant. */
+  o?: 1;
+}
+
+interface Clients {
+  register(c: Context): Promise<Response>;
+  resolve(client_id: string): Promise<Client | undefined>;
+  authenticate(c: Context, form: URLSearchParams): Promise<Client>;
+}
+
+const MAX_BODY_BYTES = 64 * 1024;
+const MAX_REDIRECT_URIS = 16;
+const MAX_CLIENT_ID_LENGTH = 2048;
+
+/**
+ * Registration stores nothing: a `client_id` is the client's metadata and a MAC under the server's key, and a client
+ * secret is a MAC of the client_id (RFC 7591 appendix A.5.2). So a flood of registrations leaves no trace, a restart
+ * forgets no client, and registering twice gives the same client.
+ */
+function clientRegistry({ clients, scopes, emit }: Settings, mac: Mac, refusal: RedirectPolicy): Clients {
+  const preregistered = new Map(clients.map((client) => [client.client_id, client]));
+
+  async function register(c: Context): Promise<Response> {
+    const metadata = readClientMetadata(await readJson(c));
+    const kept = keptRedirects(
+      metadata.redirect_uris,
+      refusal,
+      (message) => emit("redirect_refused", message, { clientName: metadata.client_name }),
+    );
+    const confidential = ["client_secret_post", "client_secret_basic"].includes(
+      metadata.token_endpoint_auth_method ?? "",
+    );
+    const refreshes = metadata.grant_types?.includes("refresh_token") ?? true;
+    const payload = base64url(utf8.encode(JSON.stringify(
+      {
+        n: metadata.client_name,
+        r: kept,
+        ...(confidential && { s: 1 }),
+        ...(!refreshes && { o: 1 }),
+      } satisfies SignedClient,
+    )));
+    const client_id = `${payload}.${await mac("client_id", payload)}`;
+    if (client_id.length > MAX_CLIENT_ID_LENGTH) {
+      throw new OAuthError(
+        "invalid_client_metadata",
+        `The metadata is too long: client_name and redirect_uris come to a client_id of ${client_id.length} ` +
+          `characters, and ${MAX_CLIENT_ID_LENGTH} are possible`,
+      );
+    }
+    emit("client_registered", "a client registered", { clientName: metadata.client_name });
+    const { software_id, software_version, client_uri, application_type } = metadata;
+    return c.json(
+      {
+        client_id,
+        client_id_issued_at: Math.floor(Date.now() / 1000),
+        ...(confidential &&
+          { client_secret: await mac("client_secret", client_id), client_secret_expires_at: 0 }),
+        ...defined({ client_uri, software_id, software_version, application_type }),
+        ...(metadata.client_name && { client_name: metadata.client_name }),
+        redirect_uris: kept,
+        token_endpoint_auth_method: confidential ? metadata.token_endpoint_auth_method : "none",
+        grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
+        response_types: ["code"],
+        scope: grantedScopes(metadata.scope, onOffer(scopes)).join(" "),
+      },
+      201,
+      { "Cache-Control": "no-store" },
+    );
+  }
+
+  async function resolve(client_id: string): Promise<Client | undefined> {
+    const known = preregistered.get(client_id);
+    if (known) {
+      const { client_secret: secret, redirect_uris, client_name } = known;
+      const name = client_name ?? client_id;
+      return { id: client_id, name, redirect_uris, secret, refreshes: true, preregistered: true };
+    }
+    if (client_id.length > MAX_CLIENT_ID_LENGTH) return undefined;
+    const [payload = "", signature = ""] = client_id.split(".");
+    if (!equal(signature, await mac("client_id", payload)) || client_id !== `${payload}.${signature}`) {
+      return undefined;
+    }
+    const { n, r, s, o } = JSON.parse(fromBase64url(payload)) as SignedClient;
+    const secret = s ? await mac("client_secret", client_id) : undefined;
+    return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, preregistered: false };
+  }
+
+  /** Client authentication at /token and /revoke: none, client_secret_post or client_secret_basic (RFC 6749 §2.3). */
+  async function authenticate(c: Context, form: URLSearchParams): Promise<Client> {
+    const { id, secret, basic } = clientCredentials(c.req.header("Authorization"), form);
+    const headers: Record<string, string> = basic ? { "WWW-Authenticate": 'Basic realm="token"' } : {};
+    const client = await resolve(id);
+    // 401 invalid_client is what makes clients that cached a registration register again.
+    if (!client) {
+      throw new OAuthError("invalid_client", "This client is unknown here: register again", {
+        status: 401,
+        headers,
+      });
+    }
+    if (client.secret === undefined) return client;
+    // Both sides are hashed, so that neither length nor content of the secret shows in the time this takes.
+    if (!equal(await sha256(secret ?? ""), await sha256(client.secret))) {
+      throw new OAuthError("invalid_client", "The client_secret is missing or wrong", {
+        status: 401,
+        headers,
+      });
+    }
+    return client;
+  }
+
+  return { register, resolve, authenticate };
+}
+
+/** The members of RFC 7591 §2 that are read; every other one is ignored. */
+interface ClientMetadata {
+  redirect_uris: string[];
+  client_name: string;
+  token_endpoint_auth_method?: string;
+  grant_types?: string[];
+  scope?: string;
+  client_uri?: string;
+  software_id?: string;
+  software_version?: string;
+  application_type?: string;
+}
+
+function readClientMetadata(body: unknown): ClientMetadata {
+  const invalid = (description: string) => new OAuthError("invalid_client_metadata", description);
+  if (typeof body !== "object" || body === null || Array.isArray(body)) {
+    throw invalid("The body must be a JSON object");
+  }
+  const own = (name: string): unknown =>
+    Object.hasOwn(body, name) ? (body as Record<string, unknown>)[name] : undefined;
+  const text = (name: string): string | undefined => {
+    const value = own(name) ?? undefined; // null is what some serialisers write for "absent"
+    if (value !== undefined && typeof value !== "string") throw invalid(`${name} must be a string`);
+    return value || undefined;
+  };
+  const list = (name: string): string[] | undefined => {
+    const value = own(name) ?? undefined;
+    if (value !== undefined && !(Array.isArray(value) && value.every((item) => typeof item === "string"))) {
+      throw invalid(`${name} must be a list of strings`);
+    }
+    return value as string[] | undefined;
+  };
+  const redirect_uris = [...new Set(list("redirect_uris"))];
+  if (redirect_uris.length === 0) {
+    throw new OAuthError("invalid_redirect_uri", "redirect_uris is missing or empty");
+  }
+  if (redirect_uris.length > MAX_REDIRECT_URIS) {
+    throw invalid(`redirect_uris may hold ${MAX_REDIRECT_URIS} at the most`);
+  }
+  const grant_types = list("grant_types");
+  if (grant_types && !grant_types.includes("authorization_code")) {
+    throw invalid("grant_types must hold authorization_code");
+  }
+  const response_types = list("response_types");
+  if (response_types && !response_types.includes("code")) throw invalid("response_types must hold code");
+  const client_uri = text("client_uri");
+  return {
+    redirect_uris,
+    client_name: printable(text("client_name") ?? ""),
+    ...defined({
+      grant_types,
+      token_endpoint_auth_method: text("token_endpoint_auth_method"),
+      scope: text("scope"),
+      client_uri: client_uri && URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
+      software_id: text("software_id"),
+      software_version: text("software_version"),
+      application_type: text("application_type"),
+    }),
+  };
+}
+
+/**
+ * A client's name as it may stand on the owner's page: control characters and the ones that turn the direction of
+ * writing are dropped, because with them a name can make the page read as something else.
+ */
+function printable(name: string): string {
+  return name.replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\u2028\u2029]/gu, "").trim().slice(0, 200);
+}
+
+/** RFC 7591 §3.2.1 lets a server keep part of what was asked: Cursor and VS Code send lists no allow-list takes whole. */
+function keptRedirects(uris: string[], refusal: RedirectPolicy, report: (message: string) => void): string[] {
+  const kept = [];
+  const refused = [];
+  for (const uri of uris) {
+    const reason = refusal(uri);
+    if (reason) refused.push(reason);
+    else kept.push(uri);
+  }
+  for (const reason of refused) report(reason);
+  // At once, and not later at /authorize: Claude Desktop then tries again with localhost.
+  if (kept.length === 0) throw new OAuthError("invalid_redirect_uri", refused.join("; "));
+  return kept;
+}
+
+function clientCredentials(authorization: string | undefined, form: URLSearchParams) {
+  const id = form.get("client_id");
+  const secret = form.get("client_secret") ?? undefined;
+  const failed = (description: string, basic: boolean) =>
+    new OAuthError("invalid_client", description, {
+      status: 401,
+      headers: basic ? { "WWW-Authenticate": 'Basic realm="token"' } : {},
+    });
+  const encoded = authorization?.match(/^Basic +(\S+) *$/i)?.[1];
+  if (encoded === undefined) {
+    if (id === null) throw failed("client_id is missing", false);
+    return { id, secret, basic: false };
+  }
+  if (secret !== undefined) {
+    throw new OAuthError(
+      "invalid_request",
+      "The client authenticates both by header and by body (RFC 6749 §2.3)",
+    );
+  }
+  const [name, password] = decodeBasic(encoded);
+  if (name === undefined || password === undefined) {
+    throw failed("The Basic credentials cannot be read", true);
+  }
+  if (id !== null && id !== name) throw failed("client_id differs between header and body", true);
+  return { id: name, secret: password, basic: true };
+}
+
+/** RFC 6749 §2.3.1: both halves are form-encoded before they are joined. Nothing if that cannot be undone. */
+function decodeBasic(encoded: string): string[] {
+  try {
+    const [, ...halves] = atob(encoded).match(/^([^:]*):(.*)$/s) ?? [];
+    return halves.map((half) => decodeURIComponent(half.replaceAll("+", " ")));
+  } catch {
+    return [];
+  }
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Redirect policy
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** Why a redirect URI is refused, for the client and the owner alike; `undefined` if it is allowed. */
+type RedirectPolicy = (uri: string) => string | undefined;
+
+/**
+ * The allow-list names the apps that may ask, and so keeps strangers' clients off the owner's page. It is not what
+ * keeps strangers out: every Claude account has the same redirect URI.
+ */
+function redirectPolicy(allowed: string[] | null): RedirectPolicy {
+  const exact = new Set(allowed);
+  const suffixes = (allowed ?? []).filter((entry) => entry.startsWith("*.")).map((entry) => entry.slice(1));
+  return (uri) => {
+    const fault = unsafeRedirect(uri);
+    if (fault) return `redirect_uri ${show(uri)} ${fault}`;
+    const url = new URL(uri);
+    const entry = allowEntry(url);
+    if (allowed === null || exact.has(entry)) return undefined;
+    if (url.protocol === "https:" && suffixes.some((suffix) => entry.endsWith(suffix))) return undefined;
+    return `redirect_uri ${show(uri)} is not allowed here; the owner can add ${show(entry)} to allowedRedirectDomains`;
+  };
+}
+
+/** The entry of `allowedRedirectDomains` that lets a URL in. */
+function allowEntry(url: URL): string {
+  if (isLoopback(url.hostname) && /^https?:$/.test(url.protocol)) return "localhost";
+  return url.protocol === "https:" ? url.host : `${url.protocol}//${url.host}`;
+}
+
+/** Schemes a browser acts on itself: a code sent there is script, or a file, or readable on the way. */
+const NEVER_SCHEMES = /^(javascript|data|file|blob|filesystem|vbscript|about|view-source|intent|ftp|wss?):/i;
+
+/** What no list can allow. Each rule closes a known way to make a URI look like another one, or run as script. */
+function unsafeRedirect(uri: unknown): string | undefined {
+  if (typeof uri !== "string" || !/^[\x21-\x7e]+$/.test(uri)) return "must be printable ASCII without spaces";
+  if (uri.includes("\\")) return "must not hold a backslash"; // https://claude.ai\@evil.example
+  if (uri.includes("#")) return "must not have a fragment"; // RFC 6749 §3.1.2
+  if (NEVER_SCHEMES.test(uri)) return "has a scheme that browsers run or open themselves";
+  const url = URL.parse(uri);
+  if (!url || !/^[a-z][a-z0-9+.-]*:/i.test(uri)) return "is not an absolute URI";
+  if (/^[^/?]*\/\/[^/?]*@/.test(uri)) return "must not hold a user name"; // https://claude.ai@evil.example
+  if (url.protocol === "http:" && !isLoopback(url.hostname)) return "must be https, or http on localhost";
+  if (/^https?:/.test(url.protocol) && !/^https?:\/\/[^/]/i.test(uri)) return "must name its host after //"; // https:/\x
+  const taken = ["code", "state", "iss", "error"].filter((name) => url.searchParams.has(name));
+  // A client that takes the first of two equal parameters would read the one that stood there before.
+  if (taken.length > 0) return `must not carry the parameter ${taken[0]}`;
+  return undefined;
+}
+
+function isLoopback(hostname: string): boolean {
+  return hostname === "localhost" || hostname === "127.0.0.1" || hostname === "[::1]";
+}
+
+/**
+ * Exact string comparison (OAuth 2.1 §4.1.1), except that a native app's loopback listener may be on any port
+ * (RFC 8252 §7.3). The three loopback names stay different from each other: whoever holds one need not hold the others.
+ */
+function sameRedirect(registered: string, requested: string): boolean {
+  const portless = (uri: string) =>
+    uri.replace(/^(http:\/\/(?:localhost|127\.0\.0\.1|\[::1\])):\d{1,5}(?=[/?]|$)/, "$1");
+  return registered === requested || portless(registered) === portless(requested);
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Authorization endpoint
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** Where an answer may be sent: only what has passed `authorizationTarget` is ever redirected to. */
+interface Target {
+  client: Client;
+  redirect_uri: string;
+  state: string | null;
+}
+
+/** What the owner is asked to approve. */
+interface AuthorizationRequest extends Target {
+  scopes: string[];
+  code_challenge: string;
+}
+
+const OFFLINE_ACCESS = "offline_access";
+const MAX_REQUEST_LENGTH = 16 * 1024;
+
+/**
+ * GET shows what is asked and changes nothing, so that a prefetch, a preview or a crawler does no harm; POST decides.
+ * The form carries the request word for word, and POST checks it again from the start.
+ */
+function authorizeEndpoint(
+  settings: Settings,
+  clients: Clients,
+  refusal: RedirectPolicy,
+  grants: Grants,
+  owner: Owner,
+): { show: Handler; decide: Handler } {
+  const { issuer, emit } = settings;
+
+  /** Runs with a checked request; answers a faulty one where it has to be answered: to the client, or on a page. */
+  async function withRequest(
+    c: Context,
+    encoded: string,
+    then: (request: AuthorizationRequest) => Promise<Response>,
+  ): Promise<Response> {
+    let target: Target;
+    let params: URLSearchParams;
+    try {
+      if (encoded.length > MAX_REQUEST_LENGTH) {
+        throw new OAuthError("invalid_request", "The request is too long");
+      }
+      params = parameters(encoded);
+      target = await authorizationTarget(params, clients, refusal);
+    } catch (error) {
+      return unanswerable(c, error, settings);
+    }
+    let request: AuthorizationRequest;
+    try {
+      request = authorizationRequest(params, target, settings);
+    } catch (error) {
+      if (!(error instanceof OAuthError)) throw error;
+      return redirectBack(c, target, { error: error.code, error_description: error.message });
+    }
+    return then(request);
+  }
+
+  function redirectBack(
+    c: Context,
+    { redirect_uri, state }: Target,
+    answer: Record<string, string>,
+  ): Response {
+    // iss on success and on error (RFC 9207 §2), so that a client of several servers cannot be confused about which
+    // one answered. Appended, never parsed and rebuilt: the rest of the URI stays byte for byte what was registered.
+    const query = new URLSearchParams({ ...answer, ...(state !== null && { state }), iss: issuer });
+    c.header("Cache-Control", "no-store");
+    // 302, never 307: the browser would post the owner's password on to the client.
+    return c.redirect(`${redirect_uri}${redirect_uri.includes("?") ? "&" : "?"}${query}`, 302);
+  }
+
+  const show: Handler = (c) => {
+    const encoded = new URL(c.req.url).search.slice(1);
+    return withRequest(c, encoded, async (request) => {
+      const visit = await owner.visit(c);
+      return consentPage(c, settings, request, {
+        ...visit,
+        encoded,
+        csrf: await owner.seal(visit.browser, encoded),
+      });
+    });
+  };
+
+  const decide: Handler = async (c) => {
+    const form = await readForm(c);
+    const encoded = form.get("request") ?? "";
+    const csrf = form.get("csrf") ?? "";
+    const visit = await owner.visit(c);
+    if (!await owner.sealed(visit.browser, encoded, csrf)) {
+      return messagePage(
+        c,
+        403,
+        "This page has expired",
+        "Go back to the app and connect again. If that does not " +
+          "help, allow cookies for this site.",
+      );
+    }
+    return withRequest(c, encoded, async (request) => {
+      const { client, redirect_uri } = request;
+      if (form.get("decision") === "deny") {
+        emit("connection_denied", "the request was denied", { clientName: client.name });
+        return redirectBack(c, request, {
+          error: "access_denied",
+          error_description: "The owner denied the request",
+        });
+      }
+      const problem = await owner.prove(c, visit, form.get("password") ?? "");
+      if (problem) return consentPage(c, settings, request, { ...visit, encoded, csrf, problem });
+      // The connection's id comes from this very form, so that approving it twice finds the first approval in its place.
+      const code = await grants.approve(await owner.approvalId(csrf), request);
+      if (!code) {
+        return messagePage(
+          c,
+          409,
+          "Already answered",
+          "This request was approved before. If the app is not " +
+            "connected, go back to it and connect again.",
+        );
+      }
+      emit("connection_approved", `approved for ${redirect_uri}`, { clientName: client.name });
+      return redirectBack(c, request, { code });
+    });
+  };
+
+  return { show, decide };
+}
+
+/** Client and redirect URI: until both are known good, nothing may be redirected anywhere (OAuth 2.1 §4.1.2.1). */
+async function authorizationTarget(
+  params: URLSearchParams,
+  clients: Clients,
+  refusal: RedirectPolicy,
+): Promise<Target> {
+  const client_id = params.get("client_id");
+  if (client_id === null) throw new OAuthError("invalid_request", "The request names no client_id");
+  const client = await clients.resolve(client_id);
+  if (!client) {
+    throw new OAuthError("invalid_client", "This server does not know the app that sent you here", {
+      status: 401,
+    });
+  }
+  const [only, ...others] = client.redirect_uris;
+  const redirect_uri = params.get("redirect_uri") ?? (others.length === 0 ? only : undefined);
+  if (redirect_uri === undefined) {
+    throw new OAuthError("invalid_request", "The request names no redirect_uri");
+  }
+  if (!client.redirect_uris.some((registered) => sameRedirect(registered, redirect_uri))) {
+    throw new OAuthError(
+      "invalid_request",
+      `redirect_uri ${show(redirect_uri)} is not one that the client registered`,
+    );
+  }
+  // Again, although registration asked: the owner may have shortened the list since, and a signed client_id stays.
+  const refused = client.preregistered ? unsafeRedirect(redirect_uri) : refusal(redirect_uri);
+  if (refused) throw new OAuthError("invalid_request", refused, { event: "redirect_refused" });
+  return { client, redirect_uri, state: params.get("state") };
+}
+
+/** The rest of the request; what is wrong with it is the client's to hear (OAuth 2.1 §4.1.1, RFC 7636 §4.3). */
+function authorizationRequest(
+  params: URLSearchParams,
+  target: Target,
+  settings: Settings,
+): AuthorizationRequest {
+  const invalid = (description: string, code = "invalid_request") => new OAuthError(code, description);
+  if (params.has("request")) throw invalid("Request objects are not supported", "request_not_supported");
+  if (params.has("request_uri")) {
+    throw invalid("Request objects are not supported", "request_uri_not_supported");
+  }
+  const response_type = params.get("response_type");
+  if (response_type === null) throw invalid("response_type is missing");
+  if (response_type !== "code") throw invalid("response_type must be code", "unsupported_response_type");
+  if ((params.get("response_mode") ?? "query") !== "query") throw invalid("response_mode must be query");
+  const code_challenge = params.get("code_challenge");
+  // Without PKCE a stolen code is a stolen connection; "plain" puts the verifier where the code is stolen from.
+  if (code_challenge === null) throw invalid("code_challenge is missing: PKCE is required");
+  if (params.get("code_challenge_method") !== "S256") throw invalid("code_challenge_method must be S256");
+  if (!/^[A-Za-z0-9_-]{43}$/.test(code_challenge)) {
+    throw invalid("code_challenge must be a base64url SHA-256 digest");
+  }
+  checkResource(params, settings);
+  return { ...target, code_challenge, scopes: grantedScopes(params.get("scope"), onOffer(settings.scopes)) };
+}
+
+/** An answer to a request that names nobody who could be answered: a page, or JSON for a program that asks for it. */
+function unanswerable(c: Context, error: unknown, { emit }: Settings): Response | Promise<Response> {
+  if (!(error instanceof OAuthError)) throw error;
+  if (error.event) emit(error.event, error.message);
+  const accept = c.req.header("Accept") ?? "";
+  // mcp-remote asks this way before it opens the browser, and registers again when it reads invalid_client.
+  if (accept.includes("application/json") && !accept.includes("text/html")) {
+    return errorResponse(c, error, emit);
+  }
+  const advice = error.code === "invalid_client"
+    ? "Remove this server from the app and add it again: the app then registers anew."
+    : "Go back to the app and connect again. If you run this server, its log says more.";
+  return messagePage(c, 400, error.message, advice);
+}
+
+/**
+ * RFC 8707 §2: whatever is asked must be this one resource. Clients differ in slashes, case and default ports, and some
+ * send the base URL, which on a server with one resource can mean nothing else. What is stored and checked as the
+ * audience is always the canonical URL.
+ */
+function checkResource(params: URLSearchParams, { issuer, resource }: Settings): void {
+  const ours = [resource, issuer].map(normalizeResource);
+  for (const asked of params.getAll("resource")) {
+    const normal = normalizeResource(asked);
+    if (normal === undefined || !ours.includes(normal)) {
+      throw new OAuthError("invalid_target", `This server grants access to ${resource} only`);
+    }
+  }
+}
+
+function normalizeResource(resource: string): string | undefined {
+  const url = URL.parse(resource);
+  if (!url || resource.includes("#") || url.username || url.password || !/^https?:$/.test(url.protocol)) {
+    return undefined;
+  }
+  return url.origin + url.pathname.replace(/\/+$/, "") + url.search;
+}
+
+/**
+ * RFC 6749 §3.3: what is asked and on offer; if that is nothing, everything on offer, because clients ask for scopes
+ * they know from other servers. Never more than is on offer. `offline_access` only if asked: it is a formality here,
+ * where every client gets a refresh token.
+ */
+function grantedScopes(asked: string | null | undefined, offered: string[]): string[] {
+  const wanted = new Set(asked?.split(/\s+/));
+  const real = offered.filter((scope) => scope !== OFFLINE_ACCESS);
+  const granted = real.filter((scope) => wanted.has(scope));
+  const offline = offered.filter((scope) => scope === OFFLINE_ACCESS && wanted.has(scope));
+  return [...(granted.length > 0 ? granted : real), ...offline];
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Token and revocation endpoints
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** OAuth 2.1 §3.2: a code or a refresh token in, an access token out. */
+async function tokenEndpoint(
+  c: Context,
+  clients: Clients,
+  grants: Grants,
+  settings: Settings,
+): Promise<Response> {
+  const arrived = seconds();
+  const form = await readForm(c);
+  const client = await clients.authenticate(c, form);
+  const required = (name: string): string => {
+    const value = form.get(name);
+    if (value === null) throw new OAuthError("invalid_request", `${name} is missing`);
+    return value;
+  };
+  const grant_type = required("grant_type");
+  checkResource(form, settings);
+  c.header("Cache-Control", "no-store");
+  if (grant_type === "authorization_code") {
+    const code_verifier = required("code_verifier");
+    if (!/^[A-Za-z0-9._~-]{43,128}$/.test(code_verifier)) {
+      throw new OAuthError(
+        "invalid_request",
+        "code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)",
+      );
+    }
+    const redirect_uri = form.get("redirect_uri") ?? undefined;
+    return c.json(
+      await grants.redeem({ code: required("code"), code_verifier, redirect_uri, client, arrived }),
+    );
+  }
+  if (grant_type === "refresh_token") {
+    const scope = form.get("scope") ?? undefined;
+    return c.json(await grants.refresh({ refresh_token: required("refresh_token"), scope, client }));
+  }
+  throw new OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token");
+}
+
+/**
+ * RFC 7009: ends the connection that a token of either kind belongs to; the client itself stays, because Claude Code
+ * signs out and then comes back with the same client_id. An unknown token is answered 200 as well (§2.2).
+ */
+async function revocationEndpoint(c: Context, clients: Clients, grants: Grants): Promise<Response> {
+  const form = await readForm(c);
+  const client = await clients.authenticate(c, form);
+  const token = form.get("token");
+  if (token === null) throw new OAuthError("invalid_request", "token is missing");
+  await grants.revokeToken(token, client);
+  c.header("Cache-Control", "no-store");
+  return c.body(null, 200);
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Grants
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/**
+ * A connection: one record, `grant/<id>`, and everything about it. Every token names its grant, so that checking one is
+ * one read, every change is one atomic change of one record, and ending the connection ends all its tokens.
+ * Only SHA-256 hashes of secrets are kept. Times are in seconds, with their fractions.
+ */
+export interface Grant {
+  client: { id: string; name: string };
+  /** Absent for a personal access token. */
+  redirect_uri?: string;
+  scopes: string[];
+  resource: string;
+  created: number;
+  used?: number;
+  expires: number;
+  revoked?: number;
+  code?: { hash: string; challenge: string; expires: number; redeemed?: number };
+  refresh?: RefreshState;
+  /** Live access tokens, oldest first: a refresh leaves the earlier ones to their own expiry. */
+  access: AccessToken[];
+}
+
+export interface RefreshState {
+  /** The current refresh token, RT(n). */
+  hash: string;
+  n: number;
+  /** Whether anything issued with RT(n) has been presented: then the client has it, and RT(n-1) has had its day. */
+  presented: boolean;
+  /** The latest refresh tokens before RT(n) and when each was first rotated, newest first. */
+  rotated: [hash: string, at: number][];
+}
+
+export interface AccessToken {
+  hash: string;
+  /** The n of the refresh token it was issued with. */
+  n: number;
+  scopes: string[];
+  expires: number;
+}
+
+/** What a transition leaves: the record to keep (unchanged: the same object) and what happened. */
+export interface Transition {
+  grant: Grant;
+  outcome: "issued" | "replayed" | "reused" | "refused";
+}
+
+/** What is to be issued, hashed. */
+export interface Issue {
+  access: { hash: string; scopes: string[]; expires: number };
+  refresh?: string | undefined;
+  /** When the connection ends unless it is refreshed. */
+  expires: number;
+}
+
+const CODE_TTL = 5 * MINUTE;
+/** A refresh token stays good this long after its rotation: clients on several machines refresh in parallel. */
+const REFRESH_GRACE = 2 * MINUTE;
+/** Bounds on one record for clients that refresh without pause; Deno KV takes 64 KiB, and these come to half of it. */
+const MAX_ACCESS_TOKENS = 200;
+const MAX_ROTATIONS = 200;
+
+// The life of a grant as pure functions of (grant, request, now): OAuth's hard rules, without HTTP or storage. They are
+// exported so that tests can walk through them; a program has no use for them.
+
+/**
+ * The owner said yes: a code, and nothing else yet. The record outlives the code until its form is worthless too, so
+ * that the form cannot be sent a second time.
+ *
+ * @internal
+ */
+export function approveGrant(
+  request: Pick<Grant, "client" | "scopes" | "resource"> & { redirect_uri: string },
+  code: { hash: string; challenge: string },
+  now: number,
+): Grant {
+  return { ...request, created: now, expires: now + FORM_TTL, code: { ...code, expires: now + CODE_TTL }, access: [] };
+}
+
+/**
+ * OAuth 2.1 §4.1.3. A wrong attempt changes nothing: it costs the client neither the code nor the connection.
+ *
+ * @internal
+ */
+export function redeemGrant(
+  grant: Grant,
+  request: { hash: string; challenge: string; client_id: string; redirect_uri?: string | undefined; arrived: number },
+  issue: Issue,
+  now: number,
+): Transition {
+  const { code } = grant;
+  const refused: Transition = { grant, outcome: "refused" };
+  if (grant.revoked !== undefined || code?.hash !== request.hash) return refused;
+  if (grant.client.id !== request.client_id || code.challenge !== request.challenge) return refused;
+  if (request.redirect_uri !== undefined && request.redirect_uri !== grant.redirect_uri) return refused;
+  if (code.redeemed !== undefined) {
+    // Client and verifier are right, so somebody else holds both: end what was issued (OAuth 2.1 §4.1.3). Only a
+    // request that was already here when the code was redeemed is a client's own duplicate; it is refused, no more.
+    return request.arrived < code.redeemed ? refused : { grant: revokeGrant(grant, now), outcome: "replayed" };
+  }
+  if (code.expires <= now) return refused;
+  const { access, refresh, expires } = issue;
+  return {
+    outcome: "issued",
+    grant: {
+      ...grant,
+      expires,
+      code: { ...code, redeemed: now },
+      access: [{ ...access, scopes: grant.scopes, n: 0 }],
+      ...(refresh !== undefined && { refresh: { hash: refresh, n: 0, presented: false, rotated: [] } }),
+    },
+  };
+}
+
+/**
+ * OAuth 2.1 §4.3. The successor is derived from the token, so whoever presents the same token gets the same answer:
+ * parallel and repeated requests need no luck. A rotated token is accepted (a) within the grace period, or (b) for as
+ * long as nothing that was issued for it has been presented: then the answer was lost on its way, however long ago.
+ * Anything else is a second holder, and the connection ends.
+ *
+ * `request.hash` must be the hash of a refresh token that this server issued for this grant.
+ *
+ * @internal
+ */
+export function refreshGrant(
+  grant: Grant,
+  request: { hash: string; client_id: string },
+  issue: Issue & { refresh: string },
+  now: number,
+): Transition {
+  const { refresh } = grant;
+  if (grant.revoked !== undefined || !refresh || grant.client.id !== request.client_id || grant.expires <= now) {
+    return { grant, outcome: "refused" };
+  }
+  const { hash, rotated, n } = refresh;
+  const isCurrent = hash === request.hash;
+  const steps = isCurrent ? 0 : rotated.findIndex(([known]) => known === request.hash) + 1;
+  if (!isCurrent) {
+    const at = rotated[steps - 1]?.[1];
+    const unseen = steps === 1 && !refresh.presented;
+    if (at === undefined || !(now - at <= REFRESH_GRACE || unseen)) {
+      return { grant: revokeGrant(grant, now), outcome: "reused" };
+    }
+  }
+  const { access: fresh } = issue;
+  const issued = grant.access.find((token) => token.hash === fresh.hash);
+  // A repeated answer is the first one over again; only if that has aged does its access token get new time.
+  if (!isCurrent && issued && issued.expires - now >= (fresh.expires - now) / 2) return { grant, outcome: "issued" };
+  const others = grant.access.filter((token) => token.expires > now && token !== issued);
+  const access = [...others, { ...fresh, n: n + 1 - steps }].slice(-MAX_ACCESS_TOKENS);
+  if (!isCurrent) return { grant: { ...grant, access }, outcome: "issued" };
+  const recent = rotated.filter(([, at]) => now - at <= REFRESH_GRACE).slice(0, MAX_ROTATIONS - 1);
+  return {
+    outcome: "issued",
+    grant: {
+      ...grant,
+      access,
+      used: now,
+      expires: issue.expires,
+      refresh: { hash: issue.refresh, n: n + 1, presented: false, rotated: [[hash, now], ...recent] },
+    },
+  };
+}
+
+/**
+ * The live access token of this hash and audience.
+ *
+ * @internal
+ */
+export function verifyGrant(grant: Grant, hash: string, resource: string, now: number): AccessToken | undefined {
+  // Digests are compared, not tokens: how far two digests agree tells nothing about the token that is missing.
+  const token = grant.access.find((candidate) => candidate.hash === hash);
+  const live = token && token.expires > now && grant.expires > now && grant.revoked === undefined;
+  return live && grant.resource === resource ? token : undefined;
+}
+
+/**
+ * An access token was presented: what must be remembered of it, or the same object if that is nothing new.
+ *
+ * @internal
+ */
+export function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
+  const { refresh } = grant;
+  // The client has the latest answer: from here on, its predecessor in another hand is a theft.
+  if (refresh && refresh.n === token.n && refresh.rotated.length > 0 && !refresh.presented) {
+    return { ...grant, used: now, refresh: { ...refresh, presented: true } };
+  }
+  // Once a minute at the most, so that a busy client does not make every read a write.
+  return Math.abs(now - (grant.used ?? 0)) < MINUTE ? grant : { ...grant, used: now };
+}
+
+/**
+ * The end of a connection. The record stays a little as a tombstone, so that its approval cannot be posted again.
+ *
+ * @internal
+ */
+export function revokeGrant({ code: _code, refresh: _refresh, ...rest }: Grant, now: number): Grant {
+  return { ...rest, access: [], revoked: rest.revoked ?? now };
+}
+
+interface TokenResponse {
+  access_token: string;
+  token_type: "Bearer";
+  expires_in: number;
+  refresh_token?: string;
+  scope: string;
+}
+
+interface Grants {
+  approve(id: string, request: AuthorizationRequest): Promise<string | undefined>;
+  redeem(request: {
+    code: string;
+    code_verifier: string;
+    redirect_uri: string | undefined;
+    client: Client;
+    arrived: number;
+  }): Promise<TokenResponse>;
+  refresh(
+    request: { refresh_token: string; scope: string | undefined; client: Client },
+  ): Promise<TokenResponse>;
+  revokeToken(token: string, client: Client): Promise<void>;
+  verifyAccessToken: PersonalAuth["verifyAccessToken"];
+  connections: PersonalAuth["connections"];
+  revoke: PersonalAuth["revoke"];
+  createToken: PersonalAuth["createToken"];
+}
+
+/** Personal access tokens belong to no client; this stands where a `clientId` is expected. */
+const PERSONAL = "personal-access-token";
+
+/** The grants in the store: hashes what comes in, makes what goes out, and lets `transitions` decide. */
+function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
+  const { resource, scopes: offered, accessTokenTtl, refreshTokenTtl, emit } = settings;
+  const resourceUrl = new URL(resource);
+  const verified = new Map<string, string>();
+
+  const read = async (id: string) => await store.get(`grant/${id}`) as Grant | undefined;
+
+  /** Applies a transition, atomically. Nothing to apply it to: refused. */
+  async function apply(id: string, transition: (grant: Grant, now: number) => Transition, { expires }: Issue) {
+    let outcome: Transition["outcome"] = "refused";
+    const grant = await store.update(`grant/${id}`, (current) => {
+      if (current === undefined) return undefined;
+      const result = transition(current as Grant, seconds());
+      outcome = result.outcome;
+      return result.grant;
+    }, { expiresAt: expires }) as Grant | undefined;
+    return { outcome: outcome as Transition["outcome"], grant };
+  }
+
+  async function approve(id: string, request: AuthorizationRequest): Promise<string | undefined> {
+    const code = `pac_${id}${random(32)}`;
+    const now = seconds();
+    const { client, redirect_uri, scopes, code_challenge: challenge } = request;
+    const grant = approveGrant(
+      { client: { id: client.id, name: client.name }, redirect_uri, scopes, resource },
+      { hash: await sha256(code), challenge },
+      now,
+    );
+    let taken = false;
+    await store.update(`grant/${id}`, (current) => {
+      taken = current !== undefined;
+      return current ?? grant;
+    }, { expiresAt: grant.expires });
+    return taken ? undefined : code;
+  }
+
+  const redeem: Grants["redeem"] = async ({ code, code_verifier, redirect_uri, client, arrived }) => {
+    const id = grantId("pac", code);
+    const wrong = new OAuthError("invalid_grant", "The code is wrong, used, expired or meant for another client");
+    if (!id) throw wrong;
+    const access_token = `pat_${id}${random(32)}`;
+    const refresh_token = client.refreshes ? await refreshToken(id + random(32)) : undefined;
+    const request = {
+      hash: await sha256(code),
+      challenge: await sha256(code_verifier),
+      client_id: client.id,
+      redirect_uri,
+      arrived,
+    };
+    const issue = await hashed(access_token, [], refresh_token);
+    const { outcome, grant } = await apply(id, (grant, now) => redeemGrant(grant, request, issue, now), issue);
+    if (outcome === "replayed") {
+      report("code_replayed", "a code was redeemed twice: the connection is ended", id, grant);
+    }
+    if (outcome !== "issued" || !grant) throw wrong;
+    return tokenResponse(grant, issue.access.hash, access_token, refresh_token);
+  };
+
+  const refresh: Grants["refresh"] = async ({ refresh_token, scope, client }) => {
+    const id = grantId("prt", refresh_token);
+    const spent = new OAuthError("invalid_grant", "The refresh token is wrong, expired or revoked");
+    // Only a token of our own making may end a connection: otherwise whoever learns a connection's id could.
+    if (!id || refresh_token !== await refreshToken(refresh_token.slice(4, -CHECK_DIGITS))) throw spent;
+    const granted = (await read(id))?.scopes;
+    if (!granted) throw spent;
+    const scopes = scope === undefined ? granted : grantedScopes(scope, granted);
+    const access_token = `pat_${id}${await mac("access", refresh_token, scopes.join(" "))}`;
+    const successor = await refreshToken(id + await mac("refresh", refresh_token));
+    const request = { hash: await sha256(refresh_token), client_id: client.id };
+    const issue = await hashed(access_token, scopes, successor);
+    const { outcome, grant } = await apply(id, (grant, now) => refreshGrant(grant, request, issue, now), issue);
+    if (outcome === "reused") {
+      report("refresh_token_reused", "a refresh token was used again: the connection is ended", id, grant);
+    }
+    if (outcome !== "issued" || !grant) throw spent;
+    return tokenResponse(grant, issue.access.hash, access_token, successor);
+  };
+
+  /** What the record keeps of tokens that are about to be issued. */
+  async function hashed<R extends string | undefined>(access_token: string, scopes: string[], refresh_token: R) {
+    const now = seconds();
+    return {
+      access: { hash: await sha256(access_token), scopes, expires: now + accessTokenTtl },
+      refresh: (refresh_token && await sha256(refresh_token)) as R,
+      expires: now + Math.max(refresh_token ? refreshTokenTtl : 0, accessTokenTtl),
+    };
+  }
+
+  /** `prt_<id><secret><check>`: the check tells, without a look at the store, that this server made the token. */
+  const refreshToken = async (idAndSecret: string) =>
+    `prt_${idAndSecret}${(await mac("refresh_check", idAndSecret)).slice(0, CHECK_DIGITS)}`;
+
+  async function revokeToken(token: string, client: Client): Promise<void> {
+    const id = grantId("pat", token) ?? grantId("prt", token);
+    const grant = id ? await read(id) : undefined;
+    if (!id || !grant) return;
+    const hash = await sha256(token);
+    const ours = grant.access.some((access) => access.hash === hash) ||
+      token === await refreshToken(token.slice(4, -CHECK_DIGITS));
+    if (!ours) return;
+    if (grant.client.id !== client.id) throw new OAuthError("invalid_grant", "The token was issued to another client");
+    await revoke(id);
+  }
+
+  async function revoke(id: string): Promise<boolean> {
+    let ended: Grant | undefined;
+    const now = seconds();
+    await store.update(`grant/${id}`, (current) => {
+      const grant = current as Grant | undefined;
+      ended = grant?.revoked === undefined ? grant : undefined;
+      return ended ? revokeGrant(ended, now) : current;
+    }, { expiresAt: now + FORM_TTL });
+    if (ended) report("connection_revoked", "a connection was ended", id, ended);
+    return ended !== undefined;
+  }
+
+  async function verifyAccessToken(token: string): Promise<AuthInfo> {
+    const id = grantId("pat", token);
+    const grant = id ? await read(id) : undefined;
+    // A digest costs more than all the rest of a request, so those of good tokens are remembered; whether the token is
+    // still good is asked of the store each time, so that a revocation by any process holds at once.
+    const remembered = verified.get(token);
+    const hash = remembered ?? (grant ? await sha256(token) : "");
+    const now = seconds();
+    const access = grant && verifyGrant(grant, hash, resource, now);
+    if (!id || !access) {
+      throw new OAuthError("invalid_token", "The access token is unknown, expired or revoked", {
+        status: 401,
+      });
+    }
+    if (remembered === undefined) {
+      if (verified.size >= MAX_REMEMBERED) verified.clear();
+      verified.set(token, hash);
+    }
+    if (presentGrant(grant, access, now) !== grant) await markPresented(id, hash, now);
+    const { client: { id: clientId, name: clientName } } = grant;
+    const { scopes, expires } = access;
+    const extra = { connection: id, clientName };
+    return { token, clientId, scopes, expiresAt: Math.floor(expires), resource: resourceUrl, extra };
+  }
+
+  /** Remembers that a token was used. A store that cannot write must not keep the owner from reading. */
+  async function markPresented(id: string, hash: string, now: number): Promise<void> {
+    await store.update(`grant/${id}`, (current) => {
+      const grant = current as Grant | undefined;
+      const access = grant && verifyGrant(grant, hash, resource, now);
+      return access ? presentGrant(grant, access, now) : current;
+    }).catch(() => {}); // reported by the store already
+  }
+
+  async function connections(): Promise<Connection[]> {
+    const live: Connection[] = [];
+    const now = seconds();
+    for await (const [key, value] of store.list("grant/")) {
+      const grant = value as Grant;
+      if (grant.revoked !== undefined || grant.expires <= now || grant.access.length === 0) continue;
+      live.push({
+        id: key.slice("grant/".length),
+        kind: grant.client.id === PERSONAL ? "token" : "client",
+        clientId: grant.client.id,
+        clientName: grant.client.name,
+        ...defined({ redirectUri: grant.redirect_uri, lastUsedAt: grant.used && Math.floor(grant.used) }),
+        scopes: grant.scopes,
+        createdAt: Math.floor(grant.created),
+        expiresAt: Math.floor(grant.expires),
+      });
+    }
+    return live.sort((a, b) => b.createdAt - a.createdAt);
+  }
+
+  async function createToken({ name, scopes, expiresIn }: TokenRequest) {
+    demand(
+      typeof name === "string" && printable(name) !== "",
+      "createToken: name must say what the token is for",
+    );
+    const lifetime = readSeconds("createToken: expiresIn", expiresIn ?? 365 * DAY);
+    const granted = scopes ?? [...offered.keys()];
+    demand(
+      Array.isArray(granted) && granted.length > 0 && granted.every((scope) => offered.has(scope)),
+      `createToken: scopes must be some of ${[...offered.keys()].join(", ")}, not ${show(scopes)}`,
+    );
+    const id = random(16);
+    const token = `pat_${id}${random(32)}`;
+    const created = seconds();
+    const expires = created + lifetime;
+    const grant: Grant = {
+      client: { id: PERSONAL, name: printable(name) },
+      scopes: granted,
+      resource,
+      created,
+      expires,
+      access: [{ hash: await sha256(token), n: 0, scopes: granted, expires }],
+    };
+    await store.update(`grant/${id}`, () => grant, { expiresAt: expires });
+    report("token_created", "a personal access token was made", id, grant);
+    return { id, token, expiresAt: Math.floor(expires) };
+  }
+
+  function report(
+    type: AuthEvent["type"],
+    message: string,
+    connection: string,
+    grant: Grant | undefined,
+  ): void {
+    emit(type, message, { connection, ...defined({ clientName: grant?.client.name }) });
+  }
+
+  return { approve, redeem, refresh, revokeToken, revoke, verifyAccessToken, connections, createToken };
+}
+
+/** Good access tokens whose digests are remembered: more than one person's clients hold, and little memory. */
+const MAX_REMEMBERED = 1000;
+
+/** The digits at the end of a refresh token that prove its origin. */
+const CHECK_DIGITS = 32;
+
+/** The grant a token names, if it has the form of one: `pat_` access, `prt_` refresh, `pac_` code. */
+function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefined {
+  const digits = 32 + 64 + (prefix === "prt" ? CHECK_DIGITS : 0);
+  const wellFormed = token.length === 4 + digits && token.startsWith(`${prefix}_`) &&
+    /^[0-9a-f]+$/.test(token.slice(4));
+  return wellFormed ? token.slice(4, 4 + 32) : undefined;
+}
+
+/** OAuth 2.1 §3.2.3, for an access token of the grant. No member is ever null: strict clients refuse the whole answer. */
+function tokenResponse(
+  grant: Grant,
+  hash: string,
+  access_token: string,
+  refresh_token: string | undefined,
+): TokenResponse {
+  const { expires = 0, scopes = [] } = grant.access.find((token) => token.hash === hash) ?? {};
+  return {
+    access_token,
+    token_type: "Bearer",
+    expires_in: Math.round(expires - seconds()),
+    ...defined({ refresh_token }),
+    scope: scopes.join(" "),
+  };
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Guard
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+interface Guard {
+  middleware: MiddlewareHandler<AuthEnv>;
+  requireScopes: PersonalAuth["requireScopes"];
+}
+
+/**
+ * Bearer token in, `c.var.auth` out. It runs before anything else looks at the request: a client that has no token yet
+ * learns where to get one from the 401 alone, whatever method, body or Accept header it tried.
+ */
+function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessToken"]): Guard {
+  const { origin, mcpPath, scopes, emit } = settings;
+  const metadataUrl = `${origin}/.well-known/oauth-protected-resource${mcpPath}`;
+
+  /** RFC 6750 §3 and RFC 9728 §5.1. Without `scope`, Claude asks for every scope of the authorization server. */
+  const challenge = (scope: Iterable<string>, error?: OAuthError) =>
+    "Bearer " + [
+      ...(error ? [`error="${error.code}"`, `error_description="${error.message}"`] : []),
+      `scope="${[...scope].join(" ")}"`,
+      `resource_metadata="${metadataUrl}"`,
+    ].join(", ");
+  const bare = challenge(scopes.keys());
+
+  async function authenticate(c: Context<AuthEnv>): Promise<void> {
+    const token = c.req.header("Authorization")?.match(BEARER)?.[1];
+    // No error code where no token came (RFC 6750 §3.1): the client has done nothing wrong yet.
+    if (token === undefined) {
+      throw new OAuthError("unauthorized", "An access token is needed: send Authorization: Bearer …", {
+        status: 401,
+        headers: { "WWW-Authenticate": bare },
+      });
+    }
+    try {
+      c.set("auth", await verify(token));
+    } catch (error) {
+      if (!(error instanceof OAuthError) || error.code !== "invalid_token") throw error;
+      error.headers["WWW-Authenticate"] = challenge(scopes.keys(), error);
+      throw error;
+    }
+  }
+
+  async function guarded(c: Context<AuthEnv>, next: () => Promise<void>): Promise<Response | void> {
+    try {
+      await authenticate(c);
+    } catch (error) {
+      return errorResponse(c, error, emit);
+    }
+    await next();
+    // Some clients add a slash to the URL they were given. 308 keeps the method and the body, and stays on this host.
+    if (c.req.path === `${mcpPath}/` && c.res.status === 404) c.res = c.redirect(mcpPath, 308);
+  }
+
+  const middleware: MiddlewareHandler<AuthEnv> = function personalAuthGuard(c, next) {
+    // Only browsers send Origin. A preflight carries no token by design, so it is answered before the guard.
+    if (c.req.header("Origin") === undefined) return guarded(c, next);
+    return OPEN_TO_BROWSERS(c, async () => {
+      const refused = await guarded(c, next);
+      if (refused) c.res = refused;
+    });
+  };
+
+  const requireScopes: PersonalAuth["requireScopes"] = (...required) => {
+    demand(
+      required.length > 0 && required.every((scope) => scopes.has(scope)),
+      `requireScopes: ${show(required)} must be among the scopes on offer: ${[...scopes.keys()].join(", ")}`,
+    );
+    return async function personalAuthScopes(c, next) {
+      try {
+        // On a route outside the guard there is nobody yet: the token is asked for here, and never taken on trust.
+        if (c.get("auth") === undefined) await authenticate(c);
+        const granted = new Set<string>(c.var.auth.scopes);
+        if (!required.every((scope) => granted.has(scope))) {
+          const error = new OAuthError("insufficient_scope", "The token lacks a scope that this needs", {
+            status: 403,
+          });
+          // All that is needed at once, with what is there already: clients ask for exactly this list.
+          const needed = [...new Set([...granted, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
+          error.headers["WWW-Authenticate"] = challenge(needed, error);
+          throw error;
+        }
+      } catch (error) {
+        return errorResponse(c, error, emit);
+      }
+      await next();
+    };
+  };
+
+  return { middleware, requireScopes };
+}
+
+/** RFC 6750 §2.1, case-insensitive scheme (RFC 9110 §11.1). Never from the query or the body, where URLs are logged. */
+const BEARER = /^Bearer +([A-Za-z0-9._~+/-]+=*) *$/i;
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Owner
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** One visit of a browser to an owner's page. */
+interface Visit {
+  /** The browser's secret, which its cookie holds. */
+  browser: string;
+  /** What the page has to ask for before it may approve. */
+  proof: "password" | "nothing";
+}
+
+/** Why the owner could not be recognised, as the page tells it. */
+interface Problem {
+  status: 403 | 429;
+  message: string;
+}
+
+interface Owner {
+  visit(c: Context): Promise<Visit>;
+  seal(browser: string, request: string): Promise<string>;
+  sealed(browser: string, request: string, csrf: string): Promise<boolean>;
+  approvalId(csrf: string): Promise<string>;
+  prove(c: Context, visit: Visit, password: string): Promise<Problem | undefined>;
+}
+
+/** `browser/<hash of its secret>`: a browser that has signed in at least once. */
+interface BrowserRecord {
+  attempts?: Attempts;
+  session?: { password: string; since: number; seen: number };
+}
+
+/** `owner`: the password, as PBKDF2-HMAC-SHA-256 of it. The salt doubles as the name of this password. */
+interface PasswordRecord {
+  salt: string;
+  hash: string;
+  iterations: number;
+}
+
+/** Password attempts left, and since when: a token bucket. */
+interface Attempts {
+  left: number;
+  at: number;
+}
+
+/** How long a form can be sent after it was shown. */
+const FORM_TTL = 10 * MINUTE;
+const SESSION_TTL = 30 * DAY;
+const SESSION_IDLE_TTL = 7 * DAY;
+/** How long a browser is remembered; 400 days is the longest that browsers keep a cookie. */
+const BROWSER_TTL = 400 * DAY;
+const PASSWORD_ITERATIONS = 600_000;
+/** Ten guesses at once, then one a minute: 1,450 in a day, of 2^100 for a generated password. */
+const MAX_ATTEMPTS = 10;
+const ATTEMPT_INTERVAL = MINUTE;
+
+/** Who is at the browser: the password, its session, the forms bound to both, and the throttle on guessing. */
+function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
+  const { secure, authenticateOwner, emit } = settings;
+  const cookie = cookieName(settings);
+  const prefix = secure ? "host" as const : undefined;
+  const passwordRecord = once(() => preparePassword(settings, store));
+
+  if (settings.password === false) {
+    emit("owner_unprotected", "password is false: anybody with an account at an allowed client can connect");
+  } else if (!authenticateOwner) {
+    if (settings.password !== undefined && settings.password.length < 12) {
+      emit("password_weak", "the owner's password is short: take 12 characters or more");
+    }
+    // At start, so that a generated password is printed there; a failure is reported, and tried again when needed.
+    passwordRecord().catch(() => {});
+  }
+
+  const keyOf = async (browser: string) => `browser/${await sha256(browser)}`;
+
+  /** GET pages call this too: it reads the store and never writes it. */
+  async function visit(c: Context): Promise<Visit> {
+    const known = getCookie(c, cookie, prefix);
+    const browser = known && /^[0-9a-f]{64}$/.test(known) ? known : random(32);
+    if (browser !== known) remember(c, browser);
+    if (settings.password === false || authenticateOwner) return { browser, proof: "nothing" };
+    const record = await store.get(await keyOf(browser)) as BrowserRecord | undefined;
+    return { browser, proof: await signedIn(record) ? "nothing" : "password" };
+  }
+
+  /**
+   * `__Host-`: no other host and no subdomain can plant it, so nobody can make the owner use a browser secret they
+   * know. Lax: it must come along when a client's page sends the owner here, and does not with a form of another site.
+   */
+  function remember(c: Context, browser: string): void {
+    setCookie(c, cookie, browser, {
+      path: "/",
+      httpOnly: true,
+      sameSite: "Lax",
+      maxAge: BROWSER_TTL,
+      secure, // plain http on loopback only, where Safari refuses to keep a Secure cookie
+      ...(prefix && { prefix }),
+    });
+  }
+
+  async function signedIn(record: BrowserRecord | undefined): Promise<boolean> {
+    const session = record?.session;
+    const now = seconds();
+    return session !== undefined && now - session.since < SESSION_TTL &&
+      now - session.seen < SESSION_IDLE_TTL &&
+      session.password === (await passwordRecord()).salt; // a changed password ends every session
+  }
+
+  /** A form belongs to one browser and one request, for ten minutes; another site can neither read nor make one. */
+  async function seal(browser: string, request: string): Promise<string> {
+    const head = `${Math.floor(seconds()).toString(36)}.${random(8)}`;
+    return `${head}.${await mac("form", browser, request, head)}`;
+  }
+
+  async function sealed(browser: string, request: string, csrf: string): Promise<boolean> {
+    const [time = "", nonce = ""] = csrf.split(".");
+    const age = seconds() - parseInt(time, 36);
+    const expected = `${time}.${nonce}.${await mac("form", browser, request, `${time}.${nonce}`)}`;
+    return equal(csrf, expected) && Math.abs(age) < FORM_TTL;
+  }
+
+  const approvalId = async (csrf: string) => (await mac("approval", csrf)).slice(0, 32);
+
+  async function prove(
+    c: Context,
+    { browser, proof }: Visit,
+    password: string,
+  ): Promise<Problem | undefined> {
+    if (authenticateOwner) {
+      if (await authenticateOwner(c) === true) return undefined;
+      emit("sign_in_failed", "authenticateOwner did not recognise the owner");
+      return { status: 403, message: "You are not signed in as the owner of this server." };
+    }
+    if (settings.password === false) return undefined;
+    const key = await keyOf(browser);
+    if (proof === "nothing") {
+      await touch(key);
+      return undefined;
+    }
+    const wait = await takeAttempt(key);
+    if (wait > 0) {
+      emit("sign_in_throttled", `too many wrong passwords; the next attempt is possible in ${wait} seconds`);
+      c.header("Retry-After", String(wait));
+      return { status: 429, message: `Too many attempts. Try again in ${wait} seconds.` };
+    }
+    const record = await passwordRecord();
+    if (!equal(await stretch(normalize(password), record), record.hash)) {
+      emit("sign_in_failed", "a wrong password was entered");
+      return { status: 403, message: "That is not the password." };
+    }
+    await signIn(c, key, record);
+    return undefined;
+  }
+
+  /** A new secret at every sign-in: one that was in the browser before may be known to somebody else. */
+  async function signIn(c: Context, before: string, { salt }: PasswordRecord): Promise<void> {
+    const browser = random(32);
+    const now = seconds();
+    const record: BrowserRecord = { session: { password: salt, since: now, seen: now } };
+    await store.update(await keyOf(browser), () => record, { expiresAt: now + BROWSER_TTL });
+    await store.update(before, () => undefined);
+    remember(c, browser);
+    emit("owner_signed_in", "the owner signed in");
+  }
+
+  /** A session lives on by use; once a minute is exact enough. */
+  async function touch(key: string): Promise<void> {
+    const now = seconds();
+    await store.update(key, (current) => {
+      const record = current as BrowserRecord | undefined;
+      if (!record?.session || now - record.session.seen < MINUTE) return current;
+      return { ...record, session: { ...record.session, seen: now } };
+    }, { expiresAt: now + BROWSER_TTL });
+  }
+
+  /**
+   * Takes one of the attempts, before the password is looked at; 0, or the seconds until there is one. All strangers
+   * share one allowance, because an attacker has as many addresses as he likes; a browser that has signed in before
+   * has its own, so that he cannot use up the owner's.
+   */
+  async function takeAttempt(browserKey: string): Promise<number> {
+    const known = await store.get(browserKey) !== undefined;
+    let wait = 0;
+    await store.update(known ? browserKey : "throttle", (current) => {
+      const record = current as { attempts?: Attempts } | undefined;
+      const now = seconds();
+      const { left, at } = record?.attempts ?? { left: MAX_ATTEMPTS, at: now };
+      // A clock that was set back must not stop the refill until it has caught up.
+      const refilled = Math.min(MAX_ATTEMPTS, left + Math.max(0, now - at) / ATTEMPT_INTERVAL);
+      wait = refilled >= 1 ? 0 : Math.ceil((1 - refilled) * ATTEMPT_INTERVAL);
+      return wait > 0 ? current : { ...record, attempts: { left: refilled - 1, at: now } };
+    });
+    return wait;
+  }
+
+  return { visit, seal, sealed, approvalId, prove };
+}
+
+/** Two servers on one host share its cookies, whatever their ports and paths: each needs a name of its own. */
+function cookieName({ origin, basePath, secure }: Settings): string {
+  const port = secure ? "" : new URL(origin).port;
+  return ["personal-auth", port, ...basePath.split("/")].filter(Boolean).join("-");
+}
+
+/**
+ * The password record that holds now. A configured password replaces whatever the store has, and a new salt ends all
+ * sessions of the old one; without one, the stored password stays, and at the very first start one is generated.
+ */
+async function preparePassword(settings: Settings, store: Store): Promise<PasswordRecord> {
+  const { password } = settings;
+  const stored = await store.get("owner") as PasswordRecord | undefined;
+  if (stored && (typeof password !== "string" || equal(await stretch(password, stored), stored.hash))) {
+    return stored;
+  }
+  const next = typeof password === "string" ? password : generatePassword();
+  const unhashed = { salt: random(16), iterations: PASSWORD_ITERATIONS };
+  const fresh = { ...unhashed, hash: await stretch(next, unhashed) };
+  const kept = await store.update("owner", (current) => {
+    return (current as PasswordRecord | undefined)?.salt === stored?.salt ? fresh : current;
+  }) as PasswordRecord;
+  // Another process on this store was faster: what it wrote, and printed, is what holds.
+  if (kept.salt !== fresh.salt) return preparePassword(settings, store);
+  if (next !== password) {
+    console.log(`\n  The owner's password for this server, shown this once:\n\n      ${next}\n`);
+  }
+  return fresh;
+}
+
+/** 100 bits, in an alphabet without look-alikes, grouped to be typed on a phone. */
+function generatePassword(): string {
+  const alphabet = "abcdefghjkmnpqrstuvwxyz123456789"; // 32 characters, so that a byte's remainder is even
+  const letters = [...crypto.getRandomValues(new Uint8Array(20))].map((byte) => alphabet[byte % 32]).join("");
+  return letters.match(/.{5}/g)!.join("-");
+}
+
+/** Phones add a space after a word, and one character can be typed in two ways. */
+function normalize(password: string): string {
+  return password.normalize("NFKC").trim();
+}
+
+/** Slow on purpose: a stolen store must not give up a short password. */
+async function stretch(
+  password: string,
+  { salt, iterations }: { salt: string; iterations: number },
+): Promise<string> {
+  const key = await crypto.subtle.importKey("raw", utf8.encode(password), "PBKDF2", false, ["deriveBits"]);
+  const bits = { name: "PBKDF2", hash: "SHA-256", salt: utf8.encode(salt), iterations };
+  return hex(new Uint8Array(await crypto.subtle.deriveBits(bits, key, 256)));
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Pages
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+type Html = ReturnType<typeof html>;
+type PageStatus = 200 | 409 | 429 | ErrorStatus;
+
+const STYLE = `
+:root { color-scheme: light dark; --ink: #1c1b19; --soft: #5f5b54; --paper: #faf9f6; --card: #fff; --line: #d9d5cc; --accent: #1f5fbf; --on-accent: #fff; --warn: #8a4b00 }
+@media (prefers-color-scheme: dark) { :root { --ink: #f2f0eb; --soft: #b3aea4; --paper: #191816; --card: #242320; --line: #45423c; --accent: #8ab4ff; --on-accent: #10233f; --warn: #ffc27a } }
+* { box-sizing: border-box }
+body { margin: 0; min-height: 100vh; display: grid; place-items: center; padding: 1rem; background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
+main { width: 100%; max-width: 27rem; padding: 1.75rem; background: var(--card); border: 1px solid var(--line); border-radius: 1rem }
+h1 { margin: 0 0 .75rem; font-size: 1.35rem; line-height: 1.3; overflow-wrap: anywhere }
+p { margin: .75rem 0 } ul { margin: .75rem 0; padding-left: 1.25rem }
+dl { margin: 1rem 0 } dt { color: var(--soft); font-size: .875rem } dd { margin: 0 0 .6rem; overflow-wrap: anywhere }
+.warn { color: var(--warn); font-weight: 600 }
+label { display: block; margin-top: 1rem; font-weight: 600 }
+input, button { width: 100%; min-height: 3rem; margin-top: .5rem; padding: .5rem .9rem; font: inherit; border-radius: .6rem; border: 1px solid var(--soft); color: inherit; background: transparent }
+button { font-weight: 600; cursor: pointer } button.approve { background: var(--accent); border-color: var(--accent); color: var(--on-accent) }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+`;
+
+/** The question to the owner, and with it the password form if nobody is signed in. */
+function consentPage(
+  c: Context,
+  { issuer, basePath, scopes }: Settings,
+  { client, redirect_uri, scopes: asked }: AuthorizationRequest,
+  form: Visit & { encoded: string; csrf: string; problem?: Problem },
+): Response | Promise<Response> {
+  const { proof, problem } = form;
+  const target = new URL(redirect_uri);
+  const words = asked.filter((scope) => scope !== OFFLINE_ACCESS).map((scope) => scopes.get(scope) || scope);
+  const body = html`
+    <h1>Let ${client.name || "an app without a name"} use this server?</h1>
+    <dl>
+      <dt>Server</dt>
+      <dd>${issuer}</dd>
+      <dt>The answer goes to</dt>
+      <dd><strong>${target.protocol}//${target.host}</strong></dd>
+      <dt>It may use</dt>
+      <dd>${words.join(", ")}</dd>
+    </dl>
+    ${isLoopback(target.hostname) &&
+      html`<p class="warn">The app runs on the computer in front of you. If you did not just start it there, deny.</p>`}
+    <form method="post" action="${basePath}/authorize">
+      <input type="hidden" name="request" value="${form.encoded}">
+      <input type="hidden" name="csrf" value="${form.csrf}">
+      ${problem && html`<p class="warn" role="alert">${problem.message}</p>`}
+      ${proof === "password" && html`
+        <label for="password">Your password for this server</label>
+        <input id="password" name="password" type="password" autocomplete="current-password" required autofocus>
+      `}
+      <button class="approve" name="decision" value="approve">Approve</button>
+      <button name="decision" value="deny" formnovalidate>Deny</button>
+    </form>
+  `;
+  return page(c, problem?.status ?? 200, `Connect ${client.name}`, body);
+}
+
+function messagePage(
+  c: Context,
+  status: PageStatus,
+  title: string,
+  text: string,
+): Response | Promise<Response> {
+  return page(
+    c,
+    status,
+    title,
+    html`
+      <h1>${title}</h1>
+      <p>${text}</p>
+    `,
+  );
+}
+
+/**
+ * No script, no frame, no image: the page can be neither decorated nor framed by anybody. There is no `form-action` on
+ * purpose: browsers apply it to the redirects after the form as well, and would stop the way back to the app.
+ */
+function page(c: Context, status: PageStatus, title: string, body: Html): Response | Promise<Response> {
+  const nonce = random(16);
+  c.header(
+    "Content-Security-Policy",
+    `default-src 'none'; style-src 'nonce-${nonce}'; frame-ancestors 'none'; base-uri 'none'`,
+  );
+  c.header("X-Frame-Options", "DENY");
+  c.header("X-Content-Type-Options", "nosniff");
+  c.header("Referrer-Policy", "same-origin"); // not no-referrer: the form would then be sent with Origin: null
+  c.header("Cache-Control", "no-store");
+  return c.html(
+    html`
+      <!doctype html>
+      <html lang="en">
+        <head>
+          <meta charset="utf-8">
+          <meta name="viewport" content="width=device-width, initial-scale=1">
+          <title>${title}</title>
+          <style nonce="${nonce}">${raw(STYLE)}</style>
+        </head>
+        <body>
+          <main>${body}</main>
+        </body>
+      </html>
+    `,
+    status,
+  );
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Stores
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** State that ends with the process: for tests. */
+export function memoryStore(): Store {
+  // As text, so that nobody can change a stored value by holding on to it: the same as with every other store.
+  const entries = new Map<string, { value: string; expires: number | null }>();
+  const read = (key: string) => {
+    const entry = entries.get(key);
+    return entry && isLive(entry.expires) ? entry : undefined;
+  };
+  const write = (key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) => {
+    const entry = read(key);
+    const current = parse(entry?.value);
+    const next = change(current);
+    if (next === current) return next;
+    if (next === undefined) entries.delete(key);
+    else entries.set(key, { value: JSON.stringify(next), expires: expiresAt ?? entry?.expires ?? null });
+    return next;
+  };
+  return {
+    get: (key) => promised(() => parse(read(key)?.value)),
+    update: (key, change, options) => promised(() => write(key, change, options?.expiresAt)),
+    async *list(prefix) {
+      for (const key of [...entries.keys()].filter((key) => key.startsWith(prefix)).sort()) {
+        const entry = read(key);
+        if (entry) yield [key, parse(entry.value)];
+      }
+    },
+  };
+}
+
+/** What a function returns or throws, as a promise. */
+function promised<T>(call: () => T): Promise<T> {
+  return new Promise((resolve) => resolve(call()));
+}
+
+function isLive(expires: number | null | undefined): boolean {
+  return typeof expires !== "number" || expires > seconds();
+}
+
+function parse(json: string | undefined): unknown {
+  return json === undefined ? undefined : JSON.parse(json);
+}
+
+/**
+ * Expired entries are invisible at once, and removed this much later: a clock that jumped ahead, as some do until they
+ * have found their time server, must not cost a connection.
+ */
+const EXPIRED_KEPT = 30 * DAY;
+
+/** The part of `node:sqlite` that is used here; Deno and Bun have it too. */
+interface Sqlite {
+  exec(sql: string): void;
+  prepare(sql: string): {
+    get(...values: unknown[]): unknown;
+    all(...values: unknown[]): unknown[];
+    run(...values: unknown[]): unknown;
+  };
+  close(): void;
+}
+
+interface Row {
+  key: string;
+  value: string;
+  expires: number | null;
+}
+
+/** "mcpa" in ASCII: the `application_id` that marks a file as ours. */
+const APPLICATION_ID = 0x6d637061;
+const SCHEMA_VERSION = 1;
+const LOCK_PATIENCE = 5;
+
+/**
+ * State in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by the `node:sqlite` that Deno, Bun and Node
+ * all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`). Several processes on
+ * one machine may share the folder; a network file system will not do.
+ *
+ * @throws {Error} if the folder cannot be written, or the file is damaged, newer than this code, or not ours. Such a
+ * file is never changed.
+ */
+export function fileStore(dir: string): Store {
+  demand(
+    typeof dir === "string" && dir !== "",
+    `fileStore: dir must be the path of a folder, such as ".oauth-state"`,
+  );
+  const db = openDatabase(dir);
+  const select = db.prepare("SELECT value, expires FROM entries WHERE key = ?");
+  const upsert = db.prepare("INSERT OR REPLACE INTO entries (key, value, expires) VALUES (?, ?, ?)");
+  const remove = db.prepare("DELETE FROM entries WHERE key = ?");
+  const scan = db.prepare("SELECT key, value, expires FROM entries WHERE key >= ? ORDER BY key LIMIT 100");
+  // Two at a time, with each change: the past is cleared faster than it grows, and nothing ever waits for a sweep.
+  const sweep = db.prepare(
+    "DELETE FROM entries WHERE key IN (SELECT key FROM entries WHERE expires < ? LIMIT 2)",
+  );
+
+  const read = (key: string): Row | undefined => {
+    const row = select.get(key) as Row | undefined;
+    return row && isLive(row.expires) ? row : undefined;
+  };
+
+  const write = (
+    key: string,
+    change: (current: unknown) => unknown,
+    expiresAt: number | undefined,
+  ): unknown => {
+    db.exec("BEGIN IMMEDIATE");
+    try {
+      const row = read(key);
+      const current = parse(row?.value);
+      const next = change(current);
+      if (next !== current) {
+        if (next === undefined) remove.run(key);
+        else upsert.run(key, JSON.stringify(next), expiresAt ?? row?.expires ?? null);
+        sweep.run(seconds() - EXPIRED_KEPT);
+      }
+      db.exec(next === current ? "ROLLBACK" : "COMMIT");
+      return next;
+    } catch (error) {
+      rollBack(db);
+      throw error;
+    }
+  };
+
+  return {
+    get: (key) => patiently(() => parse(read(key)?.value)),
+    update: (key, change, options) => patiently(() => write(key, change, options?.expiresAt)),
+    async *list(prefix) {
+      let from = prefix;
+      while (true) {
+        const rows = await patiently(() => scan.all(from) as Row[]);
+        for (const { key, value, expires } of rows) {
+          if (!key.startsWith(prefix)) return;
+          if (isLive(expires)) yield [key, parse(value)];
+        }
+        const last = rows.at(-1);
+        if (!last || rows.length < 100) return;
+        from = `${last.key}\0`; // the next key in order
+      }
+    },
+    close: () => db.close(),
+  };
+}
+
+/**
+ * Runs a database call, again and again while another process holds the lock or wins the race. SQLite itself is told
+ * not to wait: it would do so with the whole server standing still.
+ */
+async function patiently<T>(call: () => T | Promise<T>): Promise<T> {
+  const deadline = performance.now() + LOCK_PATIENCE * 1000;
+  for (let wait = 1;; wait = Math.min(wait * 2, 50)) {
+    try {
+      return await call();
+    } catch (error) {
+      if (!isLocked(error) || performance.now() > deadline) throw error;
+      await new Promise((resolve) => setTimeout(resolve, wait * (0.5 + Math.random())));
+    }
+  }
+}
+
+/** A compare-and-set found that somebody else had been there. */
+class LostRace extends Error {}
+
+function isLocked(error: unknown): boolean {
+  return error instanceof LostRace ||
+    (error instanceof Error && /database (table )?is locked|busy/i.test(error.message));
+}
+
+function rollBack(db: Sqlite): void {
+  try {
+    db.exec("ROLLBACK");
+  } catch {
+    // Nothing was begun, or SQLite has rolled back by itself; the error that led here is the one to report.
+  }
+}
+
+function openDatabase(dir: string): Sqlite {
+  const fs = nodeModule("node:fs");
+  const { DatabaseSync } = nodeModule("node:sqlite");
+  const file = `${dir.replace(/[\\/]+$/, "")}/oauth.sqlite`;
+  try {
+    fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
+    if (!fs.existsSync(file)) createDatabase(file);
+    fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
+  } catch (error) {
+    throw new Error(
+      `Cannot write the state folder ${show(dir)}: make it writable for this user, or give fileStore() another folder`,
+      { cause: error },
+    );
+  }
+  let db: Sqlite | undefined;
+  try {
+    db = new DatabaseSync(file) as Sqlite;
+    checkDatabase(db, file);
+    db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
+    return db;
+  } catch (error) {
+    db?.close();
+    if (error instanceof StateFileError) throw error;
+    throw new StateFileError(
+      `The state file ${show(file)} cannot be read and was left as it is. Put a backup in its place, or move it away ` +
+        "to start anew, which ends all connections",
+      { cause: error },
+    );
+  }
+}
+
+/** Made under another name and put in place whole: a file of this name without our mark is always damage. */
+function createDatabase(file: string): void {
+  const fs = nodeModule("node:fs");
+  const { DatabaseSync } = nodeModule("node:sqlite");
+  const fresh = `${file}.${random(4)}.new`;
+  try {
+    fs.closeSync(fs.openSync(fresh, "wx", 0o600)); // SQLite gives its side files the mode of this one
+    const db = new DatabaseSync(fresh) as Sqlite;
+    db.exec(`
+      PRAGMA application_id = ${APPLICATION_ID};
+      PRAGMA user_version = ${SCHEMA_VERSION};
+      CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL) WITHOUT ROWID;
+      CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
+    `);
+    db.close();
+    fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
+  } catch (error) {
+    if ((error as { code?: string }).code !== "EEXIST") throw error;
+  } finally {
+    fs.rmSync(fresh, { force: true });
+  }
+}
+
+class StateFileError extends Error {}
+
+function checkDatabase(db: Sqlite, file: string): void {
+  const pragma = (name: string) => Object.values(db.prepare(`PRAGMA ${name}`).get() as Record<string, unknown>)[0];
+  db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
+  if (pragma("application_id") !== APPLICATION_ID) {
+    throw new StateFileError(
+      `${show(file)} is not a state file of this program and was left as it is: give fileStore() another folder`,
+    );
+  }
+  const version = Number(pragma("user_version"));
+  if (version > SCHEMA_VERSION) {
+    throw new StateFileError(
+      `${show(file)} was written by a newer version of personal-auth (format ${version}, this one knows ` +
+        `${SCHEMA_VERSION}) and was left as it is: update mod.ts`,
+    );
+  }
+  const verdict = pragma("quick_check");
+  if (verdict !== "ok") throw new Error(String(verdict));
+}
+
+/** The part of a `Deno.Kv` that is used here, so that no Deno type is named. */
+export interface KvLike {
+  get(key: string[]): Promise<KvEntryLike>;
+  list(
+    selector: { start: string[]; end: string[] },
+  ): AsyncIterable<KvEntryLike & { key: readonly unknown[] }>;
+  atomic(): KvAtomicLike;
+  close(): void;
+}
+
+/** What `KvLike` reads. */
+export interface KvEntryLike {
+  value: unknown;
+  versionstamp: string | null;
+}
+
+/** One compare-and-set. */
+export interface KvAtomicLike {
+  check(entry: { key: string[]; versionstamp: string | null }): KvAtomicLike;
+  set(key: string[], value: unknown, options?: { expireIn?: number }): KvAtomicLike;
+  delete(key: string[]): KvAtomicLike;
+  commit(): Promise<{ ok: boolean }>;
+}
+
+/**
+ * State in a `Deno.Kv`: a local file, or the distributed store of Deno Deploy. `await Deno.openKv()` makes one;
+ * `@deno/kv` does on Node.
+ */
+export function kvStore(kv: KvLike): Store {
+  demand(typeof kv?.atomic === "function", "kvStore needs an open Deno.Kv: kvStore(await Deno.openKv())");
+  const path = (key: string) => ["personal-auth", key];
+  // Kept as text with its expiry: KV's own may take a minute longer, and its values may outlive a change of V8.
+  const decode = ({ value }: KvEntryLike) => {
+    const { json, expires } = (value ?? {}) as { json?: string; expires?: number | null };
+    return {
+      current: isLive(expires) ? parse(json) : undefined,
+      expires: isLive(expires) ? expires : undefined,
+    };
+  };
+
+  async function compareAndSet(
+    key: string,
+    change: (current: unknown) => unknown,
+    expiresAt: number | undefined,
+  ) {
+    const entry = await kv.get(path(key));
+    const { current, expires } = decode(entry);
+    const next = change(current);
+    if (next === current) return next;
+    const atomic = kv.atomic().check({ key: path(key), versionstamp: entry.versionstamp });
+    const until = expiresAt ?? expires ?? null;
+    const expireIn = until === null ? {} : { expireIn: Math.max(1, (until - seconds() + EXPIRED_KEPT) * 1000) };
+    if (next === undefined) atomic.delete(path(key));
+    else atomic.set(path(key), { json: JSON.stringify(next), expires: until }, expireIn);
+    if (!(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
+    return next;
+  }
+
+  const inTurn = turns();
+  return {
+    get: (key) => patiently(async () => decode(await kv.get(path(key))).current),
+    // One after the other within this process, so that only other processes are raced against.
+    update: (key, change, options) =>
+      inTurn(key, () => patiently(() => compareAndSet(key, change, options?.expiresAt))),
+    async *list(prefix) {
+      for await (const entry of kv.list({ start: path(prefix), end: path(`${prefix}\u{10ffff}`) })) {
+        const { current } = decode(entry);
+        if (current !== undefined) yield [String(entry.key[1]), current];
+      }
+    },
+    close: () => kv.close(),
+  };
+}
+
+/** Lets tasks of one key run one after the other, and forgets a key that has none. */
+function turns(): <T>(key: string, task: () => Promise<T>) => Promise<T> {
+  const last = new Map<string, Promise<unknown>>();
+  return (key, task) => {
+    const turn = (last.get(key) ?? Promise.resolve()).then(task, task);
+    last.set(key, turn);
+    const leave = () => {
+      if (last.get(key) === turn) last.delete(key);
+    };
+    turn.then(leave, leave);
+    return turn;
+  };
+}
+
+/** What the rest of the server sees of the store: a failure is told to the owner in full, and to the wire as 503. */
+function reporting(store: Store, emit: Emit): Store {
+  const failed = (cause: unknown) => {
+    emit("server_error", "the store failed", { cause });
+    return new OAuthError("server_error", "The server cannot reach its state; try again", {
+      status: 503,
+      headers: { "Retry-After": "5" },
+    });
+  };
+  return {
+    async get(key) {
+      try {
+        return await store.get(key);
+      } catch (error) {
+        throw failed(error);
+      }
+    },
+    async update(key, change, options) {
+      try {
+        return await store.update(key, change, options);
+      } catch (error) {
+        throw failed(error);
+      }
+    },
+    async *list(prefix) {
+      try {
+        yield* store.list(prefix);
+      } catch (error) {
+        throw failed(error);
+      }
+    },
+  };
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Primitives
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+const utf8 = new TextEncoder();
+
+/** Seconds since the epoch, with their fraction: the one unit of time in this file. */
+function seconds(): number {
+  return Date.now() / 1000;
+}
+
+function hex(bytes: Uint8Array): string {
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** So many random bytes, as hex digits. */
+function random(bytes: number): string {
+  return hex(crypto.getRandomValues(new Uint8Array(bytes)));
+}
+
+function base64url(bytes: Uint8Array): string {
+  return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+}
+
+function fromBase64url(text: string): string {
+  const bytes = Uint8Array.from(
+    atob(text.replaceAll("-", "+").replaceAll("_", "/")),
+    (char) => char.charCodeAt(0),
+  );
+  return new TextDecoder().decode(bytes);
+}
+
+/** SHA-256 in base64url: how secrets are kept, and the S256 transformation of RFC 7636 §4.2. */
+async function sha256(text: string): Promise<string> {
+  return base64url(new Uint8Array(await crypto.subtle.digest("SHA-256", utf8.encode(text))));
+}
+
+/** HMAC-SHA-256 under the server's key, in hex. The purpose keeps one use from standing in for another. */
+type Mac = (purpose: string, ...parts: string[]) => Promise<string>;
+
+/** The key is drawn at the first start. It opens nothing by itself: what it signs is checked against the store. */
+function serverMac(store: Store): Mac {
+  const key = once(async () => {
+    const { key } = await store.update("server", (current) => current ?? { key: random(32) }) as {
+      key: string;
+    };
+    return crypto.subtle.importKey("raw", utf8.encode(key), { name: "HMAC", hash: "SHA-256" }, false, [
+      "sign",
+    ]);
+  });
+  // JSON, so that no two lists of parts come out as the same bytes.
+  return async (purpose, ...parts) => {
+    const message = utf8.encode(JSON.stringify([purpose, ...parts]));
+    return hex(new Uint8Array(await crypto.subtle.sign("HMAC", await key(), message)));
+  };
+}
+
+/** Whether two strings are equal, in a time that tells only their lengths. */
+function equal(a: string, b: string): boolean {
+  let difference = a.length ^ b.length;
+  for (let i = 0; i < a.length; i++) difference |= a.charCodeAt(i) ^ b.charCodeAt(i);
+  return difference === 0;
+}
+
+/** Computes a value when it is first needed, and again only after a failure. */
+function once<T>(compute: () => Promise<T>): () => Promise<T> {
+  let value: Promise<T> | undefined;
+  return () =>
+    value ??= compute().catch((error) => {
+      value = undefined;
+      throw error;
+    });
+}
+
+/** The members that have a value: JSON for other people's parsers holds no null. */
+function defined<T extends Record<string, unknown>>(
+  members: T,
+): { [K in keyof T]?: Exclude<T[K], undefined> } {
+  return Object.fromEntries(Object.entries(members).filter(([, value]) => value !== undefined)) as {
+    [K in keyof T]?: Exclude<T[K], undefined>;
+  };
+}
+
+/** A module of Node's, which Deno and Bun have as well. Asked for only where it is used: this file loads without. */
+// deno-lint-ignore no-explicit-any
+function nodeModule(name: string): any {
+  const { process } = globalThis as { process?: { getBuiltinModule?: (name: string) => unknown } };
+  const module = process?.getBuiltinModule?.(name);
+  if (!module) {
+    throw new Error(`${name} is missing: fileStore() needs Deno 2.9, Bun 1.4 or Node 22.18, or later ones`);
+  }
+  return module;
+}
+
+/**
+ * OAuth parameters. One without a value counts as absent, and one that comes twice is refused, because two parsers may
+ * take different ones of the two (RFC 6749 §3.1); only `resource` may repeat (RFC 8707 §2).
+ */
+function parameters(encoded: string): URLSearchParams {
+  const params = new URLSearchParams();
+  for (const [name, value] of new URLSearchParams(encoded)) {
+    if (value === "") continue;
+    if (params.has(name) && name !== "resource") {
+      throw new OAuthError("invalid_request", `The parameter ${show(name)} is given more than once`);
+    }
+    params.append(name, value);
+  }
+  return params;
+}
+
+async function readForm(c: Context): Promise<URLSearchParams> {
+  demandType(c, "application/x-www-form-urlencoded");
+  return parameters(await c.req.text());
+}
+
+async function readJson(c: Context): Promise<unknown> {
+  demandType(c, "application/json");
+  try {
+    return JSON.parse(await c.req.text());
+  } catch (cause) {
+    throw new OAuthError("invalid_client_metadata", "The body is not valid JSON", { cause });
+  }
+}
+
+function demandType(c: Context, type: string): void {
+  if (c.req.header("Content-Type")?.split(";")[0]?.trim().toLowerCase() !== type) {
+    throw new OAuthError("invalid_request", `The Content-Type must be ${type}`, { status: 415 });
+  }
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Errors
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+type ErrorStatus = 400 | 401 | 403 | 405 | 413 | 415 | 500 | 503;
+
+/**
+ * An error in OAuth's own form (RFC 6749 §5.2). `code` and `message` go to the client; what only the owner may read
+ * goes into `cause` or an event, never into the message.
+ */
+export class OAuthError extends Error {
+  override name = "OAuthError";
+  readonly code: string;
+  readonly status: ErrorStatus;
+  readonly headers: Record<string, string>;
+  /** The event to raise when this is answered. */
+  readonly event: AuthEvent["type"] | undefined;
+
+  constructor(
+    code: string,
+    description: string,
+    more: {
+      status?: ErrorStatus;
+      headers?: Record<string, string>;
+      event?: AuthEvent["type"];
+      cause?: unknown;
+    } = {},
+  ) {
+    super(description, { cause: more.cause });
+    this.code = code;
+    this.status = more.status ?? 400;
+    this.headers = more.headers ?? {};
+    this.event = more.event;
+  }
+}
+
+function methodNotAllowed(allow: string): never {
+  throw new OAuthError("invalid_request", `The method must be one of ${allow}`, {
+    status: 405,
+    headers: { Allow: allow },
+  });
+}
+
+function bodyTooLarge(): OAuthError {
+  return new OAuthError("invalid_request", `The body is larger than ${MAX_BODY_BYTES} bytes`, {
+    status: 413,
+  });
+}
+
+/** Anything that was thrown, as an OAuthError. What is none is a fault of this file, and tells the wire nothing. */
+function asOAuthError(error: unknown, emit: Emit): OAuthError {
+  if (error instanceof OAuthError) return error;
+  emit("server_error", "an unexpected error", { cause: error });
+  return new OAuthError("server_error", "Something went wrong here", { status: 500 });
+}
+
+function errorResponse(c: Context, thrown: unknown, emit: Emit): Response {
+  const { code, message, status, headers } = asOAuthError(thrown, emit);
+  return c.json({ error: code, error_description: message }, status, {
+    ...headers,
+    "Cache-Control": "no-store",
+  });
+}
+
+/** The same for an endpoint that people see. */
+function errorPage(c: Context, thrown: unknown, emit: Emit): Response | Promise<Response> {
+  const { message, status, headers } = asOAuthError(thrown, emit);
+  for (const [name, value] of Object.entries(headers)) c.header(name, value);
+  return messagePage(
+    c,
+    status,
+    status < 500 ? "That did not work" : "Something went wrong here",
+    `${message}.`,
+  );
+}
+
+type Handler = (c: Context) => Response | Promise<Response>;
+
+/** A handler that answers what it throws. */
+function answering(handler: Handler, emit: Emit, answer: typeof errorPage = errorResponse): Handler {
+  return async (c) => {
+    try {
+      return await handler(c);
+    } catch (error) {
+      return await answer(c, error, emit);
+    }
+  };
+}
