@@ -1578,7 +1578,7 @@ const CHECK_DIGITS = 32;
 /** The grant a token names, if it has the form of one: `pat_` access, `prt_` refresh, `pac_` code. */
 function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefined {
   const digits = 32 + 64 + (prefix === "prt" ? CHECK_DIGITS : 0);
-  const wellFormed = token.length === 4 + digits && token.startsWith(`${prefix}_`) &&
+  const wellFormed = typeof token === "string" && token.length === 4 + digits && token.startsWith(`${prefix}_`) &&
     /^[0-9a-f]+$/.test(token.slice(4));
   return wellFormed ? token.slice(4, 4 + 32) : undefined;
 }
@@ -1777,8 +1777,9 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
     const browser = known && /^[0-9a-f]{64}$/.test(known) ? known : random(32);
     if (browser !== known) remember(c, browser);
     if (settings.password === false || authenticateOwner) return { browser, proof: "nothing" };
+    const { salt } = await passwordRecord();
     const record = await store.get(await keyOf(browser)) as BrowserRecord | undefined;
-    return { browser, proof: await signedIn(record) ? "nothing" : "password" };
+    return { browser, proof: isSignedIn(record, salt) ? "nothing" : "password" };
   }
 
   /**
@@ -1794,14 +1795,6 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
       secure, // plain http on loopback only, where Safari refuses to keep a Secure cookie
       ...(prefix && { prefix }),
     });
-  }
-
-  async function signedIn(record: BrowserRecord | undefined): Promise<boolean> {
-    const session = record?.session;
-    const now = seconds();
-    return session !== undefined && now - session.since < SESSION_TTL &&
-      now - session.seen < SESSION_IDLE_TTL &&
-      session.password === (await passwordRecord()).salt; // a changed password ends every session
   }
 
   /** A form belongs to one browser and one request, for ten minutes; another site can neither read nor make one. */
@@ -1892,6 +1885,13 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
   }
 
   return { visit, seal, sealed, approvalId, prove };
+}
+
+function isSignedIn(record: BrowserRecord | undefined, password: string): boolean {
+  const session = record?.session;
+  const now = seconds();
+  return session !== undefined && now - session.since < SESSION_TTL && now - session.seen < SESSION_IDLE_TTL &&
+    session.password === password; // a changed password ends every session
 }
 
 /** Two servers on one host share its cookies, whatever their ports and paths: each needs a name of its own. */
@@ -2359,7 +2359,9 @@ export function kvStore(kv: KvLike): Store {
     if (next === current) return next;
     const atomic = kv.atomic().check({ key: path(key), versionstamp: entry.versionstamp });
     const until = expiresAt ?? expires ?? null;
-    const expireIn = until === null ? {} : { expireIn: Math.max(1, (until - seconds() + EXPIRED_KEPT) * 1000) };
+    const expireIn = until === null
+      ? {}
+      : { expireIn: Math.max(0, Math.ceil((until - seconds() + EXPIRED_KEPT) * 1000)) };
     if (next === undefined) atomic.delete(path(key));
     else atomic.set(path(key), { json: JSON.stringify(next), expires: until }, expireIn);
     if (!(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
