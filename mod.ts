@@ -24,6 +24,7 @@
  * | `/authorize` | the owner signs in and approves or denies | OAuth 2.1 §4.1, RFC 7636, 8707, 9207 |
  * | `/token` | code exchange and refresh | OAuth 2.1 §4.1.3, §4.3 |
  * | `/revoke` | ends a connection | RFC 7009 |
+ * | `/introspect` | tells a resource server elsewhere about a token | RFC 7662 |
  * | `/mcp` | the guard in front of your handler | RFC 6750, RFC 9728 |
  *
  * The file reads from top to bottom in the order a client meets it: options, discovery, clients, redirects,
@@ -69,14 +70,32 @@ export interface PersonalAuthOptions {
   store?: Store | undefined;
   /** The path that is guarded, relative to `baseUrl`; both together are the resource identifier. Default: `/mcp`. */
   mcpPath?: string | undefined;
-  /** The scopes on offer, as names or as names with what they allow in words. Default: `["mcp"]`. */
-  scopes?: string[] | Record<string, string> | undefined;
+  /**
+   * The scopes on offer: names, or names with what they allow in words or as a {@linkcode ScopeOption}.
+   * Default: `["mcp"]`.
+   */
+  scopes?: string[] | Record<string, string | ScopeOption> | undefined;
   /** Clients registered by hand, for hosts where a person types in an id and a secret. */
   clients?: PreregisteredClient[] | undefined;
   /** Replaces the password: whether this request comes from the owner, as told by a proxy, a passkey, an upstream login. */
   authenticateOwner?: ((c: Context) => boolean | Promise<boolean>) | undefined;
+  /**
+   * Fetches a Client ID Metadata Document in place of the built-in way, which goes to public addresses only: for a
+   * runtime without `node:https`, or a network where everything passes a proxy. It must follow no redirects.
+   */
+  fetchClientMetadata?: ((url: string, signal: AbortSignal) => Promise<Response>) | undefined;
   /** Called with everything worth a log line or an alarm. Default: one line each on the console. */
   onEvent?: ((event: AuthEvent) => void) | undefined;
+}
+
+/** A scope that is more than a name. */
+export interface ScopeOption {
+  /** What it allows, in words that go after "It may …". */
+  description?: string;
+  /** Scopes that whoever has this one has as well. */
+  includes?: string[];
+  /** `true`: granted only to a client that asks for it by name, as after a step-up challenge. Default: `false`. */
+  onRequest?: boolean;
 }
 
 /** A client registered by hand, in the member names of RFC 7591 §2. Without a secret it is a public client. */
@@ -91,6 +110,7 @@ export interface PreregisteredClient {
 export interface AuthEvent {
   type:
     | "client_registered"
+    | "client_document_refused"
     | "redirect_refused"
     | "owner_signed_in"
     | "sign_in_failed"
@@ -111,7 +131,7 @@ export interface AuthEvent {
   connection?: string;
   /** The client's own name for itself: not verified by anybody. */
   clientName?: string;
-  /** What was thrown, for `server_error`. */
+  /** What was thrown, for `server_error` and `client_document_refused`. */
   cause?: unknown;
 }
 
@@ -190,6 +210,41 @@ export interface Store {
   close?(): void | Promise<void>;
 }
 
+/**
+ * Entries of `allowedRedirectDomains` for the apps that many people connect:
+ * `allowedRedirectDomains: [...redirects.claude, ...redirects.cursor]`.
+ */
+export const redirects: Record<
+  | "claude"
+  | "local"
+  | "antigravity"
+  | "chatgpt"
+  | "cursor"
+  | "devin"
+  | "grok"
+  | "metaai"
+  | "mistral"
+  | "perplexity"
+  | "slack"
+  | "vscode",
+  string[]
+> = {
+  /** The web, the phone and the desktop, with Claude Desktop's own scheme for its Code tab. */
+  claude: ["claude.ai", "claude.com", "claude://claude.ai"],
+  /** Whatever runs on the computer in front of you: Claude Code, Codex, Gemini CLI, Inspector, mcp-remote, opencode. */
+  local: ["localhost"],
+  antigravity: ["antigravity.google"],
+  chatgpt: ["chatgpt.com"],
+  cursor: ["cursor://anysphere.cursor-mcp", "www.cursor.com", "cursor.com", "localhost"],
+  devin: ["api.devin.ai"],
+  grok: ["grok.com", "console.x.ai"],
+  metaai: ["agent.meta.ai"],
+  mistral: ["callback.mistral.ai"],
+  perplexity: ["www.perplexity.ai", "enterprise.perplexity.ai"],
+  slack: ["oauth2.slack.com"],
+  vscode: ["vscode.dev", "insiders.vscode.dev", "localhost"],
+};
+
 const MINUTE = 60;
 const HOUR = 60 * MINUTE;
 const DAY = 24 * HOUR;
@@ -206,15 +261,25 @@ interface Settings {
   mcpPath: string;
   /** The one resource identifier (RFC 8707) that tokens are issued for, and its URL form for `AuthInfo`. */
   resource: string;
-  /** Scope names and what they allow, in words. */
-  scopes: Map<string, string>;
+  scopes: Scopes;
   accessTokenTtl: number;
   refreshTokenTtl: number;
   allowed: string[] | null;
   clients: PreregisteredClient[];
   password: string | false | undefined;
   authenticateOwner: PersonalAuthOptions["authenticateOwner"];
+  fetchClientMetadata: MetadataFetcher;
   emit: Emit;
+}
+
+/** The scopes on offer. */
+interface Scopes {
+  all: string[];
+  /** What a client gets that does not ask, or asks for nothing that is known here. */
+  byDefault: string[];
+  words(scope: string): string;
+  /** These and all they include. */
+  withIncluded(scopes: string[]): string[];
 }
 
 type Emit = (type: AuthEvent["type"], message: string, more?: Partial<AuthEvent>) => void;
@@ -240,6 +305,11 @@ function readOptions(options: PersonalAuthOptions): Settings {
     authenticateOwner === undefined || (typeof authenticateOwner === "function" && password === undefined),
     "authenticateOwner must be a function, and stands instead of password: give one of the two",
   );
+  const { fetchClientMetadata } = options;
+  demand(
+    fetchClientMetadata === undefined || typeof fetchClientMetadata === "function",
+    "fetchClientMetadata must be a function (url, signal) => Promise<Response>",
+  );
   demand(onEvent === undefined || typeof onEvent === "function", "onEvent must be a function");
   const basePath = url.pathname === "/" ? "" : url.pathname;
   return {
@@ -256,12 +326,13 @@ function readOptions(options: PersonalAuthOptions): Settings {
     clients: readClients(options.clients ?? []),
     password: typeof password === "string" ? normalize(password) : password,
     authenticateOwner,
+    fetchClientMetadata: fetchClientMetadata ?? fetchPublicly,
     emit: emitter(onEvent ?? logEvent),
   };
 }
 
 const PATH = /^(\/[A-Za-z0-9._~-]+)+$/;
-const OUR_PATHS = new Set(["/authorize", "/token", "/register", "/revoke"]);
+const OUR_PATHS = new Set(["/authorize", "/token", "/register", "/revoke", "/introspect"]);
 
 function readBaseUrl(baseUrl: unknown): URL {
   const url = typeof baseUrl === "string" ? URL.parse(baseUrl) : null;
@@ -288,26 +359,44 @@ function readSeconds(name: string, value: unknown): number {
   return value;
 }
 
-function readScopes(scopes: string[] | Record<string, string>): Map<string, string> {
-  const entries = Array.isArray(scopes) ? scopes.map((name): [string, string] => [name, ""]) : Object.entries(scopes);
-  demand(entries.length > 0, `scopes must name at least one scope, such as ["mcp"]`);
-  for (const [name, words] of entries) {
+function readScopes(scopes: string[] | Record<string, string | ScopeOption>): Scopes {
+  const options = new Map<string, ScopeOption>(
+    Array.isArray(scopes)
+      ? scopes.map((name) => [name, {}])
+      : Object.entries(scopes).map(([name, it]) => [name, typeof it === "string" ? { description: it } : it]),
+  );
+  const all = [...options.keys()];
+  const byDefault = all.filter((name) => !options.get(name)?.onRequest);
+  demand(byDefault.length > 0, `scopes must name a scope that is granted by default, such as ["mcp"]`);
+  for (const [name, { description = "", includes = [] }] of options) {
     demand(
-      SCOPE.test(name) && name !== "offline_access" && name !== "openid",
+      SCOPE.test(name) && name !== OFFLINE_ACCESS && name !== "openid",
       `scopes holds ${show(name)}: a scope is printable ASCII without spaces and quotes; ` +
         "openid and offline_access are not for the owner to offer",
     );
-    demand(typeof words === "string", `scopes.${name} must say in words what the scope allows`);
+    demand(typeof description === "string", `scopes: the description of ${show(name)} must be a string`);
+    const unknown = includes.filter((scope) => !options.has(scope));
+    demand(unknown.length === 0, `scopes: ${show(name)} includes ${show(unknown[0])}, which is not on offer`);
   }
-  return new Map(entries);
+  const withIncluded = (scopes: string[]) => {
+    const reached = new Set(scopes);
+    for (const scope of reached) { // a Set visits what is added meanwhile, so this follows chains, and circles once
+      for (const included of options.get(scope)?.includes ?? []) reached.add(included);
+    }
+    return [...reached];
+  };
+  return { all, byDefault, words: (scope) => options.get(scope)?.description || scope, withIncluded };
 }
+
+/** The scope by which clients ask for a refresh token. */
+const OFFLINE_ACCESS = "offline_access";
 
 /** One scope-token of RFC 6749 §3.3. */
 const SCOPE = /^[\x21\x23-\x5b\x5d-\x7e]+$/;
 
 function readAllowed(allowed: string[] | null | undefined): string[] | null {
   if (allowed === null) return null;
-  const entries = allowed ?? ["claude.ai", "claude.com", "localhost", "claude://claude.ai"];
+  const entries = allowed ?? [...redirects.claude, ...redirects.local];
   demand(Array.isArray(entries), "allowedRedirectDomains must be a list of domains, or null to allow all");
   for (const entry of entries) {
     demand(
@@ -415,6 +504,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   post("/register", clients.register);
   post("/token", (c) => tokenEndpoint(c, clients, grants, settings));
   post("/revoke", (c) => revocationEndpoint(c, clients, grants));
+  post("/introspect", (c) => introspectionEndpoint(c, clients, grants, settings));
 
   for (const route of [`${basePath}/authorize`, `${basePath}/authorize/`]) {
     app.use(route, limit);
@@ -466,7 +556,7 @@ function discoveryDocuments(settings: Settings): Map<string, Record<string, unkn
 }
 
 /** RFC 8414 §2. */
-function authorizationServerMetadata({ issuer, scopes }: Settings): Record<string, unknown> {
+function authorizationServerMetadata({ issuer, scopes, clients }: Settings): Record<string, unknown> {
   const authMethods = ["none", "client_secret_post", "client_secret_basic"]; // Claude looks for "none"
   return {
     issuer,
@@ -475,28 +565,28 @@ function authorizationServerMetadata({ issuer, scopes }: Settings): Record<strin
     registration_endpoint: `${issuer}/register`,
     revocation_endpoint: `${issuer}/revoke`,
     // Clients ask for a refresh token only where this list holds offline_access (MCP 2026-07-28, refresh tokens).
-    scopes_supported: onOffer(scopes),
+    scopes_supported: [...scopes.all, OFFLINE_ACCESS],
     response_types_supported: ["code"],
     response_modes_supported: ["query"],
     grant_types_supported: ["authorization_code", "refresh_token"],
     token_endpoint_auth_methods_supported: authMethods,
     revocation_endpoint_auth_methods_supported: authMethods,
+    ...(clients.some(({ client_secret }) => client_secret !== undefined) && {
+      introspection_endpoint: `${issuer}/introspect`,
+      introspection_endpoint_auth_methods_supported: ["client_secret_post", "client_secret_basic"],
+    }),
     code_challenge_methods_supported: ["S256"],
+    client_id_metadata_document_supported: true,
     authorization_response_iss_parameter_supported: true,
   };
 }
 
-/** What a client may ask the authorization server for. */
-function onOffer(scopes: Map<string, string>): string[] {
-  return [...scopes.keys(), OFFLINE_ACCESS];
-}
-
-/** RFC 9728 §2. No `offline_access`: it is the authorization server's affair, not the resource's. */
+/** RFC 9728 §2. What a client needs to begin with, and no `offline_access`: that is the authorization server's affair. */
 function protectedResourceMetadata({ issuer, resource, scopes }: Settings): Record<string, unknown> {
   return {
     resource,
     authorization_servers: [issuer],
-    scopes_supported: [...scopes.keys()],
+    scopes_supported: scopes.byDefault,
     bearer_methods_supported: ["header"],
   };
 }
@@ -524,8 +614,8 @@ interface Client {
   secret: string | undefined;
   /** Whether it registered for refresh tokens. */
   refreshes: boolean;
-  /** The owner typed this one in, so its redirect URIs need no allow-list. */
-  preregistered: boolean;
+  /** Typed in by the owner, signed by this server, or a document that the client publishes. */
+  source: "preregistered" | "registered" | "document";
 }
 
 /** What a signed client_id carries: no more than is needed to recognise the client again. Short names keep it short. */
@@ -553,7 +643,9 @@ const MAX_CLIENT_ID_LENGTH = 2048;
  * secret is a MAC of the client_id (RFC 7591 appendix A.5.2). So a flood of registrations leaves no trace, a restart
  * forgets no client, and registering twice gives the same client.
  */
-function clientRegistry({ clients, scopes, emit }: Settings, mac: Mac, refusal: RedirectPolicy): Clients {
+function clientRegistry(settings: Settings, mac: Mac, refusal: RedirectPolicy): Clients {
+  const { clients, scopes, emit } = settings;
+  const documents = documentReader(settings.fetchClientMetadata);
   const preregistered = new Map(clients.map((client) => [client.client_id, client]));
 
   async function register(c: Context): Promise<Response> {
@@ -597,7 +689,7 @@ function clientRegistry({ clients, scopes, emit }: Settings, mac: Mac, refusal: 
         token_endpoint_auth_method: confidential ? metadata.token_endpoint_auth_method : "none",
         grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
         response_types: ["code"],
-        scope: grantedScopes(metadata.scope, onOffer(scopes)).join(" "),
+        scope: grantedScopes(metadata.scope, scopes).join(" "),
       },
       201,
       { "Cache-Control": "no-store" },
@@ -605,11 +697,12 @@ function clientRegistry({ clients, scopes, emit }: Settings, mac: Mac, refusal: 
   }
 
   async function resolve(client_id: string): Promise<Client | undefined> {
+    if (isDocumentUrl(client_id)) return await documents(client_id);
     const known = preregistered.get(client_id);
     if (known) {
       const { client_secret: secret, redirect_uris, client_name } = known;
       const name = client_name ?? client_id;
-      return { id: client_id, name, redirect_uris, secret, refreshes: true, preregistered: true };
+      return { id: client_id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
     }
     if (client_id.length > MAX_CLIENT_ID_LENGTH) return undefined;
     const [payload = "", signature = ""] = client_id.split(".");
@@ -618,14 +711,16 @@ function clientRegistry({ clients, scopes, emit }: Settings, mac: Mac, refusal: 
     }
     const { n, r, s, o } = JSON.parse(fromBase64url(payload)) as SignedClient;
     const secret = s ? await mac("client_secret", client_id) : undefined;
-    return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, preregistered: false };
+    return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, source: "registered" };
   }
 
   /** Client authentication at /token and /revoke: none, client_secret_post or client_secret_basic (RFC 6749 §2.3). */
   async function authenticate(c: Context, form: URLSearchParams): Promise<Client> {
     const { id, secret, basic } = clientCredentials(c.req.header("Authorization"), form);
     const headers: Record<string, string> = basic ? { "WWW-Authenticate": 'Basic realm="token"' } : {};
-    const client = await resolve(id);
+    // A published document is read where it decides where to redirect to. Here the grant is bound to the id itself, and
+    // a connection must go on whether or not the client's site is up.
+    const client = isDocumentUrl(id) ? publicClient(id) : await resolve(id);
     // 401 invalid_client is what makes clients that cached a registration register again.
     if (!client) {
       throw new OAuthError("invalid_client", "This client is unknown here: register again", {
@@ -769,6 +864,282 @@ function decodeBasic(encoded: string): string[] {
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Client ID Metadata Documents
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+const DOCUMENT_TIMEOUT_SECONDS = 5;
+const MAX_DOCUMENT_BYTES = 16 * 1024;
+const MAX_DOCUMENTS = 100;
+const MAX_DOCUMENT_REQUESTS = 8;
+/** Whatever a document's own headers say: it is not asked for more often than the one, nor trusted longer than the other. */
+const MIN_DOCUMENT_AGE = MINUTE;
+const MAX_DOCUMENT_AGE = DAY;
+/** How long an old copy stands in for a document that cannot be had. */
+const STALE_DOCUMENT_AGE = 30 * DAY;
+
+/** A client_id that is the address of the client's own metadata: https with a path (draft-ietf-oauth-client-id-metadata-document §3). */
+function isDocumentUrl(client_id: string): boolean {
+  if (!client_id.startsWith("https://") || client_id.length > MAX_CLIENT_ID_LENGTH) return false;
+  const url = URL.parse(client_id);
+  // Client ids are compared as strings, so only the one way to write a URL is taken: no dot segments, no default port,
+  // no upper-case host, no other form of an address.
+  return url?.href === client_id && url.pathname !== "/" && !client_id.includes("#") && !url.username && !url.password;
+}
+
+function publicClient(id: string, more: Partial<Client> = {}): Client {
+  return {
+    id,
+    name: new URL(id).host,
+    redirect_uris: [],
+    secret: undefined,
+    refreshes: true,
+    source: "document",
+    ...more,
+  };
+}
+
+/**
+ * Reads client metadata documents, with a cache that follows their HTTP headers within bounds. Nothing is stored: what
+ * anybody can make this server fetch lives in bounded memory. The address of a document is a stranger's choice, which
+ * is why it is fetched with {@linkcode fetchPublicly}.
+ */
+function documentReader(fetcher: MetadataFetcher): (client_id: string) => Promise<Client | undefined> {
+  const cache = new Map<string, { client?: Client; error?: unknown; fresh: number; until: number }>();
+  const underWay = new Map<string, Promise<Client | undefined>>();
+
+  async function read(client_id: string): Promise<Client | undefined> {
+    const now = seconds();
+    try {
+      const { client, maxAge } = await fetchDocument(client_id, fetcher);
+      remember(client_id, { client }, now, maxAge);
+      return client;
+    } catch (error) {
+      // The last good copy, or what is known of the big ones: an outage at the client's site must lock nobody out.
+      const client = cache.get(client_id)?.client ?? wellKnownClient(client_id);
+      remember(client_id, client ? { client } : { error }, now, MIN_DOCUMENT_AGE);
+      if (client) return client;
+      throw error;
+    }
+  }
+
+  function remember(client_id: string, found: { client?: Client; error?: unknown }, now: number, maxAge: number): void {
+    cache.delete(client_id); // so that it moves to the end of the line
+    cache.set(client_id, { ...found, fresh: now + maxAge, until: now + STALE_DOCUMENT_AGE });
+    if (cache.size > MAX_DOCUMENTS) cache.delete(cache.keys().next().value!);
+  }
+
+  return async (client_id) => {
+    const cached = cache.get(client_id);
+    if (cached && cached.until < seconds()) cache.delete(client_id);
+    else if (cached && cached.fresh > seconds()) {
+      if (cached.error) throw cached.error;
+      return cached.client;
+    }
+    const running = underWay.get(client_id);
+    if (running) return await running;
+    if (underWay.size >= MAX_DOCUMENT_REQUESTS) {
+      throw new OAuthError("server_error", "Too many apps are asking at once; try again in a few seconds", {
+        status: 503,
+        headers: { "Retry-After": "5" },
+      });
+    }
+    const reading = read(client_id).finally(() => underWay.delete(client_id));
+    underWay.set(client_id, reading);
+    return await reading;
+  };
+}
+
+/** Fetches and checks one document. Time and size are counted here, on the stream, whatever its headers promise. */
+async function fetchDocument(client_id: string, fetcher: MetadataFetcher): Promise<{ client: Client; maxAge: number }> {
+  const unusable = (reason: string, cause?: unknown) =>
+    new OAuthError("invalid_client", `The app's metadata at ${client_id} ${reason}`, {
+      status: 401,
+      event: "client_document_refused",
+      cause,
+    });
+  const signal = AbortSignal.timeout(DOCUMENT_TIMEOUT_SECONDS * 1000);
+  let text: string;
+  let maxAge: number;
+  try {
+    const response = await inTime(fetcher(client_id, signal), signal);
+    if (response.status !== 200) throw new Error(`answered ${response.status}`); // no redirects: they could lead anywhere
+    text = await inTime(readLimited(response, MAX_DOCUMENT_BYTES), signal);
+    maxAge = cacheSeconds(response.headers);
+  } catch (cause) {
+    throw unusable("cannot be read", cause);
+  }
+  let body: unknown;
+  try {
+    body = JSON.parse(text);
+  } catch (cause) {
+    throw unusable("is not JSON", cause);
+  }
+  const metadata = readClientMetadata(body);
+  const { client_id: own, client_secret, token_endpoint_auth_methods_supported: offered } = body as Record<
+    string,
+    unknown
+  >;
+  if (own !== client_id) throw unusable("names another client_id"); // a copy of somebody else's document
+  if (!metadata.client_name) throw unusable("has no client_name");
+  const method = metadata.token_endpoint_auth_method ?? "none";
+  // A published document can hold no secret. One that can sign says so, and is taken as public if it offers that too.
+  if (client_secret !== undefined || method.startsWith("client_secret")) throw unusable("relies on a shared secret");
+  if (method !== "none" && !(Array.isArray(offered) && offered.includes("none"))) {
+    throw unusable(`asks for ${show(method)}, which this server does not offer`);
+  }
+  const { client_name: name, redirect_uris, grant_types } = metadata;
+  const refreshes = grant_types?.includes("refresh_token") ?? true;
+  return { client: publicClient(client_id, { name, redirect_uris, refreshes }), maxAge };
+}
+
+/** RFC 9111 §5.2.2, as much as matters for a small document. */
+function cacheSeconds(headers: Headers): number {
+  const control = headers.get("Cache-Control")?.toLowerCase() ?? "";
+  const age = /no-store|no-cache/.test(control) ? 0 : Number(control.match(/max-age=(\d+)/)?.[1] ?? HOUR);
+  return Math.min(Math.max(age, MIN_DOCUMENT_AGE), MAX_DOCUMENT_AGE);
+}
+
+async function readLimited(response: Response, limit: number): Promise<string> {
+  const decoder = new TextDecoder();
+  let text = "";
+  let length = 0;
+  for await (const chunk of response.body ?? []) {
+    length += chunk.length;
+    if (length > limit) throw new Error(`is larger than ${limit} bytes`); // leaving the loop cancels the stream
+    text += decoder.decode(chunk, { stream: true });
+  }
+  return text + decoder.decode();
+}
+
+/** Gives up on a promise when the signal says so, even if whoever made it does not listen. */
+function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
+  return new Promise((resolve, reject) => {
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+    promise.then(resolve, reject);
+  });
+}
+
+/** Fetches a document at an address that a stranger chose. */
+type MetadataFetcher = (url: string, signal: AbortSignal) => Promise<Response>;
+
+/**
+ * GET over TLS to a public address, and to no other: not to this machine, its network, or the metadata service of a
+ * cloud. The name is resolved once; every address it has is checked, and the connection is made to one of those that
+ * were checked, so a name that changes its answer in between gains nothing. Addresses in a URL are seen by the same
+ * check in whatever form they are written. Redirects are not followed.
+ *
+ * Deno, Bun and Node all connect through the `lookup` they are given, so all three guarantee this. Where `node:https`
+ * is missing, nothing is fetched, and only the documents known beforehand are there. A proxy that the environment
+ * prescribes is not used.
+ */
+async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response> {
+  const { hostname } = new URL(url);
+  const { net, https, stream } = {
+    net: nodeModule("node:net"),
+    https: nodeModule("node:https"),
+    stream: nodeModule("node:stream"),
+  };
+  const literal = hostname.replace(/^\[|\]$/g, "");
+  // An address is connected to without a lookup.
+  if (net.isIP(literal) && !isPublicAddress(literal)) throw new Error(`${hostname} is not a public address`);
+  // deno-lint-ignore no-explicit-any
+  const message: any = await new Promise((resolve, reject) => {
+    const headers = { Accept: "application/json", "User-Agent": "personal-auth" };
+    https.get(url, { agent: false, lookup: publicLookup, signal, headers }, resolve).on("error", reject);
+  });
+  const headers = new Headers();
+  for (const name of ["content-type", "cache-control"]) {
+    if (message.headers[name]) headers.set(name, message.headers[name]);
+  }
+  return new Response(message.statusCode === 200 ? stream.Readable.toWeb(message) : null, {
+    status: message.statusCode === 200 ? 200 : 502,
+    headers,
+  });
+}
+
+// deno-lint-ignore no-explicit-any
+function publicLookup(hostname: string, options: { all?: boolean }, callback: (...args: any[]) => void): void {
+  const done = (error: Error | null, addresses: { address: string; family: number }[] = []) => {
+    const inside = addresses.find(({ address }) => !isPublicAddress(address));
+    if (error || inside || addresses.length === 0) {
+      callback(
+        error ?? new Error(`${hostname} resolves to ${inside?.address ?? "nothing"}, which is not a public address`),
+      );
+    } else if (options.all) callback(null, addresses);
+    else callback(null, addresses[0]!.address, addresses[0]!.family);
+  };
+  nodeModule("node:dns").lookup(hostname, { ...options, all: true }, done);
+}
+
+/** What is not the public internet, by the special-purpose address registries (RFC 6890) and their later entries. */
+const PRIVATE_IPV4 =
+  "0/8 10/8 100.64/10 127/8 169.254/16 172.16/12 192.0.0/24 192.0.2/24 192.31.196/24 192.52.193/24 " +
+  "192.88.99/24 192.168/16 192.175.48/24 198.18/15 198.51.100/24 203.0.113/24 224/3 168.63.129.16/32"; // the last: Azure's
+/** Of IPv6 only 2000::/3 is global; inside it, what is special, for documentation, or carries an IPv4 address (6to4, Teredo). */
+const PRIVATE_IPV6 = "2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
+
+const addressLists = lazily(() => {
+  const { BlockList } = nodeModule("node:net");
+  const [inside, outside] = [new BlockList(), new BlockList()];
+  for (const range of PRIVATE_IPV4.split(" ")) {
+    const [address = "", bits] = range.split("/");
+    inside.addSubnet([...address.split("."), "0", "0", "0"].slice(0, 4).join("."), Number(bits), "ipv4");
+  }
+  for (const range of PRIVATE_IPV6.split(" ")) {
+    const [address, bits] = range.split("/");
+    inside.addSubnet(address, Number(bits), "ipv6");
+  }
+  outside.addSubnet("2000::", 3, "ipv6");
+  return { inside, outside };
+});
+
+/**
+ * Whether an address may be connected to on a stranger's word.
+ *
+ * @internal
+ */
+export function isPublicAddress(address: string): boolean {
+  const { inside, outside } = addressLists();
+  if (/^[0-9.]+$/.test(address)) return nodeModule("node:net").isIPv4(address) && !inside.check(address, "ipv4");
+  const plain = address.split("%")[0]!; // without the name of an interface
+  return nodeModule("node:net").isIPv6(plain) && outside.check(plain, "ipv6") && !inside.check(plain, "ipv6");
+}
+
+/** The documents of the clients that most people use, as they were when this file was written. */
+const WELL_KNOWN_CLIENTS: [id: RegExp, name: string, redirect_uris: string[]][] = [
+  [/^https:\/\/claude\.ai\/oauth\/mcp-oauth-client-metadata$/, "Claude", [
+    "https://claude.ai/api/mcp/auth_callback",
+    "https://claude.com/api/mcp/auth_callback",
+  ]],
+  [/^https:\/\/claude\.ai\/oauth\/claude-code-client-metadata$/, "Claude Code", [
+    "http://localhost/callback",
+    "http://127.0.0.1/callback",
+  ]],
+  [/^https:\/\/chatgpt\.com\/oauth\/client\.json$/, "ChatGPT", [
+    "https://chatgpt.com/connector_platform_oauth_redirect",
+  ]],
+  [/^https:\/\/chatgpt\.com\/oauth\/(?!codex\/)([\w-]+)\/client\.json$/, "ChatGPT", [
+    "https://chatgpt.com/connector/oauth/$1",
+  ]],
+  [/^https:\/\/chatgpt\.com\/oauth\/codex\/client\.json$/, "Codex", ["http://127.0.0.1/callback"]],
+  [/^https:\/\/chatgpt\.com\/oauth\/codex\/([\w-]+)\/client\.json$/, "Codex", ["http://127.0.0.1/callback/$1"]],
+  [/^https:\/\/vscode\.dev\/oauth\/client-metadata\.json$/, "Visual Studio Code", [
+    "https://vscode.dev/redirect",
+    "https://insiders.vscode.dev/redirect",
+    "http://127.0.0.1/",
+    "http://localhost/",
+  ]],
+];
+
+function wellKnownClient(client_id: string): Client | undefined {
+  for (const [id, name, redirects] of WELL_KNOWN_CLIENTS) {
+    const match = client_id.match(id);
+    if (!match) continue;
+    return publicClient(client_id, { name, redirect_uris: redirects.map((uri) => uri.replace("$1", match[1] ?? "")) });
+  }
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // Redirect policy
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -850,7 +1221,6 @@ interface AuthorizationRequest extends Target {
   code_challenge: string;
 }
 
-const OFFLINE_ACCESS = "offline_access";
 const MAX_REQUEST_LENGTH = 16 * 1024;
 
 /**
@@ -988,7 +1358,7 @@ async function authorizationTarget(
     );
   }
   // Again, although registration asked: the owner may have shortened the list since, and a signed client_id stays.
-  const refused = client.preregistered ? unsafeRedirect(redirect_uri) : refusal(redirect_uri);
+  const refused = client.source === "preregistered" ? unsafeRedirect(redirect_uri) : refusal(redirect_uri);
   if (refused) throw new OAuthError("invalid_request", refused, { event: "redirect_refused" });
   return { client, redirect_uri, state: params.get("state") };
 }
@@ -1016,13 +1386,13 @@ function authorizationRequest(
     throw invalid("code_challenge must be a base64url SHA-256 digest");
   }
   checkResource(params, settings);
-  return { ...target, code_challenge, scopes: grantedScopes(params.get("scope"), onOffer(settings.scopes)) };
+  return { ...target, code_challenge, scopes: grantedScopes(params.get("scope"), settings.scopes) };
 }
 
 /** An answer to a request that names nobody who could be answered: a page, or JSON for a program that asks for it. */
 function unanswerable(c: Context, error: unknown, { emit }: Settings): Response | Promise<Response> {
-  if (!(error instanceof OAuthError)) throw error;
-  if (error.event) emit(error.event, error.message);
+  if (!(error instanceof OAuthError) || error.status >= 500) throw error;
+  if (error.event) emit(error.event, error.message, defined({ cause: error.cause }));
   const accept = c.req.header("Accept") ?? "";
   // mcp-remote asks this way before it opens the browser, and registers again when it reads invalid_client.
   if (accept.includes("application/json") && !accept.includes("text/html")) {
@@ -1058,16 +1428,20 @@ function normalizeResource(resource: string): string | undefined {
 }
 
 /**
- * RFC 6749 §3.3: what is asked and on offer; if that is nothing, everything on offer, because clients ask for scopes
- * they know from other servers. Never more than is on offer. `offline_access` only if asked: it is a formality here,
- * where every client gets a refresh token.
+ * RFC 6749 §3.3: what is asked and on offer; if that is nothing, the default, because clients ask for scopes they know
+ * from other servers. Never more than is on offer. `offline_access` only if asked: it is a formality here, where every
+ * client gets a refresh token.
  */
-function grantedScopes(asked: string | null | undefined, offered: string[]): string[] {
+function grantedScopes(asked: string | null | undefined, { all, byDefault }: Pick<Scopes, "all" | "byDefault">) {
   const wanted = new Set(asked?.split(/\s+/));
-  const real = offered.filter((scope) => scope !== OFFLINE_ACCESS);
-  const granted = real.filter((scope) => wanted.has(scope));
-  const offline = offered.filter((scope) => scope === OFFLINE_ACCESS && wanted.has(scope));
-  return [...(granted.length > 0 ? granted : real), ...offline];
+  const granted = all.filter((scope) => wanted.has(scope));
+  return [...(granted.length > 0 ? granted : byDefault), ...(wanted.has(OFFLINE_ACCESS) ? [OFFLINE_ACCESS] : [])];
+}
+
+/** A refresh may ask for less than was granted, and gets no more whatever it asks (RFC 6749 §6). */
+function narrowedScopes(asked: string, granted: string[]): string[] {
+  const all = granted.filter((scope) => scope !== OFFLINE_ACCESS);
+  return grantedScopes(asked, { all, byDefault: all }).filter((scope) => granted.includes(scope));
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1126,6 +1500,34 @@ async function revocationEndpoint(c: Context, clients: Clients, grants: Grants):
   return c.body(null, 200);
 }
 
+/**
+ * RFC 7662, for a resource server that runs elsewhere. Only clients that the owner registered with a secret may ask:
+ * to anybody else an answer would tell whether a token found somewhere is alive.
+ */
+async function introspectionEndpoint(
+  c: Context,
+  clients: Clients,
+  grants: Grants,
+  { issuer }: Settings,
+): Promise<Response> {
+  const form = await readForm(c);
+  const { source, secret } = await clients.authenticate(c, form);
+  if (source !== "preregistered" || secret === undefined) {
+    throw new OAuthError("unauthorized_client", "Introspection is for clients registered with a secret by the owner");
+  }
+  const token = form.get("token");
+  if (token === null) throw new OAuthError("invalid_request", "token is missing");
+  c.header("Cache-Control", "no-store");
+  try {
+    const { clientId: client_id, scopes, expiresAt: exp, resource } = await grants.verifyAccessToken(token);
+    const scope = scopes.join(" ");
+    return c.json({ active: true, client_id, scope, exp, token_type: "Bearer", iss: issuer, aud: resource?.href });
+  } catch (error) {
+    if (error instanceof OAuthError && error.code === "invalid_token") return c.json({ active: false });
+    throw error;
+  }
+}
+
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // Grants
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1145,7 +1547,8 @@ export interface Grant {
   used?: number;
   expires: number;
   revoked?: number;
-  code?: { hash: string; challenge: string; expires: number; redeemed?: number };
+  /** `refreshes`: what the client registered for. */
+  code?: { hash: string; challenge: string; refreshes: boolean; expires: number; redeemed?: number };
   refresh?: RefreshState;
   /** Live access tokens, oldest first: a refresh leaves the earlier ones to their own expiry. */
   access: AccessToken[];
@@ -1178,7 +1581,7 @@ export interface Transition {
 /** What is to be issued, hashed. */
 export interface Issue {
   access: { hash: string; scopes: string[]; expires: number };
-  refresh?: string | undefined;
+  refresh: string;
   /** When the connection ends unless it is refreshed. */
   expires: number;
 }
@@ -1201,7 +1604,7 @@ const MAX_ROTATIONS = 200;
  */
 export function approveGrant(
   request: Pick<Grant, "client" | "scopes" | "resource"> & { redirect_uri: string },
-  code: { hash: string; challenge: string },
+  code: { hash: string; challenge: string; refreshes: boolean },
   now: number,
 ): Grant {
   return { ...request, created: now, expires: now + FORM_TTL, code: { ...code, expires: now + CODE_TTL }, access: [] };
@@ -1234,10 +1637,10 @@ export function redeemGrant(
     outcome: "issued",
     grant: {
       ...grant,
-      expires,
+      expires: code.refreshes ? expires : access.expires,
       code: { ...code, redeemed: now },
       access: [{ ...access, scopes: grant.scopes, n: 0 }],
-      ...(refresh !== undefined && { refresh: { hash: refresh, n: 0, presented: false, rotated: [] } }),
+      ...(code.refreshes && { refresh: { hash: refresh, n: 0, presented: false, rotated: [] } }),
     },
   };
 }
@@ -1255,7 +1658,7 @@ export function redeemGrant(
 export function refreshGrant(
   grant: Grant,
   request: { hash: string; client_id: string },
-  issue: Issue & { refresh: string },
+  issue: Issue,
   now: number,
 ): Transition {
   const { refresh } = grant;
@@ -1384,7 +1787,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     const { client, redirect_uri, scopes, code_challenge: challenge } = request;
     const grant = approveGrant(
       { client: { id: client.id, name: client.name }, redirect_uri, scopes, resource },
-      { hash: await sha256(code), challenge },
+      { hash: await sha256(code), challenge, refreshes: client.refreshes },
       now,
     );
     let taken = false;
@@ -1400,7 +1803,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     const wrong = new OAuthError("invalid_grant", "The code is wrong, used, expired or meant for another client");
     if (!id) throw wrong;
     const access_token = `pat_${id}${random(32)}`;
-    const refresh_token = client.refreshes ? await refreshToken(id + random(32)) : undefined;
+    const refresh_token = await refreshToken(id + random(32));
     const request = {
       hash: await sha256(code),
       challenge: await sha256(code_verifier),
@@ -1414,7 +1817,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
       report("code_replayed", "a code was redeemed twice: the connection is ended", id, grant);
     }
     if (outcome !== "issued" || !grant) throw wrong;
-    return tokenResponse(grant, issue.access.hash, access_token, refresh_token);
+    return tokenResponse(grant, issue.access.hash, access_token, grant.refresh && refresh_token);
   };
 
   const refresh: Grants["refresh"] = async ({ refresh_token, scope, client }) => {
@@ -1424,7 +1827,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     if (!id || refresh_token !== await refreshToken(refresh_token.slice(4, -CHECK_DIGITS))) throw spent;
     const granted = (await read(id))?.scopes;
     if (!granted) throw spent;
-    const scopes = scope === undefined ? granted : grantedScopes(scope, granted);
+    const scopes = scope === undefined ? granted : narrowedScopes(scope, granted);
     const access_token = `pat_${id}${await mac("access", refresh_token, scopes.join(" "))}`;
     const successor = await refreshToken(id + await mac("refresh", refresh_token));
     const request = { hash: await sha256(refresh_token), client_id: client.id };
@@ -1438,12 +1841,12 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
   };
 
   /** What the record keeps of tokens that are about to be issued. */
-  async function hashed<R extends string | undefined>(access_token: string, scopes: string[], refresh_token: R) {
+  async function hashed(access_token: string, scopes: string[], refresh_token: string): Promise<Issue> {
     const now = seconds();
     return {
       access: { hash: await sha256(access_token), scopes, expires: now + accessTokenTtl },
-      refresh: (refresh_token && await sha256(refresh_token)) as R,
-      expires: now + Math.max(refresh_token ? refreshTokenTtl : 0, accessTokenTtl),
+      refresh: await sha256(refresh_token),
+      expires: now + Math.max(refreshTokenTtl, accessTokenTtl),
     };
   }
 
@@ -1494,10 +1897,15 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
       verified.set(token, hash);
     }
     if (presentGrant(grant, access, now) !== grant) await markPresented(id, hash, now);
-    const { client: { id: clientId, name: clientName } } = grant;
-    const { scopes, expires } = access;
-    const extra = { connection: id, clientName };
-    return { token, clientId, scopes, expiresAt: Math.floor(expires), resource: resourceUrl, extra };
+    const { id: clientId, name: clientName } = grant.client;
+    return {
+      token,
+      clientId,
+      scopes: offered.withIncluded(access.scopes),
+      expiresAt: Math.floor(access.expires),
+      resource: resourceUrl,
+      extra: { connection: id, clientName },
+    };
   }
 
   /** Remembers that a token was used. A store that cannot write must not keep the owner from reading. */
@@ -1535,10 +1943,10 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
       "createToken: name must say what the token is for",
     );
     const lifetime = readSeconds("createToken: expiresIn", expiresIn ?? 365 * DAY);
-    const granted = scopes ?? [...offered.keys()];
+    const granted = scopes ?? offered.all;
     demand(
-      Array.isArray(granted) && granted.length > 0 && granted.every((scope) => offered.has(scope)),
-      `createToken: scopes must be some of ${[...offered.keys()].join(", ")}, not ${show(scopes)}`,
+      Array.isArray(granted) && granted.length > 0 && granted.every((scope) => offered.all.includes(scope)),
+      `createToken: scopes must be some of ${offered.all.join(", ")}, not ${show(scopes)}`,
     );
     const id = random(16);
     const token = `pat_${id}${random(32)}`;
@@ -1618,13 +2026,13 @@ function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessTok
   const metadataUrl = `${origin}/.well-known/oauth-protected-resource${mcpPath}`;
 
   /** RFC 6750 §3 and RFC 9728 §5.1. Without `scope`, Claude asks for every scope of the authorization server. */
-  const challenge = (scope: Iterable<string>, error?: OAuthError) =>
+  const challenge = (scope: string[], error?: OAuthError) =>
     "Bearer " + [
       ...(error ? [`error="${error.code}"`, `error_description="${error.message}"`] : []),
-      `scope="${[...scope].join(" ")}"`,
+      `scope="${scope.join(" ")}"`,
       `resource_metadata="${metadataUrl}"`,
     ].join(", ");
-  const bare = challenge(scopes.keys());
+  const bare = challenge(scopes.byDefault);
 
   async function authenticate(c: Context<AuthEnv>): Promise<void> {
     const token = c.req.header("Authorization")?.match(BEARER)?.[1];
@@ -1639,7 +2047,7 @@ function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessTok
       c.set("auth", await verify(token));
     } catch (error) {
       if (!(error instanceof OAuthError) || error.code !== "invalid_token") throw error;
-      error.headers["WWW-Authenticate"] = challenge(scopes.keys(), error);
+      error.headers["WWW-Authenticate"] = challenge(scopes.byDefault, error);
       throw error;
     }
   }
@@ -1666,8 +2074,8 @@ function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessTok
 
   const requireScopes: PersonalAuth["requireScopes"] = (...required) => {
     demand(
-      required.length > 0 && required.every((scope) => scopes.has(scope)),
-      `requireScopes: ${show(required)} must be among the scopes on offer: ${[...scopes.keys()].join(", ")}`,
+      required.length > 0 && required.every((scope) => scopes.all.includes(scope)),
+      `requireScopes: ${show(required)} must be among the scopes on offer: ${scopes.all.join(", ")}`,
     );
     return async function personalAuthScopes(c, next) {
       try {
@@ -1978,7 +2386,7 @@ function consentPage(
 ): Response | Promise<Response> {
   const { proof, problem } = form;
   const target = new URL(redirect_uri);
-  const words = asked.filter((scope) => scope !== OFFLINE_ACCESS).map((scope) => scopes.get(scope) || scope);
+  const words = asked.filter((scope) => scope !== OFFLINE_ACCESS).map(scopes.words);
   const body = html`
     <h1>Let ${client.name || "an app without a name"} use this server?</h1>
     <dl>
@@ -2504,6 +2912,12 @@ function once<T>(compute: () => Promise<T>): () => Promise<T> {
       value = undefined;
       throw error;
     });
+}
+
+/** The same for a value that is computed at once. */
+function lazily<T>(compute: () => T): () => T {
+  let value: T | undefined;
+  return () => value ??= compute();
 }
 
 /** The members that have a value: JSON for other people's parsers holds no null. */

@@ -4,6 +4,7 @@
  */
 
 import node from "node:assert/strict";
+import dns from "node:dns";
 import { spawn } from "node:child_process";
 import { chmodSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
@@ -26,6 +27,7 @@ import {
   type AuthEvent,
   fileStore,
   type Grant,
+  isPublicAddress,
   type KvLike,
   kvStore,
   memoryStore,
@@ -35,6 +37,7 @@ import {
   type PersonalAuthOptions,
   presentGrant,
   redeemGrant,
+  redirects,
   refreshGrant,
   revokeGrant,
   type Store,
@@ -621,6 +624,322 @@ test("a client of the clients option comes with its own redirects, outside the a
   assertEquals((await post(app, "/token", request)).body.error, "invalid_client");
   assertEquals((await post(app, "/token", { ...request, client_secret: "another secret" })).status, 401);
   assertEquals((await post(app, "/token", { ...request, client_secret: "a secret of some length" })).status, 200);
+});
+
+// ─── Client ID Metadata Documents ──────────────────────────────────────────────────────────────────────────────────
+
+const DOCUMENT = "https://app.example/oauth/client.json";
+const document = (more: Record<string, unknown> = {}) => ({
+  client_id: DOCUMENT,
+  client_name: "Published App",
+  redirect_uris: [CLAUDE, "http://localhost/callback"],
+  token_endpoint_auth_method: "none",
+  grant_types: ["authorization_code", "refresh_token"],
+  logo_uri: "javascript:alert(1)",
+  ...more,
+});
+
+test("a Client ID Metadata Document stands in for a registration", async () => {
+  let fetched = 0;
+  const { app, auth, store } = world({
+    fetchClientMetadata: (url) => {
+      fetched++;
+      assertEquals(url, DOCUMENT);
+      return Promise.resolve(Response.json(document()));
+    },
+  });
+  const page = await browse(app).open(authorizeUrl(DOCUMENT));
+  assert(page.text.includes("Published App") && !page.text.includes("javascript:"));
+  const code = await approvedCode(app, DOCUMENT, { redirect_uri: "http://localhost:4321/callback" });
+  const request = { grant_type: "authorization_code", client_id: DOCUMENT, code, code_verifier: VERIFIER };
+  const { status, body } = await post(app, "/token", request);
+  assertEquals(status, 200);
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token)).status, 200);
+  assertEquals((await auth.verifyAccessToken(body.access_token)).clientId, DOCUMENT);
+  assertEquals((await post(app, "/revoke", { client_id: DOCUMENT, token: body.access_token })).status, 200);
+  assertEquals((await callMcp(app, body.access_token)).status, 401);
+  assertEquals(fetched, 1);
+  assert(!(await contents(store)).includes("callback.json"));
+});
+
+test("a connection goes on when the client's document is gone", async () => {
+  let up = true;
+  const fetchClientMetadata = () => up ? Promise.resolve(Response.json(document())) : Promise.reject(new Error("down"));
+  const { app, store } = world({ fetchClientMetadata });
+  const code = await approvedCode(app, DOCUMENT);
+  up = false;
+  const restarted = world({ store, fetchClientMetadata }).app;
+  const request = { grant_type: "authorization_code", client_id: DOCUMENT, code, code_verifier: VERIFIER };
+  const { body } = await post(restarted, "/token", request);
+  assertEquals((await refreshing(restarted, DOCUMENT, body.refresh_token)).status, 200);
+});
+
+test("a document is cached as its headers say, within bounds, and outlives an outage", async (t) => {
+  const travel = timeMachine(t);
+  let control = "max-age=600";
+  let up = true;
+  let fetched = 0;
+  const { app } = world({
+    fetchClientMetadata: () => {
+      fetched++;
+      if (!up) return Promise.reject(new Error("down"));
+      return Promise.resolve(Response.json(document(), { headers: { "Cache-Control": control } }));
+    },
+  });
+  const visit = async () => [(await browse(app).open(authorizeUrl(DOCUMENT))).status, fetched];
+  assertEquals([await visit(), await visit()], [[200, 1], [200, 1]]);
+  travel(599);
+  assertEquals(await visit(), [200, 1]);
+  control = "no-store";
+  travel(2);
+  assertEquals([await visit(), await visit()], [[200, 2], [200, 2]]); // a minute all the same, or anybody could make us ask
+  control = "max-age=99999999";
+  travel(61);
+  assertEquals(await visit(), [200, 3]);
+  travel(86399);
+  assertEquals(await visit(), [200, 3]);
+  up = false;
+  travel(2);
+  assertEquals([await visit(), await visit()], [[200, 4], [200, 4]]);
+  travel(61);
+  assertEquals(await visit(), [200, 5]);
+});
+
+test("a document that is not what it should be lets nobody in", async () => {
+  const text = (body: string) => () => new Response(body);
+  const bad: [string, () => Response | Promise<Response>][] = [
+    ["not JSON", text("<!doctype html>")],
+    ["empty", text("")],
+    ["a list", text("[]")],
+    ["null", text("null")],
+    ["deep", text("[".repeat(15_000))],
+    ["too large", text(JSON.stringify(document({ x: "x".repeat(17_000) })))],
+    [
+      "10,000 redirects",
+      text(JSON.stringify(document({ redirect_uris: Array(10_000).fill(CLAUDE).map((u, i) => u + i) }))),
+    ],
+    [
+      "17 redirects",
+      () => Response.json(document({ redirect_uris: Array.from({ length: 17 }, (_, i) => CLAUDE + i) })),
+    ],
+    ["endless", () => new Response(new ReadableStream({ pull: (c) => c.enqueue(new Uint8Array(1000).fill(32)) }))],
+    ["404", () => Response.json(document(), { status: 404 })],
+    ["a redirect", () => new Response(null, { status: 302, headers: { Location: DOCUMENT } })],
+    ["another client_id", () => Response.json(document({ client_id: `${DOCUMENT}?` }))],
+    ["no client_id", () => Response.json(document({ client_id: undefined }))],
+    ["no name", () => Response.json(document({ client_name: undefined }))],
+    ["a name of nothing", () => Response.json(document({ client_name: "\u202e\u0000" }))],
+    ["a name that is none", () => Response.json(document({ client_name: { toString: "x" } }))],
+    ["no redirects", () => Response.json(document({ redirect_uris: [] }))],
+    ["nested redirects", () => Response.json(document({ redirect_uris: [[CLAUDE]] }))],
+    ["other redirects", () => Response.json(document({ redirect_uris: ["https://claude.ai/other"] }))],
+    ["a hostile redirect", () => Response.json(document({ redirect_uris: ["javascript:alert(1)", "data:,x"] }))],
+    ["a secret", () => Response.json(document({ client_secret: "x" }))],
+    ["a shared secret", () => Response.json(document({ token_endpoint_auth_method: "client_secret_post" }))],
+    ["signed only", () => Response.json(document({ token_endpoint_auth_method: "private_key_jwt" }))],
+    ["no code", () => Response.json(document({ response_types: ["token"] }))],
+    ["an error", () => Promise.reject(new Error("secret detail of the network"))],
+  ];
+  for (const [what, answer] of bad) {
+    const { app, store } = world({ fetchClientMetadata: async () => await answer() });
+    await register(app);
+    const before = await contents(store);
+    const page = await browse(app).open(authorizeUrl(DOCUMENT));
+    assertEquals([page.status, page.location], [400, undefined], what);
+    assert(!page.text.includes("secret detail"));
+    assertEquals(await contents(store), before);
+    const { client_id } = await register(app);
+    assertEquals((await browse(app).open(authorizeUrl(client_id))).status, 200);
+  }
+});
+
+test("a document that offers none beside private_key_jwt is taken as public, as ChatGPT's is", async () => {
+  const { app } = world({
+    fetchClientMetadata: () =>
+      Promise.resolve(Response.json(document({
+        token_endpoint_auth_method: "private_key_jwt",
+        token_endpoint_auth_methods_supported: ["none", "private_key_jwt"],
+        jwks_uri: "https://app.example/jwks",
+      }))),
+  });
+  const code = await approvedCode(app, DOCUMENT);
+  const request = { grant_type: "authorization_code", client_id: DOCUMENT, code, code_verifier: VERIFIER };
+  assertEquals((await post(app, "/token", request)).status, 200);
+});
+
+test("only the one way to write an https URL with a path is read as the address of a document", async () => {
+  const fetched: string[] = [];
+  const { app } = world({
+    fetchClientMetadata: (url) => {
+      fetched.push(url);
+      return Promise.resolve(Response.json(document({ client_id: url })));
+    },
+  });
+  const not = [
+    "http://app.example/client.json",
+    "https://app.example",
+    "https://app.example/",
+    "https://APP.example/client.json",
+    "HTTPS://app.example/client.json",
+    "https://app.example:443/client.json",
+    "https://user@app.example/client.json",
+    "https://app.example/a/../client.json",
+    "https://app.example/./client.json",
+    "https://app.example/%2e%2e/client.json",
+    "https://app.example/client.json#x",
+    "https://app.example\\client.json",
+    "https://app.example/client json",
+    "https://2130706433/client.json",
+    "https://0x7f.1/client.json",
+    "https://0177.0.0.1/client.json",
+    "https://[::ffff:127.0.0.1]/client.json",
+    `https://app.example/${"x".repeat(2048)}`,
+    "file:///etc/passwd",
+    "data:application/json,{}",
+  ];
+  for (const id of not) assertEquals((await browse(app).open(authorizeUrl(id))).status, 400, id);
+  assertEquals(fetched, []);
+  assertEquals((await browse(app).open(authorizeUrl("https://app.example:8443/c.json?v=1"))).status, 200);
+});
+
+test("documents are fetched once for many who ask, and few at a time", async () => {
+  let fetched = 0;
+  const open: (() => void)[] = [];
+  const { app } = world({
+    fetchClientMetadata: (url) => {
+      fetched++;
+      return new Promise((resolve) => open.push(() => resolve(Response.json(document({ client_id: url })))));
+    },
+  });
+  const visit = async (id: string) => (await browse(app).open(authorizeUrl(id))).status;
+  const many = Array.from({ length: 10 }, () => visit(DOCUMENT));
+  const others = Array.from({ length: 20 }, (_, i) => visit(`${DOCUMENT}?${i}`));
+  while (fetched < 8) await new Promise((resolve) => setTimeout(resolve, 5));
+  const { client_id } = await register(app); // nobody else has to wait
+  assertEquals(await visit(client_id), 200);
+  open.forEach((answer) => answer());
+  assertEquals(new Set(await Promise.all(many)), new Set([200]));
+  assertEquals((await Promise.all(others)).filter((status) => status === 503).length, 13);
+  assertEquals(fetched, 8);
+});
+
+test("a document that never comes is given up, and holds up nobody", async () => {
+  const { app } = world({ fetchClientMetadata: () => new Promise(() => {}) });
+  const start = performance.now();
+  const waiting = browse(app).open(authorizeUrl(DOCUMENT));
+  const { client_id } = await register(app);
+  assertEquals((await browse(app).open(authorizeUrl(client_id))).status, 200);
+  assertEquals((await waiting).status, 400);
+  assert(performance.now() - start < 9000);
+});
+
+test("the clients that most people use need no document to be reachable", async () => {
+  const { app } = world({
+    allowedRedirectDomains: [...redirects.claude, ...redirects.local, ...redirects.chatgpt, ...redirects.vscode],
+    fetchClientMetadata: () => Promise.reject(new Error("down")),
+  });
+  const known: [string, string, string][] = [
+    ["https://claude.ai/oauth/mcp-oauth-client-metadata", CLAUDE, "Claude"],
+    ["https://claude.ai/oauth/claude-code-client-metadata", "http://localhost:56855/callback", "Claude Code"],
+    ["https://claude.ai/oauth/claude-code-client-metadata", "http://127.0.0.1:56855/callback", "Claude Code"],
+    ["https://chatgpt.com/oauth/client.json", "https://chatgpt.com/connector_platform_oauth_redirect", "ChatGPT"],
+    ["https://chatgpt.com/oauth/Ab_c-1/client.json", "https://chatgpt.com/connector/oauth/Ab_c-1", "ChatGPT"],
+    ["https://chatgpt.com/oauth/codex/client.json", "http://127.0.0.1:1/callback", "Codex"],
+    ["https://chatgpt.com/oauth/codex/x1/client.json", "http://127.0.0.1:1/callback/x1", "Codex"],
+    ["https://vscode.dev/oauth/client-metadata.json", "http://127.0.0.1:33418/", "Visual Studio Code"],
+  ];
+  for (const [client_id, redirect_uri, name] of known) {
+    const page = await browse(app).open(authorizeUrl(client_id, { redirect_uri }));
+    assertEquals(page.status, 200, client_id);
+    assert(page.text.includes(`Let ${name} use`), client_id);
+    const other = authorizeUrl(client_id, { redirect_uri: `${redirect_uri}x` });
+    assertEquals((await browse(app).open(other)).status, 400, client_id);
+  }
+  for (
+    const id of [
+      "https://claude.ai/oauth/other",
+      "https://claude.ai.evil.example/oauth/mcp-oauth-client-metadata",
+      "https://chatgpt.com/oauth/a/b/client.json",
+    ]
+  ) {
+    assertEquals((await browse(app).open(authorizeUrl(id))).status, 400, id);
+  }
+});
+
+test("no request for a document leaves for an address that is not public", async (t) => {
+  let connections = 0;
+  const server = createServer((socket) => {
+    connections++;
+    socket.destroy();
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  t.after(() => new Promise((resolve) => server.close(resolve)));
+  const { port } = server.address() as { port: number };
+
+  // names that resolve inside, at once, beside a public address, or at the second look
+  const lookup = dns.lookup;
+  const asked: string[] = [];
+  const answers: Record<string, string[][]> = {
+    "inside.example": [["127.0.0.1"]],
+    "mixed.example": [["93.184.216.34", "127.0.0.1"]],
+    "metadata.example": [["169.254.169.254"]],
+    "mapped.example": [["::ffff:127.0.0.1"]],
+    "nothing.example": [[]],
+    "rebinding.example": [["127.0.0.1"], ["93.184.216.34"]],
+  };
+  // deno-lint-ignore no-explicit-any
+  (dns as any).lookup = (name: string, options: any, callback: any) => {
+    asked.push(name);
+    const list = answers[name]?.[0] ?? ["127.0.0.1"];
+    if ((answers[name]?.length ?? 0) > 1) answers[name]!.shift();
+    const addresses = list.map((address) => ({ address, family: address.includes(":") ? 6 : 4 }));
+    if (options.all) callback(null, addresses);
+    else callback(null, addresses[0]?.address, addresses[0]?.family);
+  };
+  t.after(() => {
+    dns.lookup = lookup;
+  });
+
+  const { app, events } = world();
+  const hosts = [
+    "127.0.0.1",
+    "localhost",
+    "[::1]",
+    "[::ffff:7f00:1]",
+    "0.0.0.0",
+    "127.1",
+    "2130706433",
+    "0177.0.0.1",
+    "0x7f000001",
+    "localhost.",
+    ...Object.keys(answers),
+  ];
+  for (const host of hosts) {
+    const page = await browse(app).open(authorizeUrl(`https://${host}:${port}/client.json`));
+    assertEquals([page.status, page.location], [400, undefined], host);
+    assert(!page.text.includes("not a public address"), "the page tells a stranger about the inside");
+  }
+  assertEquals(connections, 0);
+  assertEquals(asked.filter((name) => name === "rebinding.example").length, 1);
+  const told = events.filter(({ type }) => type === "client_document_refused");
+  assert(
+    told.some(({ cause }) => /mixed\.example resolves to 127\.0\.0\.1/.test(String(cause))),
+    String(told[0]?.cause),
+  );
+});
+
+test("isPublicAddress() knows the inside in every form", () => {
+  const inside =
+    "0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.100.100.200 100.127.255.255 127.0.0.1 127.255.0.1 " +
+    "168.63.129.16 169.254.169.254 172.16.0.1 172.31.255.255 192.0.0.8 192.0.2.1 192.88.99.1 192.168.0.1 198.18.0.1 " +
+    "198.19.255.255 198.51.100.1 203.0.113.1 224.0.0.1 239.255.255.255 240.0.0.1 255.255.255.255 :: ::1 ::ffff:10.0.0.1 " +
+    "::ffff:8.8.8.8 ::ffff:a9fe:a9fe ::7f00:1 64:ff9b::a00:1 64:ff9b:1::1 100::1 2001::1 2001:db8::1 2001:2::1 2002:a00:1:: " +
+    "3fff::1 fc00::1 fd00:ec2::254 fe80::1 fe80::1%eth0 fec0::1 ff02::1 5f00::1 1.2.3 1.2.3.4.5 256.1.1.1 x";
+  for (const address of [...inside.split(" "), ""]) assertEquals(isPublicAddress(address), false, address);
+  const outside =
+    "1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.1 100.63.255.255 100.128.0.1 126.255.255.255 128.0.0.1 169.253.1.1 " +
+    "172.15.255.255 172.32.0.1 192.167.1.1 192.169.1.1 198.17.1.1 198.20.0.1 223.255.255.255 2606:4700::1111 2a00:1450::1";
+  for (const address of outside.split(" ")) assertEquals(isPublicAddress(address), true, address);
 });
 
 // ─── Redirect policy ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -1524,7 +1843,7 @@ const issue = (n: number, now: number, ttl = 3600) => ({
 
 function redeemed(now: number): Grant {
   const request = { client: { id: "c", name: "C" }, redirect_uri: CLAUDE, scopes: ["mcp"], resource: "r" };
-  const grant = approveGrant(request, { hash: "code", challenge: "challenge" }, now);
+  const grant = approveGrant(request, { hash: "code", challenge: "challenge", refreshes: true }, now);
   const right = { hash: "code", challenge: "challenge", client_id: "c", redirect_uri: CLAUDE, arrived: now };
   return redeemGrant(grant, right, issue(0, now), now).grant;
 }
@@ -1784,6 +2103,88 @@ test("requireScopes() asks for all that is needed in one challenge, and guards b
   assertEquals((await app.request(`${BASE}/elsewhere`, { headers })).status, 200);
   assertThrows(() => auth.requireScopes("reed"), TypeError, "reed");
   assertThrows(() => auth.requireScopes(), TypeError, "requireScopes");
+});
+
+test("scopes may include others, be granted on request only, and say what they allow", async () => {
+  const { app: outer, auth } = world({
+    scopes: {
+      "notes:read": "read your notes",
+      "notes:write": { description: "change your notes", includes: ["notes:read"], onRequest: true },
+      "notes:admin": { includes: ["notes:write"], onRequest: true },
+    },
+  });
+  const app = new Hono<AuthEnv>();
+  app.route("/", auth);
+  app.get("/mcp", auth.requireScopes("notes:read"), (c) => c.json(c.var.auth.scopes));
+  app.post("/mcp", auth.requireScopes("notes:write"), (c) => c.json(c.var.auth.scopes));
+  const [server, resource] = await Promise.all(
+    ["oauth-authorization-server", "oauth-protected-resource/mcp"].map(async (path) =>
+      (await app.request(`${BASE}/.well-known/${path}`)).json()
+    ),
+  ) as [Json, Json];
+  assertEquals(server.scopes_supported, ["notes:read", "notes:write", "notes:admin", "offline_access"]);
+  assertEquals(resource.scopes_supported, ["notes:read"]);
+  assertMatch((await app.request(`${BASE}/mcp`)).headers.get("WWW-Authenticate")!, /scope="notes:read"/);
+
+  const plain = await connect(outer);
+  assertEquals(plain.scope, "notes:read");
+  assertEquals((await callMcp(app, plain.access_token)).status, 200);
+  const refused = await callMcp(app, plain.access_token, { method: "POST" });
+  assertMatch(refused.headers.get("WWW-Authenticate")!, /error="insufficient_scope".*scope="notes:read notes:write"/);
+  const stepped = await connect(outer, {}, { scope: "notes:admin" });
+  assertEquals(stepped.scope, "notes:admin");
+  const answer = await callMcp(app, stepped.access_token, { method: "POST" });
+  assertEquals(await answer.json(), ["notes:admin", "notes:write", "notes:read"]);
+  const wrong: Json[] = [{ a: { includes: ["b"] } }, { a: { onRequest: true } }, { a: { description: 1 } }];
+  for (const scopes of wrong) {
+    assertThrows(() => world({ scopes }), TypeError, "scopes", JSON.stringify(scopes));
+  }
+});
+
+test("introspection is for confidential clients that the owner registered", async () => {
+  const secret = "a secret of some length";
+  const { app } = world({
+    clients: [
+      { client_id: "resource-server", client_secret: secret, redirect_uris: [CLAUDE] },
+      { client_id: "public", redirect_uris: [CLAUDE] },
+    ],
+  });
+  const metadata = await (await app.request(`${BASE}/.well-known/oauth-authorization-server`)).json();
+  assertEquals(metadata.introspection_endpoint, `${BASE}/introspect`);
+  const { client, access_token, refresh_token } = await connect(app);
+  const ask = (fields: Record<string, string>) =>
+    post(app, "/introspect", { client_id: "resource-server", client_secret: secret, ...fields });
+  const { status, headers, body } = await ask({ token: access_token });
+  assertEquals([status, headers.get("Cache-Control")], [200, "no-store"]);
+  const { exp, ...rest } = body;
+  assert(Number.isInteger(exp));
+  assertEquals(rest, {
+    active: true,
+    client_id: client.client_id,
+    scope: "mcp",
+    token_type: "Bearer",
+    iss: BASE,
+    aud: `${BASE}/mcp`,
+  });
+  for (const token of ["x", refresh_token, access_token.slice(1)]) {
+    assertEquals((await ask({ token })).body, { active: false });
+  }
+  const dynamic = await register(app, { token_endpoint_auth_method: "client_secret_post" });
+  const others: [Record<string, string>, number][] = [
+    [{ client_secret: "wrong" }, 401],
+    [{ client_id: "public", client_secret: "" }, 400],
+    [{ client_id: client.client_id, client_secret: "" }, 400],
+    [{ client_id: dynamic.client_id, client_secret: dynamic.client_secret }, 400],
+    [{ token: "" }, 400],
+  ];
+  for (const [more, status] of others) {
+    assertEquals((await ask({ token: access_token, ...more })).status, status, JSON.stringify(more));
+  }
+  assertEquals(
+    "introspection_endpoint" in
+      await (await world().app.request(`${BASE}/.well-known/oauth-authorization-server`)).json(),
+    false,
+  );
 });
 
 // ─── Connections and personal access tokens ────────────────────────────────────────────────────────────────────────
@@ -2127,6 +2528,277 @@ test("two servers on one store serve one set of connections", async (t) => {
   assertEquals(redeemed.map(({ status }) => status).sort(), [200, 400]);
   await post(two.app, "/revoke", { token: access_token, client_id: client.client_id });
   assertEquals((await callMcp(one.app, access_token)).status, 401);
+});
+
+// ─── Simulations of real clients: their own bodies, headers and order ──────────────────────────────────────────────
+
+/** The 401 that starts every client, and the documents it leads to, read the way clients do: by their links alone. */
+async function discover(app: World["app"], probe: RequestInit): Promise<Json> {
+  const refused = await app.request(`${BASE}/mcp`, probe);
+  assertEquals(refused.status, 401);
+  const challenge = refused.headers.get("WWW-Authenticate")!;
+  const resource = await (await app.request(challenge.match(/resource_metadata="([^"]+)"/)![1]!)).json();
+  assertEquals(resource.resource, `${BASE}/mcp`);
+  const [issuer] = resource.authorization_servers;
+  const server = await (await app.request(`${issuer}/.well-known/oauth-authorization-server`)).json();
+  assertEquals(server.issuer, issuer);
+  return { ...server, scope: challenge.match(/scope="([^"]+)"/)![1] };
+}
+
+const initialize = (name: string, headers: Record<string, string> = {}): RequestInit => ({
+  method: "POST",
+  headers: { "Content-Type": "application/json", "Accept": "*/*", ...headers },
+  body: JSON.stringify({
+    jsonrpc: "2.0",
+    id: 0,
+    method: "initialize",
+    params: { protocolVersion: "2025-11-25", capabilities: {}, clientInfo: { name, version: "1.0.0" } },
+  }),
+});
+
+async function authorizeAt(app: World["app"], endpoint: string, query: string[][]): Promise<URLSearchParams> {
+  const page = await browse(app).approve(`${endpoint}?${new URLSearchParams(query)}`);
+  assertEquals(page.status, 302, page.text);
+  return page.location!.searchParams;
+}
+
+const HTTPX = { "User-Agent": "python-httpx/0.28.1", "Accept": "*/*" };
+
+test("S1: claude.ai connects with its metadata document, and calls from another address", async () => {
+  const { app } = world({ fetchClientMetadata: () => Promise.reject(new Error("not from here")) });
+  const server = await discover(
+    app,
+    initialize("Anthropic/ClaudeAI", { ...HTTPX, "MCP-Protocol-Version": "2025-11-25" }),
+  );
+  assert(server.client_id_metadata_document_supported && server.token_endpoint_auth_methods_supported.includes("none"));
+  const client_id = "https://claude.ai/oauth/mcp-oauth-client-metadata";
+  const answer = await authorizeAt(app, server.authorization_endpoint, [
+    ["response_type", "code"],
+    ["client_id", client_id],
+    ["redirect_uri", CLAUDE],
+    ["code_challenge", CHALLENGE],
+    ["code_challenge_method", "S256"],
+    ["state", "x"],
+    ["scope", "mcp offline_access"],
+    ["resource", `${BASE}/mcp`],
+    ["prompt", "consent"],
+  ]);
+  assertEquals(answer.get("iss"), server.issuer);
+  const token = await app.request(server.token_endpoint, {
+    ...form([
+      ["grant_type", "authorization_code"],
+      ["code", answer.get("code")!],
+      ["code_verifier", VERIFIER],
+      ["redirect_uri", CLAUDE],
+      ["resource", `${BASE}/mcp`],
+      ["client_id", client_id],
+    ]),
+    headers: { ...HTTPX, "Content-Type": "application/x-www-form-urlencoded" },
+  });
+  const { access_token } = await token.json();
+  const call = initialize("Anthropic", { "User-Agent": "Claude-User", "Authorization": `Bearer ${access_token}` });
+  assertEquals((await app.request(`${BASE}/mcp`, call)).status, 200);
+});
+
+test("S1b: claude.ai registers, asks for a secret and a scope of its own, and uses what it was given", async () => {
+  const { app } = world();
+  const client = await register(app, { token_endpoint_auth_method: "client_secret_post", scope: "claudeai" });
+  assertEquals(client.scope, "mcp");
+  const { client_id, client_secret } = client;
+  const code = await approvedCode(app, client_id, { scope: "claudeai" });
+  const request = { grant_type: "authorization_code", client_id, client_secret, code, code_verifier: VERIFIER };
+  assertEquals((await post(app, "/token", request)).body.scope, "mcp");
+});
+
+test("S1c: claude.ai with a leading space in scope, no resource, and the claude.com redirect", async () => {
+  const { app } = world();
+  const redirect_uri = "https://claude.com/api/mcp/auth_callback";
+  const { client_id } = await register(app, { redirect_uris: [redirect_uri] });
+  const code = await approvedCode(app, client_id, { redirect_uri, scope: " offline_access" });
+  const request = { grant_type: "authorization_code", client_id, code, code_verifier: VERIFIER, redirect_uri };
+  assertEquals((await post(app, "/token", request)).body.scope, "mcp offline_access");
+});
+
+test("S2, S3: Claude Code signs in, signs out, and comes back with the same client and port", async () => {
+  const { app } = world();
+  const redirect_uri = "http://localhost:55800/callback";
+  const { client_id } = await register(app, {
+    client_name: "Claude Code (my server)",
+    redirect_uris: [redirect_uri],
+    application_type: "native",
+    scope: "mcp offline_access",
+  });
+  const login = async () => {
+    const answer = await authorizeAt(app, `${BASE}/authorize`, [
+      ["response_type", "code"],
+      ["client_id", client_id],
+      ["code_challenge", CHALLENGE],
+      ["code_challenge_method", "S256"],
+      ["redirect_uri", redirect_uri],
+      ["state", "s".repeat(43)],
+      ["scope", "mcp offline_access"],
+      ["prompt", "consent"],
+      ["resource", `${BASE}/mcp`],
+    ]);
+    assertEquals(answer.get("state"), "s".repeat(43));
+    const { body } = await post(app, "/token", [
+      ["grant_type", "authorization_code"],
+      ["code", answer.get("code")!],
+      ["code_verifier", VERIFIER],
+      ["redirect_uri", redirect_uri],
+      ["resource", `${BASE}/mcp`],
+      ["client_id", client_id],
+    ]);
+    return body;
+  };
+  const first = await login();
+  const root = await (await app.request(`${BASE}/.well-known/oauth-protected-resource`)).json();
+  assertEquals(root.authorization_servers, [BASE]);
+  for (const kind of ["refresh_token", "access_token"]) {
+    assertEquals((await post(app, "/revoke", { token: first[kind], token_type_hint: kind, client_id })).status, 200);
+  }
+  assertEquals((await callMcp(app, first.access_token)).status, 401);
+  assertEquals((await callMcp(app, (await login()).access_token)).status, 200);
+});
+
+test("S4: Claude Code's document has no port, its request has one", async () => {
+  const { app } = world({ fetchClientMetadata: () => Promise.reject(new Error("not from here")) });
+  const client_id = "https://claude.ai/oauth/claude-code-client-metadata";
+  await approvedCode(app, client_id, { redirect_uri: "http://localhost:56855/callback" });
+  await approvedCode(app, client_id, { redirect_uri: "http://127.0.0.1:39152/callback" });
+});
+
+test("S5: Claude Desktop's Code tab gets its own scheme, or an early refusal that lets it try localhost", async () => {
+  const redirect_uri = "claude://claude.ai/mcp-auth-callback/sdk";
+  const { app } = world();
+  const { client_id } = await register(app, { redirect_uris: [redirect_uri] });
+  const page = await browse(app).approve(authorizeUrl(client_id, { redirect_uri }));
+  assert(page.headers.get("Location")!.startsWith(`${redirect_uri}?code=pac_`));
+  const shown = await browse(app).open(authorizeUrl(client_id, { redirect_uri }));
+  assert(shown.text.includes("claude://claude.ai")); // with its scheme, or it would read like a web site
+  const strict = world({ allowedRedirectDomains: ["claude.ai", "localhost"] }).app;
+  const refused = await strict.request(`${BASE}/register`, json({ redirect_uris: [redirect_uri] }));
+  assertEquals([refused.status, (await refused.json()).error], [400, "invalid_redirect_uri"]);
+});
+
+test("S6-S9: refreshes with resource, with scope, in parallel, after a lost answer and after errors", async (t) => {
+  const travel = timeMachine(t);
+  const memory = memoryStore();
+  let broken = 0;
+  const store: Store = {
+    ...memory,
+    update: (...args) => broken-- > 0 ? Promise.reject(new Error("locked")) : memory.update(...args),
+  };
+  const { app } = world({ store });
+  const { client, ...tokens } = await connect(app, {}, { scope: "mcp offline_access" });
+  const { client_id } = client;
+  let { refresh_token } = tokens;
+  const variants: Record<string, string>[] = [
+    { resource: `${BASE}/mcp` },
+    { resource: `${BASE}/mcp`, scope: "mcp offline_access" },
+    {},
+  ];
+  for (const more of variants) {
+    const answers = await Promise.all([0, 1, 2, 3].map(() => refreshing(app, client_id, refresh_token, more)));
+    assertEquals(new Set(answers.map(({ status, body }) => `${status} ${body.refresh_token}`)).size, 1);
+    for (const wait of [0, 90, 3600]) {
+      travel(wait);
+      const again = await refreshing(app, client_id, refresh_token, more);
+      assertEquals(again.body.access_token, answers[0]!.body.access_token);
+    }
+    refresh_token = answers[0]!.body.refresh_token;
+  }
+  broken = 3;
+  const statuses = [];
+  for (let i = 0; i < 4; i++) statuses.push((await refreshing(app, client_id, refresh_token)).status);
+  assertEquals(statuses, [503, 503, 503, 200]);
+});
+
+test("S10: mcp-remote learns from JSON at /authorize that its registration is gone", async () => {
+  const { app } = world();
+  assertEquals((await app.request(`${BASE}/mcp`, { headers: { Accept: "text/event-stream" } })).status, 401);
+  const old = await register(world().app);
+  const preflight = await app.request(authorizeUrl(old.client_id), { headers: { Accept: "application/json" } });
+  assertEquals([preflight.status, (await preflight.json()).error], [401, "invalid_client"]);
+  const { client_id } = await register(app);
+  const again = await app.request(authorizeUrl(client_id), { headers: { Accept: "application/json" } });
+  assertEquals(again.status, 200);
+});
+
+test("S11: Codex probes by GET and insists on iss", async () => {
+  const { app } = world();
+  const probe = {
+    headers: { "Accept": "*/*", "MCP-Protocol-Version": "2024-11-05", "User-Agent": "codex-mcp-client/0.169.0" },
+  };
+  const server = await discover(app, probe);
+  assertEquals(server.authorization_response_iss_parameter_supported, true);
+  const redirect_uri = "http://127.0.0.1:42747/callback";
+  const { client_id } = await register(app, { client_name: "Codex", redirect_uris: [redirect_uri] });
+  const answer = await authorizeAt(
+    app,
+    server.authorization_endpoint,
+    Object.entries({ response_type: "code", client_id, redirect_uri, ...PKCE }),
+  );
+  assertEquals(answer.getAll("iss"), [BASE]);
+});
+
+test("S12: a client that found no documents uses the default paths, without resource and scope", async () => {
+  const { app } = world();
+  await connect(app);
+  const { client_id } = await register(app, { scope: undefined });
+  const answer = await authorizeAt(
+    app,
+    `${BASE}/authorize`,
+    Object.entries({ response_type: "code", client_id, redirect_uri: CLAUDE, ...PKCE }),
+  );
+  const { status, body } = await post(app, "/token", {
+    grant_type: "authorization_code",
+    client_id,
+    code: answer.get("code")!,
+    code_verifier: VERIFIER,
+    redirect_uri: CLAUDE,
+  });
+  assertEquals([status, body.scope], [200, "mcp"]);
+});
+
+test("S13: lists of redirects, a root path, and a double registration", async () => {
+  const { app } = world({ allowedRedirectDomains: [...redirects.cursor, ...redirects.vscode] });
+  const cursor = "cursor://anysphere.cursor-mcp/oauth/callback";
+  const lists: [string[], string][] = [
+    [[cursor, "https://www.cursor.com/agents/mcp/oauth/callback", "http://localhost:8787/callback"], cursor],
+    [[
+      "https://insiders.vscode.dev/redirect",
+      "https://vscode.dev/redirect",
+      "http://127.0.0.1/",
+      "http://127.0.0.1:33418/",
+    ], "http://127.0.0.1:51234/"],
+    [["http://127.0.0.1:40123/"], "http://127.0.0.1:40123/"],
+  ];
+  for (const [redirect_uris, redirect_uri] of lists) {
+    const client = await register(app, { redirect_uris });
+    assertEquals(client.redirect_uris, redirect_uris);
+    assertEquals((await register(app, { redirect_uris })).client_id, client.client_id);
+    await approvedCode(app, client.client_id, { redirect_uri });
+  }
+});
+
+test("S15: a client that compares resource strictly finds what it typed", async () => {
+  const { app } = world();
+  const { resource } = await (await app.request(`${BASE}/.well-known/oauth-protected-resource/mcp`)).json();
+  assertEquals(resource, `${BASE}/mcp`);
+  assertEquals(new URL(resource).href, resource);
+});
+
+test("S16: the conformance tool sends neither scope nor resource", async () => {
+  const { app } = world();
+  const redirect_uri = "http://127.0.0.1:3999/callback";
+  const { client_id } = await register(app, { redirect_uris: [redirect_uri] });
+  const answer = await authorizeAt(
+    app,
+    `${BASE}/authorize`,
+    Object.entries({ response_type: "code", client_id, redirect_uri, state: "x", ...PKCE }),
+  );
+  assertEquals([...answer.keys()], ["code", "state", "iss"]);
 });
 
 // ─── Journeys over real sockets ────────────────────────────────────────────────────────────────────────────────────
