@@ -261,6 +261,8 @@ interface Settings {
   mcpPath: string;
   /** The one resource identifier (RFC 8707) that tokens are issued for, and its URL form for `AuthInfo`. */
   resource: string;
+  /** Where its metadata is (RFC 9728 §3.1). */
+  resourceMetadataUrl: string;
   scopes: Scopes;
   accessTokenTtl: number;
   refreshTokenTtl: number;
@@ -319,6 +321,7 @@ function readOptions(options: PersonalAuthOptions): Settings {
     basePath,
     mcpPath: basePath + mcpPath,
     resource: options.baseUrl + mcpPath,
+    resourceMetadataUrl: `${url.origin}/.well-known/oauth-protected-resource${basePath}${mcpPath}`,
     scopes: readScopes(options.scopes ?? ["mcp"]),
     accessTokenTtl: readSeconds("accessTokenTtl", options.accessTokenTtl ?? 30 * DAY),
     refreshTokenTtl: readSeconds("refreshTokenTtl", options.refreshTokenTtl ?? 365 * DAY),
@@ -1765,6 +1768,7 @@ const PERSONAL = "personal-access-token";
 function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
   const { resource, scopes: offered, accessTokenTtl, refreshTokenTtl, emit } = settings;
   const resourceUrl = new URL(resource);
+  const resourceMetadata = { resourceMetadataUrl: settings.resourceMetadataUrl }; // a member of the second SDK's AuthInfo
   const verified = new Map<string, string>();
 
   const read = async (id: string) => await store.get(`grant/${id}`) as Grant | undefined;
@@ -1904,6 +1908,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
       scopes: offered.withIncluded(access.scopes),
       expiresAt: Math.floor(access.expires),
       resource: resourceUrl,
+      ...resourceMetadata,
       extra: { connection: id, clientName },
     };
   }
@@ -2022,15 +2027,14 @@ interface Guard {
  * learns where to get one from the 401 alone, whatever method, body or Accept header it tried.
  */
 function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessToken"]): Guard {
-  const { origin, mcpPath, scopes, emit } = settings;
-  const metadataUrl = `${origin}/.well-known/oauth-protected-resource${mcpPath}`;
+  const { mcpPath, scopes, resourceMetadataUrl, emit } = settings;
 
   /** RFC 6750 §3 and RFC 9728 §5.1. Without `scope`, Claude asks for every scope of the authorization server. */
   const challenge = (scope: string[], error?: OAuthError) =>
     "Bearer " + [
       ...(error ? [`error="${error.code}"`, `error_description="${error.message}"`] : []),
       `scope="${scope.join(" ")}"`,
-      `resource_metadata="${metadataUrl}"`,
+      `resource_metadata="${resourceMetadataUrl}"`,
     ].join(", ");
   const bare = challenge(scopes.byDefault);
 

@@ -2018,6 +2018,7 @@ test("the guard gives the handler the SDK's AuthInfo", async () => {
       clientId: client.client_id,
       scopes: ["mcp", "offline_access"],
       resource: `${BASE}/mcp`,
+      resourceMetadataUrl: `${BASE}/.well-known/oauth-protected-resource/mcp`,
     });
     assert(Number.isInteger(expiresAt) && Math.abs(expiresAt - seconds() - 30 * 86400) < 5);
     assertEquals(extra.clientName, "Claude");
