@@ -22,6 +22,7 @@
  * | `/.well-known/oauth-protected-resource/mcp` | protected resource metadata | RFC 9728 |
  * | `/register` | open dynamic client registration, which stores nothing | RFC 7591 |
  * | `/authorize` | the owner signs in and approves or denies | OAuth 2.1 §4.1, RFC 7636, 8707, 9207 |
+ * | `/connections` | the owner's page: who is connected, revoke, tokens for scripts | |
  * | `/token` | code exchange and refresh | OAuth 2.1 §4.1.3, §4.3 |
  * | `/revoke` | ends a connection | RFC 7009 |
  * | `/introspect` | tells a resource server elsewhere about a token | RFC 7662 |
@@ -77,13 +78,18 @@ export interface PersonalAuthOptions {
   scopes?: string[] | Record<string, string | ScopeOption> | undefined;
   /** Clients registered by hand, for hosts where a person types in an id and a secret. */
   clients?: PreregisteredClient[] | undefined;
-  /** Replaces the password: whether this request comes from the owner, as told by a proxy, a passkey, an upstream login. */
-  authenticateOwner?: ((c: Context) => boolean | Promise<boolean>) | undefined;
+  /**
+   * Replaces the password: whether this request comes from the owner, as told by a proxy, a passkey, an upstream
+   * login. Only `true` counts. A `Response` is answered in place of the page, such as a redirect to that login.
+   */
+  authenticateOwner?: ((c: Context) => boolean | Response | Promise<boolean | Response>) | undefined;
   /**
    * Fetches a Client ID Metadata Document in place of the built-in way, which goes to public addresses only: for a
    * runtime without `node:https`, or a network where everything passes a proxy. It must follow no redirects.
    */
   fetchClientMetadata?: ((url: string, signal: AbortSignal) => Promise<Response>) | undefined;
+  /** How the owner's pages look, and what they say. */
+  pages?: PageOptions | undefined;
   /** Called with everything worth a log line or an alarm. Default: one line each on the console. */
   onEvent?: ((event: AuthEvent) => void) | undefined;
 }
@@ -158,6 +164,15 @@ export interface TokenRequest {
   expiresIn?: number;
 }
 
+/** A personal access token that was just made. */
+export interface NewToken {
+  /** The id of its {@linkcode Connection}. */
+  id: string;
+  token: string;
+  /** Seconds since the epoch. */
+  expiresAt: number;
+}
+
 /** The Hono environment of a guarded route: `c.var.auth` is the MCP SDK's `AuthInfo`. */
 export interface AuthEnv {
   Variables: { auth: AuthInfo };
@@ -182,7 +197,7 @@ export interface PersonalAuth extends Hono<AuthEnv> {
    *
    * @throws {TypeError} if the name is empty, a scope is not on offer, or the lifetime is not a positive number.
    */
-  createToken(request: TokenRequest): Promise<{ id: string; token: string; expiresAt: number }>;
+  createToken(request: TokenRequest): Promise<NewToken>;
 }
 
 /**
@@ -199,11 +214,7 @@ export interface Store {
    *
    * @returns what `change` returned.
    */
-  update(
-    key: string,
-    change: (current: unknown) => unknown,
-    options?: { expiresAt?: number },
-  ): Promise<unknown>;
+  update(key: string, change: (current: unknown) => unknown, options?: { expiresAt?: number }): Promise<unknown>;
   /** All live entries whose keys start with `prefix`, in the order of their keys. */
   list(prefix: string): AsyncIterable<[key: string, value: unknown]>;
   /** Lets go of files and sockets. */
@@ -271,6 +282,8 @@ interface Settings {
   password: string | false | undefined;
   authenticateOwner: PersonalAuthOptions["authenticateOwner"];
   fetchClientMetadata: MetadataFetcher;
+  pages: PageOptions;
+  wording: Wording;
   emit: Emit;
 }
 
@@ -279,7 +292,8 @@ interface Scopes {
   all: string[];
   /** What a client gets that does not ask, or asks for nothing that is known here. */
   byDefault: string[];
-  words(scope: string): string;
+  /** What a scope allows, in words; if there are none, what is given with {scope} filled in. */
+  words(scope: string, otherwise?: string): string;
   /** These and all they include. */
   withIncluded(scopes: string[]): string[];
 }
@@ -290,7 +304,7 @@ function demand(condition: unknown, message: string): asserts condition {
   if (!condition) throw new TypeError(message);
 }
 
-function readOptions(options: PersonalAuthOptions): Settings {
+function readOptions(options: PersonalAuthOptions): Omit<Settings, "emit"> {
   const url = readBaseUrl(options?.baseUrl);
   const mcpPath = options.mcpPath ?? "/mcp";
   demand(
@@ -330,12 +344,13 @@ function readOptions(options: PersonalAuthOptions): Settings {
     password: typeof password === "string" ? normalize(password) : password,
     authenticateOwner,
     fetchClientMetadata: fetchClientMetadata ?? fetchPublicly,
-    emit: emitter(onEvent ?? logEvent),
+    pages: readPages(options.pages ?? {}),
+    wording: { ...WORDING, ...options.pages?.wording },
   };
 }
 
 const PATH = /^(\/[A-Za-z0-9._~-]+)+$/;
-const OUR_PATHS = new Set(["/authorize", "/token", "/register", "/revoke", "/introspect"]);
+const OUR_PATHS = new Set(["/authorize", "/token", "/register", "/revoke", "/introspect", "/connections"]);
 
 function readBaseUrl(baseUrl: unknown): URL {
   const url = typeof baseUrl === "string" ? URL.parse(baseUrl) : null;
@@ -388,7 +403,8 @@ function readScopes(scopes: string[] | Record<string, string | ScopeOption>): Sc
     }
     return [...reached];
   };
-  return { all, byDefault, words: (scope) => options.get(scope)?.description || scope, withIncluded };
+  const words = (scope: string, otherwise = "{scope}") => options.get(scope)?.description || say(otherwise, { scope });
+  return { all, byDefault, words, withIncluded };
 }
 
 /** The scope by which clients ask for a refresh token. */
@@ -436,19 +452,21 @@ function readClients(clients: PreregisteredClient[]): PreregisteredClient[] {
   return clients;
 }
 
+function readPages(pages: PageOptions): PageOptions {
+  const { title, accent, wording = {} } = pages;
+  demand(title === undefined || typeof title === "string", "pages.title must be a string");
+  // It becomes part of a style sheet, where nothing is escaped.
+  demand(accent === undefined || /^#[0-9a-f]{6}$/i.test(accent), `pages.accent must be a colour such as "#7a3cff"`);
+  for (const [name, text] of Object.entries(wording)) {
+    demand(Object.hasOwn(WORDING, name), `pages.wording has no text ${show(name)}`);
+    demand(typeof text === "string", `pages.wording.${name} must be a string`);
+  }
+  return pages;
+}
+
 /** An unknown value for an error message, on one line and never long. */
 function show(value: unknown): string {
   return (JSON.stringify(value) ?? String(value)).slice(0, 200);
-}
-
-function emitter(sink: (event: AuthEvent) => void): Emit {
-  return (type, message, more) => {
-    try {
-      sink({ type, at: Math.floor(Date.now() / 1000), message, ...more });
-    } catch (error) {
-      console.error("personal-auth: onEvent threw", error); // a broken alarm must not break the request it reports
-    }
-  };
 }
 
 /** Registrations are anybody's to make: they are told to `onEvent`, but the console is spared them. */
@@ -472,49 +490,52 @@ function logEvent({ type, message, connection, clientName, cause }: AuthEvent): 
  * @throws {Error} if the state folder cannot be used, saying which file and what to do.
  */
 export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
-  const settings = readOptions(options);
-  const store = reporting(options.store ?? fileStore(".oauth-state"), settings.emit);
+  const checked = readOptions(options);
+  const rawStore = options.store ?? fileStore(".oauth-state");
+  const events = eventLog(rawStore, options.onEvent ?? logEvent);
+  const settings: Settings = { ...checked, emit: events.emit };
+  const store = reporting(rawStore, settings.emit);
   const mac = serverMac(store);
-  const refusal = redirectPolicy(settings.allowed);
-  const clients = clientRegistry(settings, mac, refusal);
+  const redirects = redirectPolicy(settings.allowed);
+  const clients = clientRegistry(settings, mac, redirects);
   const grants = grantKeeper(settings, store, mac);
   const owner = ownerDesk(settings, store, mac);
-  const authorize = authorizeEndpoint(settings, clients, refusal, grants, owner);
   const guard = resourceGuard(settings, grants.verifyAccessToken);
 
   const app = new Hono<AuthEnv>();
-  const { basePath, mcpPath, emit } = settings;
+  const { basePath, mcpPath } = settings;
 
   for (const [path, document] of discoveryDocuments(settings)) {
     app.use(path, OPEN_TO_BROWSERS);
     app.get(path, (c) => c.json(document, 200, { "Cache-Control": "public, max-age=300" }));
-    app.all(path, answering(() => methodNotAllowed("GET, HEAD"), emit));
+    app.all(path, answering(() => methodNotAllowed("GET, HEAD"), settings));
   }
   // A partial document breaks clients that parse it strictly, and an app's catch-all page would be taken for one.
   for (const path of openidPaths(settings)) app.all(path, (c) => c.json({ error: "not_found" }, 404));
 
-  const limit = bodyLimit({
-    maxSize: MAX_BODY_BYTES,
-    onError: (c) => errorResponse(c, bodyTooLarge(), emit),
-  });
+  const limit = bodyLimit({ maxSize: MAX_BODY_BYTES, onError: (c) => errorResponse(c, bodyTooLarge(), settings) });
+  const withSlash = (path: string) => [basePath + path, `${basePath}${path}/`];
   const post = (path: string, handler: Handler) => {
-    for (const route of [basePath + path, `${basePath}${path}/`]) {
+    for (const route of withSlash(path)) {
       app.use(route, OPEN_TO_BROWSERS, limit);
-      app.post(route, answering(handler, emit));
-      app.all(route, answering(() => methodNotAllowed("POST"), emit));
+      app.post(route, answering(handler, settings));
+      app.all(route, answering(() => methodNotAllowed("POST"), settings));
+    }
+  };
+  const pages = (path: string, { show, decide }: { show: Handler; decide: Handler }) => {
+    for (const route of withSlash(path)) {
+      app.use(route, limit);
+      app.get(route, answering(show, settings, errorPage));
+      app.post(route, answering(decide, settings, errorPage));
+      app.all(route, answering(() => methodNotAllowed("GET, HEAD, POST"), settings));
     }
   };
   post("/register", clients.register);
   post("/token", (c) => tokenEndpoint(c, clients, grants, settings));
   post("/revoke", (c) => revocationEndpoint(c, clients, grants));
   post("/introspect", (c) => introspectionEndpoint(c, clients, grants, settings));
-
-  for (const route of [`${basePath}/authorize`, `${basePath}/authorize/`]) {
-    app.use(route, limit);
-    app.get(route, answering(authorize.show, emit, errorPage));
-    app.post(route, answering(authorize.decide, emit, errorPage));
-    app.all(route, answering(() => methodNotAllowed("GET, HEAD, POST"), emit));
-  }
+  pages("/authorize", authorizeEndpoint(settings, clients, redirects, grants, owner));
+  pages("/connections", connectionsEndpoint(settings, grants, owner, events));
 
   app.use(`${mcpPath}/*`, guard.middleware);
 
@@ -523,7 +544,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
     requireScopes: guard.requireScopes,
     connections: grants.connections,
     revoke: grants.revoke,
-    createToken: grants.createToken,
+    createToken: async (request: TokenRequest) => (await grants.createToken(request))!,
   });
 }
 
@@ -535,10 +556,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
  * Browser-based clients (MCP Inspector, playgrounds) read these endpoints from another origin. `*` is safe: nothing
  * here looks at a cookie. The owner's pages, which do, are never opened this way.
  */
-const OPEN_TO_BROWSERS = cors({
-  origin: "*",
-  exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"],
-});
+const OPEN_TO_BROWSERS = cors({ origin: "*", exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"] });
 
 /**
  * Both metadata documents at every place a client looks for them. They are built from `baseUrl` and never from the
@@ -596,12 +614,7 @@ function protectedResourceMetadata({ issuer, resource, scopes }: Settings): Reco
 
 function openidPaths({ basePath, mcpPath }: Settings): Set<string> {
   const document = "/.well-known/openid-configuration";
-  return new Set([
-    document + basePath,
-    document + mcpPath,
-    basePath + document,
-    mcpPath + document,
-  ]);
+  return new Set([document + basePath, document + mcpPath, basePath + document, mcpPath + document]);
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -646,7 +659,7 @@ const MAX_CLIENT_ID_LENGTH = 2048;
  * secret is a MAC of the client_id (RFC 7591 appendix A.5.2). So a flood of registrations leaves no trace, a restart
  * forgets no client, and registering twice gives the same client.
  */
-function clientRegistry(settings: Settings, mac: Mac, refusal: RedirectPolicy): Clients {
+function clientRegistry(settings: Settings, mac: Mac, policy: RedirectPolicy): Clients {
   const { clients, scopes, emit } = settings;
   const documents = documentReader(settings.fetchClientMetadata);
   const preregistered = new Map(clients.map((client) => [client.client_id, client]));
@@ -655,7 +668,7 @@ function clientRegistry(settings: Settings, mac: Mac, refusal: RedirectPolicy): 
     const metadata = readClientMetadata(await readJson(c));
     const kept = keptRedirects(
       metadata.redirect_uris,
-      refusal,
+      policy,
       (message) => emit("redirect_refused", message, { clientName: metadata.client_name }),
     );
     const confidential = ["client_secret_post", "client_secret_basic"].includes(
@@ -726,18 +739,12 @@ function clientRegistry(settings: Settings, mac: Mac, refusal: RedirectPolicy): 
     const client = isDocumentUrl(id) ? publicClient(id) : await resolve(id);
     // 401 invalid_client is what makes clients that cached a registration register again.
     if (!client) {
-      throw new OAuthError("invalid_client", "This client is unknown here: register again", {
-        status: 401,
-        headers,
-      });
+      throw new OAuthError("invalid_client", "This client is unknown here: register again", { status: 401, headers });
     }
     if (client.secret === undefined) return client;
     // Both sides are hashed, so that neither length nor content of the secret shows in the time this takes.
     if (!equal(await sha256(secret ?? ""), await sha256(client.secret))) {
-      throw new OAuthError("invalid_client", "The client_secret is missing or wrong", {
-        status: 401,
-        headers,
-      });
+      throw new OAuthError("invalid_client", "The client_secret is missing or wrong", { status: 401, headers });
     }
     return client;
   }
@@ -815,11 +822,11 @@ function printable(name: string): string {
 }
 
 /** RFC 7591 §3.2.1 lets a server keep part of what was asked: Cursor and VS Code send lists no allow-list takes whole. */
-function keptRedirects(uris: string[], refusal: RedirectPolicy, report: (message: string) => void): string[] {
+function keptRedirects(uris: string[], policy: RedirectPolicy, report: (message: string) => void): string[] {
   const kept = [];
   const refused = [];
   for (const uri of uris) {
-    const reason = refusal(uri);
+    const reason = policy.refusal(uri);
     if (reason) refused.push(reason);
     else kept.push(uri);
   }
@@ -843,10 +850,7 @@ function clientCredentials(authorization: string | undefined, form: URLSearchPar
     return { id, secret, basic: false };
   }
   if (secret !== undefined) {
-    throw new OAuthError(
-      "invalid_request",
-      "The client authenticates both by header and by body (RFC 6749 §2.3)",
-    );
+    throw new OAuthError("invalid_request", "The client authenticates both by header and by body (RFC 6749 §2.3)");
   }
   const [name, password] = decodeBasic(encoded);
   if (name === undefined || password === undefined) {
@@ -1146,8 +1150,12 @@ function wellKnownClient(client_id: string): Client | undefined {
 // Redirect policy
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Why a redirect URI is refused, for the client and the owner alike; `undefined` if it is allowed. */
-type RedirectPolicy = (uri: string) => string | undefined;
+interface RedirectPolicy {
+  /** Why a redirect URI is refused, for the client and the owner alike; `undefined` if it is allowed. */
+  refusal(uri: string): string | undefined;
+  /** Whether the owner's list names the site of this URL. */
+  vouchesFor(url: URL): boolean;
+}
 
 /**
  * The allow-list names the apps that may ask, and so keeps strangers' clients off the owner's page. It is not what
@@ -1156,14 +1164,20 @@ type RedirectPolicy = (uri: string) => string | undefined;
 function redirectPolicy(allowed: string[] | null): RedirectPolicy {
   const exact = new Set(allowed);
   const suffixes = (allowed ?? []).filter((entry) => entry.startsWith("*.")).map((entry) => entry.slice(1));
-  return (uri) => {
-    const fault = unsafeRedirect(uri);
-    if (fault) return `redirect_uri ${show(uri)} ${fault}`;
-    const url = new URL(uri);
+  const listed = (url: URL) => {
     const entry = allowEntry(url);
-    if (allowed === null || exact.has(entry)) return undefined;
-    if (url.protocol === "https:" && suffixes.some((suffix) => entry.endsWith(suffix))) return undefined;
-    return `redirect_uri ${show(uri)} is not allowed here; the owner can add ${show(entry)} to allowedRedirectDomains`;
+    return exact.has(entry) || (url.protocol === "https:" && suffixes.some((suffix) => entry.endsWith(suffix)));
+  };
+  return {
+    refusal(uri) {
+      const fault = unsafeRedirect(uri);
+      if (fault) return `redirect_uri ${show(uri)} ${fault}`;
+      const url = new URL(uri);
+      if (allowed === null || listed(url)) return undefined;
+      const entry = show(allowEntry(url));
+      return `redirect_uri ${show(uri)} is not allowed here; the owner can add ${entry} to allowedRedirectDomains`;
+    },
+    vouchesFor: (url) => url.protocol === "https:" && !isLoopback(url.hostname) && listed(url),
   };
 }
 
@@ -1233,11 +1247,11 @@ const MAX_REQUEST_LENGTH = 16 * 1024;
 function authorizeEndpoint(
   settings: Settings,
   clients: Clients,
-  refusal: RedirectPolicy,
+  policy: RedirectPolicy,
   grants: Grants,
   owner: Owner,
 ): { show: Handler; decide: Handler } {
-  const { issuer, emit } = settings;
+  const { issuer, wording, emit } = settings;
 
   /** Runs with a checked request; answers a faulty one where it has to be answered: to the client, or on a page. */
   async function withRequest(
@@ -1248,11 +1262,9 @@ function authorizeEndpoint(
     let target: Target;
     let params: URLSearchParams;
     try {
-      if (encoded.length > MAX_REQUEST_LENGTH) {
-        throw new OAuthError("invalid_request", "The request is too long");
-      }
+      if (encoded.length > MAX_REQUEST_LENGTH) throw new OAuthError("invalid_request", "The request is too long");
       params = parameters(encoded);
-      target = await authorizationTarget(params, clients, refusal);
+      target = await authorizationTarget(params, clients, policy);
     } catch (error) {
       return unanswerable(c, error, settings);
     }
@@ -1266,11 +1278,7 @@ function authorizeEndpoint(
     return then(request);
   }
 
-  function redirectBack(
-    c: Context,
-    { redirect_uri, state }: Target,
-    answer: Record<string, string>,
-  ): Response {
+  function redirectBack(c: Context, { redirect_uri, state }: Target, answer: Record<string, string>): Response {
     // iss on success and on error (RFC 9207 §2), so that a client of several servers cannot be confused about which
     // one answered. Appended, never parsed and rebuilt: the rest of the URI stays byte for byte what was registered.
     const query = new URLSearchParams({ ...answer, ...(state !== null && { state }), iss: issuer });
@@ -1279,15 +1287,23 @@ function authorizeEndpoint(
     return c.redirect(`${redirect_uri}${redirect_uri.includes("?") ? "&" : "?"}${query}`, 302);
   }
 
+  async function ask(c: Context, request: AuthorizationRequest, encoded: string, { browser, who }: Visit, again?: {
+    csrf: string;
+    problem: Problem;
+  }): Promise<Response> {
+    const { client, redirect_uri } = request;
+    const csrf = again?.csrf ?? await owner.seal(browser, encoded);
+    const vouched = policy.vouchesFor(new URL(client.source === "document" ? client.id : redirect_uri));
+    return consentPage(c, settings, request, { who, encoded, csrf, vouched, ...(again && { problem: again.problem }) });
+  }
+
   const show: Handler = (c) => {
     const encoded = new URL(c.req.url).search.slice(1);
     return withRequest(c, encoded, async (request) => {
       const visit = await owner.visit(c);
-      return consentPage(c, settings, request, {
-        ...visit,
-        encoded,
-        csrf: await owner.seal(visit.browser, encoded),
-      });
+      if (visit.answer) return visit.answer;
+      if (visit.who === "stranger") return messagePage(c, settings, 403, wording.strangerTitle, wording.stranger);
+      return await ask(c, request, encoded, visit);
     });
   };
 
@@ -1296,37 +1312,20 @@ function authorizeEndpoint(
     const encoded = form.get("request") ?? "";
     const csrf = form.get("csrf") ?? "";
     const visit = await owner.visit(c);
+    if (visit.answer) return visit.answer;
     if (!await owner.sealed(visit.browser, encoded, csrf)) {
-      return messagePage(
-        c,
-        403,
-        "This page has expired",
-        "Go back to the app and connect again. If that does not " +
-          "help, allow cookies for this site.",
-      );
+      return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
     }
     return withRequest(c, encoded, async (request) => {
       const { client, redirect_uri } = request;
       if (form.get("decision") === "deny") {
         emit("connection_denied", "the request was denied", { clientName: client.name });
-        return redirectBack(c, request, {
-          error: "access_denied",
-          error_description: "The owner denied the request",
-        });
+        return redirectBack(c, request, { error: "access_denied", error_description: "The owner denied the request" });
       }
       const problem = await owner.prove(c, visit, form.get("password") ?? "");
-      if (problem) return consentPage(c, settings, request, { ...visit, encoded, csrf, problem });
-      // The connection's id comes from this very form, so that approving it twice finds the first approval in its place.
-      const code = await grants.approve(await owner.approvalId(csrf), request);
-      if (!code) {
-        return messagePage(
-          c,
-          409,
-          "Already answered",
-          "This request was approved before. If the app is not " +
-            "connected, go back to it and connect again.",
-        );
-      }
+      if (problem) return await ask(c, request, encoded, visit, { csrf, problem });
+      const code = await grants.approve(csrf, request);
+      if (!code) return messagePage(c, settings, 409, wording.answered, wording.answeredAdvice);
       emit("connection_approved", `approved for ${redirect_uri}`, { clientName: client.name });
       return redirectBack(c, request, { code });
     });
@@ -1336,18 +1335,12 @@ function authorizeEndpoint(
 }
 
 /** Client and redirect URI: until both are known good, nothing may be redirected anywhere (OAuth 2.1 §4.1.2.1). */
-async function authorizationTarget(
-  params: URLSearchParams,
-  clients: Clients,
-  refusal: RedirectPolicy,
-): Promise<Target> {
+async function authorizationTarget(params: URLSearchParams, clients: Clients, policy: RedirectPolicy): Promise<Target> {
   const client_id = params.get("client_id");
   if (client_id === null) throw new OAuthError("invalid_request", "The request names no client_id");
   const client = await clients.resolve(client_id);
   if (!client) {
-    throw new OAuthError("invalid_client", "This server does not know the app that sent you here", {
-      status: 401,
-    });
+    throw new OAuthError("invalid_client", "This server does not know the app that sent you here", { status: 401 });
   }
   const [only, ...others] = client.redirect_uris;
   const redirect_uri = params.get("redirect_uri") ?? (others.length === 0 ? only : undefined);
@@ -1355,23 +1348,16 @@ async function authorizationTarget(
     throw new OAuthError("invalid_request", "The request names no redirect_uri");
   }
   if (!client.redirect_uris.some((registered) => sameRedirect(registered, redirect_uri))) {
-    throw new OAuthError(
-      "invalid_request",
-      `redirect_uri ${show(redirect_uri)} is not one that the client registered`,
-    );
+    throw new OAuthError("invalid_request", `redirect_uri ${show(redirect_uri)} is not one that the client registered`);
   }
   // Again, although registration asked: the owner may have shortened the list since, and a signed client_id stays.
-  const refused = client.source === "preregistered" ? unsafeRedirect(redirect_uri) : refusal(redirect_uri);
+  const refused = client.source === "preregistered" ? unsafeRedirect(redirect_uri) : policy.refusal(redirect_uri);
   if (refused) throw new OAuthError("invalid_request", refused, { event: "redirect_refused" });
   return { client, redirect_uri, state: params.get("state") };
 }
 
 /** The rest of the request; what is wrong with it is the client's to hear (OAuth 2.1 §4.1.1, RFC 7636 §4.3). */
-function authorizationRequest(
-  params: URLSearchParams,
-  target: Target,
-  settings: Settings,
-): AuthorizationRequest {
+function authorizationRequest(params: URLSearchParams, target: Target, settings: Settings): AuthorizationRequest {
   const invalid = (description: string, code = "invalid_request") => new OAuthError(code, description);
   if (params.has("request")) throw invalid("Request objects are not supported", "request_not_supported");
   if (params.has("request_uri")) {
@@ -1393,18 +1379,18 @@ function authorizationRequest(
 }
 
 /** An answer to a request that names nobody who could be answered: a page, or JSON for a program that asks for it. */
-function unanswerable(c: Context, error: unknown, { emit }: Settings): Response | Promise<Response> {
+function unanswerable(c: Context, error: unknown, settings: Settings): Response | Promise<Response> {
   if (!(error instanceof OAuthError) || error.status >= 500) throw error;
-  if (error.event) emit(error.event, error.message, defined({ cause: error.cause }));
+  const { code, message, event, cause } = error;
+  if (event) settings.emit(event, message, defined({ cause }));
   const accept = c.req.header("Accept") ?? "";
   // mcp-remote asks this way before it opens the browser, and registers again when it reads invalid_client.
-  if (accept.includes("application/json") && !accept.includes("text/html")) {
-    return errorResponse(c, error, emit);
-  }
-  const advice = error.code === "invalid_client"
-    ? "Remove this server from the app and add it again: the app then registers anew."
-    : "Go back to the app and connect again. If you run this server, its log says more.";
-  return messagePage(c, 400, error.message, advice);
+  if (accept.includes("application/json") && !accept.includes("text/html")) return errorResponse(c, error, settings);
+  const { unknownClient, unknownClientAdvice, refusedRedirect, faulty, faultyAdvice } = settings.wording;
+  const [title, advice] = code === "invalid_client"
+    ? [unknownClient, unknownClientAdvice]
+    : [event === "redirect_refused" ? refusedRedirect : faulty, faultyAdvice];
+  return messagePage(c, settings, 400, title, `${message}.`, advice);
 }
 
 /**
@@ -1452,12 +1438,7 @@ function narrowedScopes(asked: string, granted: string[]): string[] {
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** OAuth 2.1 §3.2: a code or a refresh token in, an access token out. */
-async function tokenEndpoint(
-  c: Context,
-  clients: Clients,
-  grants: Grants,
-  settings: Settings,
-): Promise<Response> {
+async function tokenEndpoint(c: Context, clients: Clients, grants: Grants, settings: Settings): Promise<Response> {
   const arrived = seconds();
   const form = await readForm(c);
   const client = await clients.authenticate(c, form);
@@ -1472,15 +1453,10 @@ async function tokenEndpoint(
   if (grant_type === "authorization_code") {
     const code_verifier = required("code_verifier");
     if (!/^[A-Za-z0-9._~-]{43,128}$/.test(code_verifier)) {
-      throw new OAuthError(
-        "invalid_request",
-        "code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)",
-      );
+      throw new OAuthError("invalid_request", "code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)");
     }
     const redirect_uri = form.get("redirect_uri") ?? undefined;
-    return c.json(
-      await grants.redeem({ code: required("code"), code_verifier, redirect_uri, client, arrived }),
-    );
+    return c.json(await grants.redeem({ code: required("code"), code_verifier, redirect_uri, client, arrived }));
   }
   if (grant_type === "refresh_token") {
     const scope = form.get("scope") ?? undefined;
@@ -1743,7 +1719,8 @@ interface TokenResponse {
 }
 
 interface Grants {
-  approve(id: string, request: AuthorizationRequest): Promise<string | undefined>;
+  /** The code, or nothing if this form was sent before. */
+  approve(form: string, request: AuthorizationRequest): Promise<string | undefined>;
   redeem(request: {
     code: string;
     code_verifier: string;
@@ -1751,14 +1728,13 @@ interface Grants {
     client: Client;
     arrived: number;
   }): Promise<TokenResponse>;
-  refresh(
-    request: { refresh_token: string; scope: string | undefined; client: Client },
-  ): Promise<TokenResponse>;
+  refresh(request: { refresh_token: string; scope: string | undefined; client: Client }): Promise<TokenResponse>;
   revokeToken(token: string, client: Client): Promise<void>;
   verifyAccessToken: PersonalAuth["verifyAccessToken"];
   connections: PersonalAuth["connections"];
   revoke: PersonalAuth["revoke"];
-  createToken: PersonalAuth["createToken"];
+  /** With a form: nothing if it was sent before. */
+  createToken(request: TokenRequest, form?: string): Promise<NewToken | undefined>;
 }
 
 /** Personal access tokens belong to no client; this stands where a `clientId` is expected. */
@@ -1785,21 +1761,31 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     return { outcome: outcome as Transition["outcome"], grant };
   }
 
-  async function approve(id: string, request: AuthorizationRequest): Promise<string | undefined> {
-    const code = `pac_${id}${random(32)}`;
-    const now = seconds();
-    const { client, redirect_uri, scopes, code_challenge: challenge } = request;
-    const grant = approveGrant(
-      { client: { id: client.id, name: client.name }, redirect_uri, scopes, resource },
-      { hash: await sha256(code), challenge, refreshes: client.refreshes },
-      now,
-    );
+  /**
+   * What a form makes has its id from that form, so that sending it twice finds the first in its place. Writes a new
+   * grant; `false`: it was there already.
+   */
+  async function insert(id: string, grant: Grant): Promise<boolean> {
     let taken = false;
     await store.update(`grant/${id}`, (current) => {
       taken = current !== undefined;
       return current ?? grant;
     }, { expiresAt: grant.expires });
-    return taken ? undefined : code;
+    return !taken;
+  }
+
+  const idOf = async (form: string) => (await mac("grant", form)).slice(0, 32);
+
+  async function approve(form: string, request: AuthorizationRequest): Promise<string | undefined> {
+    const id = await idOf(form);
+    const code = `pac_${id}${random(32)}`;
+    const { client, redirect_uri, scopes, code_challenge: challenge } = request;
+    const grant = approveGrant(
+      { client: { id: client.id, name: client.name }, redirect_uri, scopes, resource },
+      { hash: await sha256(code), challenge, refreshes: client.refreshes },
+      seconds(),
+    );
+    return await insert(id, grant) ? code : undefined;
   }
 
   const redeem: Grants["redeem"] = async ({ code, code_verifier, redirect_uri, client, arrived }) => {
@@ -1892,9 +1878,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     const now = seconds();
     const access = grant && verifyGrant(grant, hash, resource, now);
     if (!id || !access) {
-      throw new OAuthError("invalid_token", "The access token is unknown, expired or revoked", {
-        status: 401,
-      });
+      throw new OAuthError("invalid_token", "The access token is unknown, expired or revoked", { status: 401 });
     }
     if (remembered === undefined) {
       if (verified.size >= MAX_REMEMBERED) verified.clear();
@@ -1942,40 +1926,27 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     return live.sort((a, b) => b.createdAt - a.createdAt);
   }
 
-  async function createToken({ name, scopes, expiresIn }: TokenRequest) {
-    demand(
-      typeof name === "string" && printable(name) !== "",
-      "createToken: name must say what the token is for",
-    );
+  async function createToken({ name, scopes, expiresIn }: TokenRequest, form?: string): Promise<NewToken | undefined> {
+    demand(typeof name === "string" && printable(name) !== "", "createToken: name must say what the token is for");
     const lifetime = readSeconds("createToken: expiresIn", expiresIn ?? 365 * DAY);
     const granted = scopes ?? offered.all;
     demand(
       Array.isArray(granted) && granted.length > 0 && granted.every((scope) => offered.all.includes(scope)),
       `createToken: scopes must be some of ${offered.all.join(", ")}, not ${show(scopes)}`,
     );
-    const id = random(16);
+    const id = form === undefined ? random(16) : await idOf(form);
     const token = `pat_${id}${random(32)}`;
     const created = seconds();
     const expires = created + lifetime;
-    const grant: Grant = {
-      client: { id: PERSONAL, name: printable(name) },
-      scopes: granted,
-      resource,
-      created,
-      expires,
-      access: [{ hash: await sha256(token), n: 0, scopes: granted, expires }],
-    };
-    await store.update(`grant/${id}`, () => grant, { expiresAt: expires });
+    const client = { id: PERSONAL, name: printable(name) };
+    const access = [{ hash: await sha256(token), n: 0, scopes: granted, expires }];
+    const grant: Grant = { client, scopes: granted, resource, created, expires, access };
+    if (!await insert(id, grant)) return undefined;
     report("token_created", "a personal access token was made", id, grant);
     return { id, token, expiresAt: Math.floor(expires) };
   }
 
-  function report(
-    type: AuthEvent["type"],
-    message: string,
-    connection: string,
-    grant: Grant | undefined,
-  ): void {
+  function report(type: AuthEvent["type"], message: string, connection: string, grant: Grant | undefined): void {
     emit(type, message, { connection, ...defined({ clientName: grant?.client.name }) });
   }
 
@@ -2027,7 +1998,7 @@ interface Guard {
  * learns where to get one from the 401 alone, whatever method, body or Accept header it tried.
  */
 function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessToken"]): Guard {
-  const { mcpPath, scopes, resourceMetadataUrl, emit } = settings;
+  const { mcpPath, scopes, resourceMetadataUrl } = settings;
 
   /** RFC 6750 §3 and RFC 9728 §5.1. Without `scope`, Claude asks for every scope of the authorization server. */
   const challenge = (scope: string[], error?: OAuthError) =>
@@ -2060,7 +2031,7 @@ function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessTok
     try {
       await authenticate(c);
     } catch (error) {
-      return errorResponse(c, error, emit);
+      return errorResponse(c, error, settings);
     }
     await next();
     // Some clients add a slash to the URL they were given. 308 keeps the method and the body, and stays on this host.
@@ -2096,7 +2067,7 @@ function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessTok
           throw error;
         }
       } catch (error) {
-        return errorResponse(c, error, emit);
+        return errorResponse(c, error, settings);
       }
       await next();
     };
@@ -2116,8 +2087,10 @@ const BEARER = /^Bearer +([A-Za-z0-9._~+/-]+=*) *$/i;
 interface Visit {
   /** The browser's secret, which its cookie holds. */
   browser: string;
-  /** What the page has to ask for before it may approve. */
-  proof: "password" | "nothing";
+  /** The owner, known by a session or by `authenticateOwner`; somebody who has to type the password; or neither. */
+  who: "owner" | "anybody" | "stranger";
+  /** What `authenticateOwner` wants to be answered instead of the page, such as a redirect to its own login. */
+  answer?: Response;
 }
 
 /** Why the owner could not be recognised, as the page tells it. */
@@ -2130,21 +2103,23 @@ interface Owner {
   visit(c: Context): Promise<Visit>;
   seal(browser: string, request: string): Promise<string>;
   sealed(browser: string, request: string, csrf: string): Promise<boolean>;
-  approvalId(csrf: string): Promise<string>;
   prove(c: Context, visit: Visit, password: string): Promise<Problem | undefined>;
+  signOut(visit: Visit): Promise<void>;
+  signOutEverywhere(): Promise<void>;
 }
 
 /** `browser/<hash of its secret>`: a browser that has signed in at least once. */
 interface BrowserRecord {
   attempts?: Attempts;
-  session?: { password: string; since: number; seen: number };
+  session?: { epoch: string; since: number; seen: number };
 }
 
-/** `owner`: the password, as PBKDF2-HMAC-SHA-256 of it. The salt doubles as the name of this password. */
-interface PasswordRecord {
+/** `owner`: the password, as PBKDF2-HMAC-SHA-256 of it. A session is good for the epoch it began in. */
+interface OwnerRecord {
   salt: string;
   hash: string;
   iterations: number;
+  epoch: string;
 }
 
 /** Password attempts left, and since when: a token bucket. */
@@ -2164,12 +2139,12 @@ const PASSWORD_ITERATIONS = 600_000;
 const MAX_ATTEMPTS = 10;
 const ATTEMPT_INTERVAL = MINUTE;
 
-/** Who is at the browser: the password, its session, the forms bound to both, and the throttle on guessing. */
+/** Who is at the browser: the password, its sessions, the forms bound to both, and the throttle on guessing. */
 function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
-  const { secure, authenticateOwner, emit } = settings;
+  const { secure, authenticateOwner, wording, emit } = settings;
   const cookie = cookieName(settings);
   const prefix = secure ? "host" as const : undefined;
-  const passwordRecord = once(() => preparePassword(settings, store));
+  const passwordInPlace = once(() => placePassword(settings, store));
 
   if (settings.password === false) {
     emit("owner_unprotected", "password is false: anybody with an account at an allowed client can connect");
@@ -2178,20 +2153,31 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
       emit("password_weak", "the owner's password is short: take 12 characters or more");
     }
     // At start, so that a generated password is printed there; a failure is reported, and tried again when needed.
-    passwordRecord().catch(() => {});
+    passwordInPlace().catch(() => {});
   }
 
   const keyOf = async (browser: string) => `browser/${await sha256(browser)}`;
+
+  /** Read each time, not remembered: another process may have changed the password or ended all sessions. */
+  async function ownerRecord(): Promise<OwnerRecord> {
+    await passwordInPlace();
+    return await store.get("owner") as OwnerRecord;
+  }
 
   /** GET pages call this too: it reads the store and never writes it. */
   async function visit(c: Context): Promise<Visit> {
     const known = getCookie(c, cookie, prefix);
     const browser = known && /^[0-9a-f]{64}$/.test(known) ? known : random(32);
     if (browser !== known) remember(c, browser);
-    if (settings.password === false || authenticateOwner) return { browser, proof: "nothing" };
-    const { salt } = await passwordRecord();
+    if (settings.password === false) return { browser, who: "owner" };
+    if (authenticateOwner) {
+      const answer = await authenticateOwner(c);
+      if (answer instanceof Response) return { browser, who: "stranger", answer };
+      return { browser, who: answer === true ? "owner" : "stranger" };
+    }
+    const { epoch } = await ownerRecord();
     const record = await store.get(await keyOf(browser)) as BrowserRecord | undefined;
-    return { browser, proof: isSignedIn(record, salt) ? "nothing" : "password" };
+    return { browser, who: isSignedIn(record, epoch) ? "owner" : "anybody" };
   }
 
   /**
@@ -2222,44 +2208,36 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
     return equal(csrf, expected) && Math.abs(age) < FORM_TTL;
   }
 
-  const approvalId = async (csrf: string) => (await mac("approval", csrf)).slice(0, 32);
-
-  async function prove(
-    c: Context,
-    { browser, proof }: Visit,
-    password: string,
-  ): Promise<Problem | undefined> {
-    if (authenticateOwner) {
-      if (await authenticateOwner(c) === true) return undefined;
-      emit("sign_in_failed", "authenticateOwner did not recognise the owner");
-      return { status: 403, message: "You are not signed in as the owner of this server." };
-    }
-    if (settings.password === false) return undefined;
+  async function prove(c: Context, { browser, who }: Visit, password: string): Promise<Problem | undefined> {
     const key = await keyOf(browser);
-    if (proof === "nothing") {
+    if (who === "owner") {
       await touch(key);
       return undefined;
     }
+    if (who === "stranger") {
+      emit("sign_in_failed", "authenticateOwner did not recognise the owner");
+      return { status: 403, message: wording.stranger };
+    }
     const wait = await takeAttempt(key);
     if (wait > 0) {
-      emit("sign_in_throttled", `too many wrong passwords; the next attempt is possible in ${wait} seconds`);
+      emit("sign_in_throttled", "too many wrong passwords");
       c.header("Retry-After", String(wait));
-      return { status: 429, message: `Too many attempts. Try again in ${wait} seconds.` };
+      return { status: 429, message: wording.throttled.replace("{seconds}", String(wait)) };
     }
-    const record = await passwordRecord();
+    const record = await ownerRecord();
     if (!equal(await stretch(normalize(password), record), record.hash)) {
       emit("sign_in_failed", "a wrong password was entered");
-      return { status: 403, message: "That is not the password." };
+      return { status: 403, message: wording.wrongPassword };
     }
     await signIn(c, key, record);
     return undefined;
   }
 
   /** A new secret at every sign-in: one that was in the browser before may be known to somebody else. */
-  async function signIn(c: Context, before: string, { salt }: PasswordRecord): Promise<void> {
+  async function signIn(c: Context, before: string, { epoch }: OwnerRecord): Promise<void> {
     const browser = random(32);
     const now = seconds();
-    const record: BrowserRecord = { session: { password: salt, since: now, seen: now } };
+    const record: BrowserRecord = { session: { epoch, since: now, seen: now } };
     await store.update(await keyOf(browser), () => record, { expiresAt: now + BROWSER_TTL });
     await store.update(before, () => undefined);
     remember(c, browser);
@@ -2274,6 +2252,19 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
       if (!record?.session || now - record.session.seen < MINUTE) return current;
       return { ...record, session: { ...record.session, seen: now } };
     }, { expiresAt: now + BROWSER_TTL });
+  }
+
+  /** The browser stays known, and with it its own allowance of attempts; the session is gone for good. */
+  async function signOut({ browser }: Visit): Promise<void> {
+    await store.update(await keyOf(browser), (current) => {
+      const { session: _session, ...rest } = (current ?? {}) as BrowserRecord;
+      return current && rest;
+    });
+  }
+
+  async function signOutEverywhere(): Promise<void> {
+    const epoch = random(8);
+    await store.update("owner", (current) => current && { ...current, epoch });
   }
 
   /**
@@ -2296,14 +2287,14 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
     return wait;
   }
 
-  return { visit, seal, sealed, approvalId, prove };
+  return { visit, seal, sealed, prove, signOut, signOutEverywhere };
 }
 
-function isSignedIn(record: BrowserRecord | undefined, password: string): boolean {
+function isSignedIn(record: BrowserRecord | undefined, epoch: string): boolean {
   const session = record?.session;
   const now = seconds();
-  return session !== undefined && now - session.since < SESSION_TTL && now - session.seen < SESSION_IDLE_TTL &&
-    session.password === password; // a changed password ends every session
+  return session !== undefined && session.epoch === epoch && now - session.since < SESSION_TTL &&
+    now - session.seen < SESSION_IDLE_TTL;
 }
 
 /** Two servers on one host share its cookies, whatever their ports and paths: each needs a name of its own. */
@@ -2313,27 +2304,22 @@ function cookieName({ origin, basePath, secure }: Settings): string {
 }
 
 /**
- * The password record that holds now. A configured password replaces whatever the store has, and a new salt ends all
- * sessions of the old one; without one, the stored password stays, and at the very first start one is generated.
+ * Sees to it that the right password is in the store. A configured one replaces whatever is there, and begins a new
+ * epoch; without one, the stored password stays, and at the very first start one is generated.
  */
-async function preparePassword(settings: Settings, store: Store): Promise<PasswordRecord> {
+async function placePassword(settings: Settings, store: Store): Promise<void> {
   const { password } = settings;
-  const stored = await store.get("owner") as PasswordRecord | undefined;
-  if (stored && (typeof password !== "string" || equal(await stretch(password, stored), stored.hash))) {
-    return stored;
-  }
+  const stored = await store.get("owner") as OwnerRecord | undefined;
+  if (stored && (typeof password !== "string" || equal(await stretch(password, stored), stored.hash))) return;
   const next = typeof password === "string" ? password : generatePassword();
-  const unhashed = { salt: random(16), iterations: PASSWORD_ITERATIONS };
-  const fresh = { ...unhashed, hash: await stretch(next, unhashed) };
+  const unhashed = { salt: random(16), iterations: PASSWORD_ITERATIONS, epoch: random(8) };
+  const fresh: OwnerRecord = { ...unhashed, hash: await stretch(next, unhashed) };
   const kept = await store.update("owner", (current) => {
-    return (current as PasswordRecord | undefined)?.salt === stored?.salt ? fresh : current;
-  }) as PasswordRecord;
+    return (current as OwnerRecord | undefined)?.salt === stored?.salt ? fresh : current;
+  }) as OwnerRecord;
   // Another process on this store was faster: what it wrote, and printed, is what holds.
-  if (kept.salt !== fresh.salt) return preparePassword(settings, store);
-  if (next !== password) {
-    console.log(`\n  The owner's password for this server, shown this once:\n\n      ${next}\n`);
-  }
-  return fresh;
+  if (kept.salt !== fresh.salt) return placePassword(settings, store);
+  if (next !== password) console.log(`\n  The owner's password for this server, shown this once:\n\n      ${next}\n`);
 }
 
 /** 100 bits, in an alphabet without look-alikes, grouped to be typed on a phone. */
@@ -2349,13 +2335,162 @@ function normalize(password: string): string {
 }
 
 /** Slow on purpose: a stolen store must not give up a short password. */
-async function stretch(
-  password: string,
-  { salt, iterations }: { salt: string; iterations: number },
-): Promise<string> {
+async function stretch(password: string, { salt, iterations }: { salt: string; iterations: number }): Promise<string> {
   const key = await crypto.subtle.importKey("raw", utf8.encode(password), "PBKDF2", false, ["deriveBits"]);
   const bits = { name: "PBKDF2", hash: "SHA-256", salt: utf8.encode(salt), iterations };
   return hex(new Uint8Array(await crypto.subtle.deriveBits(bits, key, 256)));
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Owner's page
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** `/connections`: what is connected, personal access tokens, and what happened lately. */
+function connectionsEndpoint(
+  settings: Settings,
+  grants: Grants,
+  owner: Owner,
+  events: EventLog,
+): { show: Handler; decide: Handler } {
+  const { basePath, password, wording } = settings;
+  const path = `${basePath}/connections`;
+
+  async function render(c: Context, visit: Visit, problem?: Problem): Promise<Response> {
+    const csrf = await owner.seal(visit.browser, path);
+    if (visit.who !== "owner") return signInPage(c, settings, { action: path, csrf, ...(problem && { problem }) });
+    const connections = await grants.connections();
+    return connectionsPage(c, settings, { action: path, csrf, connections, events: await events.latest() });
+  }
+
+  /** Whether this visit may see the page at all; what to answer if not. */
+  function turnedAway(c: Context, { who, answer }: Visit): Response | Promise<Response> | undefined {
+    // Without any proof of the owner, this page would be everybody's, and with it tokens and the list of what is here.
+    if (password === false) return messagePage(c, settings, 403, wording.noOwner, wording.noOwnerAdvice);
+    if (answer) return answer;
+    return who === "stranger" ? messagePage(c, settings, 403, wording.strangerTitle, wording.stranger) : undefined;
+  }
+
+  const show: Handler = async (c) => {
+    const visit = await owner.visit(c);
+    return turnedAway(c, visit) ?? await render(c, visit);
+  };
+
+  const decide: Handler = async (c) => {
+    const form = await readForm(c, "scope");
+    const visit = await owner.visit(c);
+    const away = turnedAway(c, visit);
+    if (away) return away;
+    const csrf = form.get("csrf") ?? "";
+    if (!await owner.sealed(visit.browser, path, csrf)) {
+      return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
+    }
+    const problem = await owner.prove(c, visit, form.get("password") ?? "");
+    if (problem) return await render(c, visit, problem);
+    const answer = await act(c, visit, form, csrf);
+    // 303: a reload of the page that follows must not do it again.
+    return answer ?? c.redirect(path, 303);
+  };
+
+  async function act(c: Context, visit: Visit, form: URLSearchParams, csrf: string): Promise<Response | undefined> {
+    switch (form.get("action")) {
+      case "revoke":
+        await grants.revoke(form.get("id") ?? "");
+        return undefined;
+      case "revoke_all":
+        for (const { id } of await grants.connections()) await grants.revoke(id);
+        return undefined;
+      case "sign_out":
+        await owner.signOut(visit);
+        return undefined;
+      case "sign_out_everywhere":
+        await owner.signOutEverywhere();
+        return undefined;
+      case "create_token": {
+        const request = {
+          name: form.get("name") ?? "",
+          expiresIn: Number(form.get("days") ?? 0) * DAY,
+          ...(form.has("scope") && { scopes: form.getAll("scope") }),
+        };
+        const made = await grants.createToken(request, csrf).catch((error) => {
+          if (error instanceof TypeError) throw new OAuthError("invalid_request", wording.tokenRefused);
+          throw error;
+        });
+        return made && await tokenPage(c, settings, { ...made, name: request.name, back: path });
+      }
+    }
+    return undefined;
+  }
+
+  return { show, decide };
+}
+
+/** `events`: the latest of each kind. */
+type EventRecord = Partial<Record<AuthEvent["type"], { count: number; latest: LoggedEvent[] }>>;
+type LoggedEvent = Pick<AuthEvent, "at" | "message" | "clientName" | "connection">;
+
+interface EventLog {
+  emit: Emit;
+  latest(): Promise<(LoggedEvent & { type: AuthEvent["type"]; count: number })[]>;
+}
+
+const MAX_EVENTS_PER_TYPE = 5;
+/** What strangers can cause at will: kept in memory until something worth a write comes along, so they cause no writes. */
+const CHEAP_EVENTS: AuthEvent["type"][] = [
+  "client_registered",
+  "client_document_refused",
+  "redirect_refused",
+  "connection_denied",
+  "sign_in_throttled",
+  "owner_unprotected",
+  "password_weak",
+  "server_error",
+];
+
+/**
+ * Tells every event to `onEvent`, and keeps the latest of each kind for the owner's page: of each kind, so that a flood
+ * of one cannot wash away the others.
+ */
+function eventLog(store: Store, onEvent: (event: AuthEvent) => void): EventLog {
+  let waiting: AuthEvent[] = [];
+
+  const emit: Emit = (type, message, more) => {
+    const event: AuthEvent = { type, at: Math.floor(seconds()), message, ...more };
+    try {
+      onEvent(event);
+    } catch (error) {
+      console.error("personal-auth: onEvent threw", error); // a broken alarm must not break the request it reports
+    }
+    if (type === "client_registered") return; // anybody's, any number of times, and nothing the owner could act on
+    waiting = [...waiting, event].slice(-100);
+    if (!CHEAP_EVENTS.includes(type)) keep();
+  };
+
+  function keep(): void {
+    const batch = waiting;
+    waiting = [];
+    store.update("events", (current) => merge(current as EventRecord | undefined, batch))
+      .catch(() => waiting = [...batch, ...waiting].slice(-100)); // the next event tries again
+  }
+
+  function merge(record: EventRecord = {}, events: AuthEvent[]): EventRecord {
+    const merged = { ...record };
+    for (const { type, at, message, clientName, connection } of events) {
+      const { count, latest } = merged[type] ?? { count: 0, latest: [] };
+      const event = { at, message: message.slice(0, 500), ...defined({ clientName, connection }) };
+      merged[type] = { count: count + 1, latest: [event, ...latest].slice(0, MAX_EVENTS_PER_TYPE) };
+    }
+    return merged;
+  }
+
+  async function latest() {
+    const record = merge(await store.get("events") as EventRecord | undefined, waiting);
+    const list = Object.entries(record).flatMap(([type, { count, latest }]) =>
+      latest.map((event) => ({ ...event, type: type as AuthEvent["type"], count }))
+    );
+    return list.sort((a, b) => b.at - a.at);
+  }
+
+  return { emit, latest };
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2365,90 +2500,378 @@ async function stretch(
 type Html = ReturnType<typeof html>;
 type PageStatus = 200 | 409 | 429 | ErrorStatus;
 
+/** Every text on the owner's pages. `pages.wording` replaces any of them; what stands in braces is filled in. */
+const WORDING = {
+  connect: "Connect {client}?",
+  unnamed: "an app without a name",
+  connectText: "{client} asks to use this server in your name.",
+  server: "Server",
+  asks: "Who asks",
+  registered: "The app registered itself; its name is its own claim.",
+  preregistered: "You registered this app yourself.",
+  published: "Described by {host}",
+  vouched: "You allow this site.",
+  target: "The answer goes to",
+  targetHere: "an app on this computer",
+  targetApp: "an app on this device",
+  allows: "It may",
+  allowsScope: "use {scope}",
+  local: "Only go on if you started this yourself, just now, on this computer. Otherwise deny.",
+  password: "Your password for this server",
+  approve: "Approve",
+  deny: "Deny",
+  signIn: "Sign in",
+  signInText: "This page is for the owner of this server.",
+  wrongPassword: "That is not the password.",
+  throttled: "Too many attempts. Try again in {seconds} seconds.",
+  stranger: "You are not signed in as the owner of this server.",
+  strangerTitle: "For the owner only",
+  noOwner: "This server asks nobody for a password",
+  noOwnerAdvice: "So there is no page for its owner. Give personalAuth() a password to have one.",
+  expired: "This page has expired",
+  expiredAdvice: "Go back to the app and connect again. If that does not help, allow cookies for this site.",
+  answered: "Already answered",
+  answeredAdvice: "This request was approved before. If the app is not connected, go back to it and connect again.",
+  unknownClient: "This server does not know the app",
+  unknownClientAdvice: "Remove this server from the app and add it again: the app then registers anew.",
+  refusedRedirect: "This app is not allowed here",
+  faulty: "That request cannot be answered",
+  faultyAdvice: "Go back to the app and connect again. If you run this server, its log says more.",
+  failed: "Something went wrong here",
+  connections: "Connections",
+  none: "Nothing is connected yet.",
+  since: "Since {time}",
+  lastUsed: "last used {time}",
+  neverUsed: "never used",
+  until: "until {time}",
+  personalToken: "personal access token",
+  revoke: "Revoke",
+  revokeAll: "Revoke all",
+  revokeAllText: "Every app and every token has to be connected anew.",
+  newToken: "New personal access token",
+  newTokenText: "For scripts, and for clients without a browser.",
+  tokenName: "What is it for?",
+  tokenDays: "How long is it good?",
+  days: "{days} days",
+  createToken: "Create token",
+  tokenRefused: "The token needs a name, a lifetime and a scope",
+  tokenMade: "Your new token",
+  tokenOnce: "Copy it now: it is not shown again.",
+  tokenUse: "In Claude Code, for example:",
+  back: "Back to your connections",
+  events: "What happened lately",
+  noEvents: "Nothing worth telling.",
+  times: "{count} times in all",
+  session: "This browser",
+  signOut: "Sign out here",
+  signOutEverywhere: "Sign out everywhere",
+};
+
+/** The texts of the owner's pages, by name. */
+export type Wording = Record<keyof typeof WORDING, string>;
+
+/** How the owner's pages look and what they say. */
+export interface PageOptions {
+  /** What the owner calls this server. Default: the host of `baseUrl`. */
+  title?: string;
+  /** The colour of the button that approves, as `#rrggbb`; its text is black or white by itself. */
+  accent?: string;
+  /** Texts to use instead of the built-in ones. */
+  wording?: Partial<Wording>;
+}
+
 const STYLE = `
-:root { color-scheme: light dark; --ink: #1c1b19; --soft: #5f5b54; --paper: #faf9f6; --card: #fff; --line: #d9d5cc; --accent: #1f5fbf; --on-accent: #fff; --warn: #8a4b00 }
-@media (prefers-color-scheme: dark) { :root { --ink: #f2f0eb; --soft: #b3aea4; --paper: #191816; --card: #242320; --line: #45423c; --accent: #8ab4ff; --on-accent: #10233f; --warn: #ffc27a } }
-* { box-sizing: border-box }
-body { margin: 0; min-height: 100vh; display: grid; place-items: center; padding: 1rem; background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
-main { width: 100%; max-width: 27rem; padding: 1.75rem; background: var(--card); border: 1px solid var(--line); border-radius: 1rem }
-h1 { margin: 0 0 .75rem; font-size: 1.35rem; line-height: 1.3; overflow-wrap: anywhere }
-p { margin: .75rem 0 } ul { margin: .75rem 0; padding-left: 1.25rem }
-dl { margin: 1rem 0 } dt { color: var(--soft); font-size: .875rem } dd { margin: 0 0 .6rem; overflow-wrap: anywhere }
-.warn { color: var(--warn); font-weight: 600 }
-label { display: block; margin-top: 1rem; font-weight: 600 }
-input, button { width: 100%; min-height: 3rem; margin-top: .5rem; padding: .5rem .9rem; font: inherit; border-radius: .6rem; border: 1px solid var(--soft); color: inherit; background: transparent }
-button { font-weight: 600; cursor: pointer } button.approve { background: var(--accent); border-color: var(--accent); color: var(--on-accent) }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+:root{color-scheme:light dark;--ink:#1d1b18;--soft:#5c574f;--paper:#f5f3ee;--card:#fff;--line:#dcd7cc;--link:#1d4f9c;--accent:#1d4f9c;--on-accent:#fff;--warn:#7a3d00;--warn-paper:#fff4e0}
+@media(prefers-color-scheme:dark){:root{--ink:#f1efe9;--soft:#b8b2a7;--paper:#161513;--card:#211f1d;--line:#3d3a35;--link:#8db4f5;--accent:#8db4f5;--on-accent:#0d1d35;--warn:#ffcf8f;--warn-paper:#36260f}}
+@media(prefers-contrast:more){:root{--soft:var(--ink);--line:var(--ink)}}
+*{box-sizing:border-box}
+body{margin:0;min-height:100vh;display:grid;place-items:center;padding:1rem;background:var(--paper);color:var(--ink);font:1rem/1.5 system-ui,sans-serif}
+main{width:100%;max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);border-radius:1.1rem}
+main.wide{max-width:44rem}
+header{margin:0 0 1.1rem;color:var(--soft);font-size:.9rem;overflow-wrap:anywhere}
+h1{margin:0 0 .4rem;font-size:1.5rem;line-height:1.25;overflow-wrap:anywhere}
+h2{margin:2rem 0 .5rem;font-size:1.1rem}
+p{margin:.5rem 0;overflow-wrap:anywhere}
+small,.soft,dt{color:var(--soft);font-size:.9rem}
+dl{margin:1.1rem 0;display:grid;gap:.9rem}
+dd{margin:.1rem 0 0;overflow-wrap:anywhere}
+ul{list-style:none;margin:0;padding:0}
+.list>li{padding:.9rem 0;border-top:1px solid var(--line);display:flex;flex-wrap:wrap;gap:.5rem 1rem;align-items:center}
+.list>li>div{flex:1 1 14rem;min-width:0;overflow-wrap:anywhere}
+.warn{margin:1rem 0;padding:.75rem .9rem;border-radius:.7rem;background:var(--warn-paper);color:var(--warn);font-weight:600}
+.mark{color:var(--link);font-weight:600}
+label,legend{display:block;margin-top:1rem;font-weight:600}
+fieldset{border:0;margin:0;padding:0}
+fieldset label{font-weight:400;margin:0;display:flex;gap:.6rem;align-items:center;min-height:2.75rem}
+input,select,button,a.button{width:100%;min-height:3rem;margin-top:.5rem;padding:.6rem .9rem;font:inherit;border-radius:.7rem;border:1px solid var(--soft);color:inherit;background:var(--card)}
+input[type=checkbox]{width:1.35rem;min-height:1.35rem;margin:0;accent-color:var(--accent)}
+button{font-weight:600;cursor:pointer}
+.list button,.row button{width:auto;min-width:7rem;margin:0}
+.row{display:flex;flex-wrap:wrap;gap:.75rem}
+button.approve{background:var(--accent);border-color:var(--accent);color:var(--on-accent);margin-top:1.25rem}
+pre{margin:.5rem 0;padding:.8rem;border:1px solid var(--line);border-radius:.7rem;white-space:pre-wrap;overflow-wrap:anywhere;user-select:all;font-size:.9rem}
+summary{min-height:2.75rem;padding:.5rem 0;cursor:pointer;font-weight:600}
+a{color:var(--link)}
+:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 `;
+
+/** A text with its braces filled in; the page escapes the result as a whole. */
+function say(text: string, values: Record<string, string | number>): string {
+  return text.replace(/\{(\w+)\}/g, (braces, name) => String(values[name] ?? braces));
+}
 
 /** The question to the owner, and with it the password form if nobody is signed in. */
 function consentPage(
   c: Context,
-  { issuer, basePath, scopes }: Settings,
-  { client, redirect_uri, scopes: asked }: AuthorizationRequest,
-  form: Visit & { encoded: string; csrf: string; problem?: Problem },
+  settings: Settings,
+  request: AuthorizationRequest,
+  form: { who: Visit["who"]; encoded: string; csrf: string; vouched: boolean; problem?: Problem },
 ): Response | Promise<Response> {
-  const { proof, problem } = form;
+  const { issuer, basePath, scopes, wording } = settings;
+  const { client, redirect_uri } = request;
   const target = new URL(redirect_uri);
-  const words = asked.filter((scope) => scope !== OFFLINE_ACCESS).map(scopes.words);
+  const here = isLoopback(target.hostname);
+  const name = client.name || wording.unnamed;
+  const title = say(wording.connect, { client: name });
+  const origin =
+    { registered: wording.registered, preregistered: wording.preregistered, document: "" }[client.source] ||
+    say(wording.published, { host: new URL(client.id).host });
+  const allowed = request.scopes.filter((scope) => scope !== OFFLINE_ACCESS);
   const body = html`
-    <h1>Let ${client.name || "an app without a name"} use this server?</h1>
+    <h1>${title}</h1>
+    <p>${say(wording.connectText, { client: name })}</p>
     <dl>
-      <dt>Server</dt>
-      <dd>${issuer}</dd>
-      <dt>The answer goes to</dt>
-      <dd><strong>${target.protocol}//${target.host}</strong></dd>
-      <dt>It may use</dt>
-      <dd>${words.join(", ")}</dd>
+      <div>
+        <dt>${wording.asks}</dt>
+        <dd><strong>${name}</strong><br><small>${origin}</small>
+          ${form.vouched && html`<br><small class="mark">✓ ${wording.vouched}</small>`}</dd>
+      </div>
+      <div>
+        <dt>${wording.target}</dt>
+        <dd><strong>${target.protocol}//${target.host}</strong>
+          ${here && html`<br><small>${wording.targetHere}</small>`}
+          ${!/^https?:$/.test(target.protocol) && html`<br><small>${wording.targetApp}</small>`}</dd>
+      </div>
+      <div>
+        <dt>${wording.allows}</dt>
+        <dd>
+          <ul>${allowed.map((scope) => html`<li>${scopes.words(scope, wording.allowsScope)}</li>`)}</ul>
+        </dd>
+      </div>
+      <div>
+        <dt>${wording.server}</dt>
+        <dd>${issuer}</dd>
+      </div>
     </dl>
-    ${isLoopback(target.hostname) &&
-      html`<p class="warn">The app runs on the computer in front of you. If you did not just start it there, deny.</p>`}
+    ${here && html`<p class="warn">${wording.local}</p>`}
     <form method="post" action="${basePath}/authorize">
       <input type="hidden" name="request" value="${form.encoded}">
       <input type="hidden" name="csrf" value="${form.csrf}">
-      ${problem && html`<p class="warn" role="alert">${problem.message}</p>`}
-      ${proof === "password" && html`
-        <label for="password">Your password for this server</label>
-        <input id="password" name="password" type="password" autocomplete="current-password" required autofocus>
-      `}
-      <button class="approve" name="decision" value="approve">Approve</button>
-      <button name="decision" value="deny" formnovalidate>Deny</button>
+      ${passwordField(settings, form)}
+      <button class="approve" name="decision" value="approve">${wording.approve}</button>
+      <button name="decision" value="deny" formnovalidate>${wording.deny}</button>
     </form>
   `;
-  return page(c, problem?.status ?? 200, `Connect ${client.name}`, body);
+  return page(c, settings, { status: form.problem?.status ?? 200, title, body });
+}
+
+function passwordField({ wording }: Settings, { who, problem }: { who: Visit["who"]; problem?: Problem }): Html {
+  return html`
+    ${problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`}
+    ${who === "anybody" && html`
+      <label for="password">${wording.password}</label>
+      <input id="password" name="password" type="password" autocomplete="current-password" required autofocus
+        ${problem && raw('aria-describedby="problem" aria-invalid="true"')}>
+    `}
+  `;
+}
+
+function signInPage(
+  c: Context,
+  settings: Settings,
+  { action, csrf, problem }: { action: string; csrf: string; problem?: Problem },
+): Response | Promise<Response> {
+  const { wording } = settings;
+  const body = html`
+    <h1>${wording.signIn}</h1>
+    <p>${wording.signInText}</p>
+    <form method="post" action="${action}">
+      <input type="hidden" name="csrf" value="${csrf}">
+      ${passwordField(settings, { who: "anybody", ...(problem && { problem }) })}
+      <button class="approve">${wording.signIn}</button>
+    </form>
+  `;
+  return page(c, settings, { status: problem?.status ?? 200, title: wording.signIn, body });
+}
+
+function connectionsPage(
+  c: Context,
+  settings: Settings,
+  { action, csrf, connections, events }: {
+    action: string;
+    csrf: string;
+    connections: Connection[];
+    events: Awaited<ReturnType<EventLog["latest"]>>;
+  },
+): Response | Promise<Response> {
+  const { wording, authenticateOwner } = settings;
+  const form = (name: string, content: Html) =>
+    html`
+      <form method="post" action="${action}">
+        <input type="hidden" name="csrf" value="${csrf}"><input type="hidden" name="action" value="${name}">${content}
+      </form>
+    `;
+  const button = (name: string, text: string) => form(name, html`<button>${text}</button>`);
+  const body = html`
+    <h1>${wording.connections}</h1>
+    ${connections.length === 0 && html`<p class="soft">${wording.none}</p>`}
+    <ul class="list">${connections.map((connection) => connectionItem(settings, connection, form))}</ul>
+    ${connections.length > 1 && html`
+      <details><summary>${wording.revokeAll}</summary>
+        <p>${wording.revokeAllText}</p>${button("revoke_all", wording.revokeAll)}</details>
+    `}
+    <h2>${wording.newToken}</h2>
+    <p class="soft">${wording.newTokenText}</p>
+    ${form("create_token", tokenFields(settings))}
+    <h2>${wording.events}</h2>
+    ${events.length === 0 && html`<p class="soft">${wording.noEvents}</p>`}
+    <ul class="list">${events.map(({ at, message, clientName, count }) =>
+      html`
+        <li>
+          <div>${clientName && html`
+            <strong>${clientName}</strong>:
+          `}${message}<br>
+          <small>${moment(at)}${count > 1 && html`
+            · ${say(wording.times, { count })}
+          `}</small></div>
+        </li>
+      `
+    )}</ul>
+    ${!authenticateOwner && html`
+      <h2>${wording.session}</h2>
+      <div class="row">${button("sign_out", wording.signOut)}
+              ${button("sign_out_everywhere", wording.signOutEverywhere)}</div>
+    `}
+  `;
+  return page(c, settings, { status: 200, title: wording.connections, body, wide: true });
+}
+
+function connectionItem(
+  { wording, scopes }: Settings,
+  { id, kind, clientName, redirectUri, scopes: granted, createdAt, lastUsedAt, expiresAt }: Connection,
+  form: (name: string, content: Html) => Html,
+): Html {
+  const target = redirectUri && new URL(redirectUri);
+  const used = lastUsedAt ? say(wording.lastUsed, { time: moment(lastUsedAt) }) : wording.neverUsed;
+  const name = clientName || wording.unnamed;
+  return html`<li>
+    <div><strong>${name}</strong> <small>${
+    target ? `${target.protocol}//${target.host}` : wording.personalToken
+  }</small><br>
+      <small>${
+    granted.filter((scope) => scope !== OFFLINE_ACCESS).map((scope) => scopes.words(scope)).join(", ")
+  }</small><br>
+      <small>${say(wording.since, { time: moment(createdAt) })} · ${used}
+        ${
+    kind === "token" && html`
+      · ${say(wording.until, { time: moment(expiresAt) })}
+    `
+  }</small></div>
+    ${
+    form(
+      "revoke",
+      html`
+        <input type="hidden" name="id" value="${id}">
+        <button aria-label="${wording.revoke}: ${name}">${wording.revoke}</button>
+      `,
+    )
+  }
+  </li>`;
+}
+
+function tokenFields({ wording, scopes }: Settings): Html {
+  return html`
+    <label for="name">${wording.tokenName}</label>
+    <input id="name" name="name" required maxlength="200" autocomplete="off">
+    <label for="days">${wording.tokenDays}</label>
+    <select id="days" name="days">${[30, 90, 365].map((days) =>
+      html`<option value="${days}">${say(wording.days, { days })}</option>`
+    )}</select>
+    ${scopes.all.length > 1 && html`<fieldset><legend>${wording.allows}</legend>${
+      scopes.all.map((scope) =>
+        html`
+          <label><input type="checkbox" name="scope" value="${scope}"
+            ${scopes.byDefault.includes(scope) && raw("checked")}>${scopes.words(scope)}</label>
+        `
+      )
+    }</fieldset>`}
+    <button>${wording.createToken}</button>
+  `;
+}
+
+/** The one time that a personal access token is shown. */
+function tokenPage(
+  c: Context,
+  settings: Settings,
+  { token, name, back }: { token: string; name: string; back: string },
+): Response | Promise<Response> {
+  const { wording, resource } = settings;
+  const label = name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "personal";
+  const command = `claude mcp add --transport http ${label} ${resource} --header "Authorization: Bearer ${token}"`;
+  const body = html`
+    <h1>${wording.tokenMade}</h1>
+    <p class="warn">${wording.tokenOnce}</p>
+    <pre tabindex="0">${token}</pre>
+    <p>${wording.tokenUse}</p>
+    <pre tabindex="0">${command}</pre>
+    <p><a href="${back}">${wording.back}</a></p>
+  `;
+  return page(c, settings, { status: 200, title: wording.tokenMade, body });
+}
+
+/** In UTC: without script, a page cannot know the owner's own time. */
+function moment(at: number): string {
+  return `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
+}
+
+/** Black or white, whichever is easier to read on a colour `#rrggbb` (relative luminance, WCAG 2). */
+function readableOn(colour: string): string {
+  const [r = 0, g = 0, b = 0] = colour.slice(1).match(/../g)!.map((pair) => (parseInt(pair, 16) / 255) ** 2.2);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? "#000" : "#fff";
 }
 
 function messagePage(
   c: Context,
+  settings: Settings,
   status: PageStatus,
   title: string,
-  text: string,
+  ...texts: string[]
 ): Response | Promise<Response> {
-  return page(
-    c,
+  return page(c, settings, {
     status,
     title,
-    html`
-      <h1>${title}</h1>
-      <p>${text}</p>
-    `,
-  );
+    body: html`<h1>${title}</h1>${texts.map((text) => html`<p>${text}</p>`)}`,
+  });
 }
 
 /**
  * No script, no frame, no image: the page can be neither decorated nor framed by anybody. There is no `form-action` on
  * purpose: browsers apply it to the redirects after the form as well, and would stop the way back to the app.
  */
-function page(c: Context, status: PageStatus, title: string, body: Html): Response | Promise<Response> {
+function page(
+  c: Context,
+  { issuer, pages }: Settings,
+  { status, title, body, wide }: { status: PageStatus; title: string; body: Html; wide?: boolean },
+): Response | Promise<Response> {
   const nonce = random(16);
-  c.header(
-    "Content-Security-Policy",
-    `default-src 'none'; style-src 'nonce-${nonce}'; frame-ancestors 'none'; base-uri 'none'`,
-  );
+  const policy = `default-src 'none'; style-src 'nonce-${nonce}'; frame-ancestors 'none'; base-uri 'none'`;
+  c.header("Content-Security-Policy", policy);
   c.header("X-Frame-Options", "DENY");
   c.header("X-Content-Type-Options", "nosniff");
   c.header("Referrer-Policy", "same-origin"); // not no-referrer: the form would then be sent with Origin: null
   c.header("Cache-Control", "no-store");
+  const name = pages.title ?? new URL(issuer).host;
+  const accent = pages.accent ? `:root{--accent:${pages.accent};--on-accent:${readableOn(pages.accent)}}` : "";
   return c.html(
     html`
       <!doctype html>
@@ -2456,11 +2879,12 @@ function page(c: Context, status: PageStatus, title: string, body: Html): Respon
         <head>
           <meta charset="utf-8">
           <meta name="viewport" content="width=device-width, initial-scale=1">
-          <title>${title}</title>
-          <style nonce="${nonce}">${raw(STYLE)}</style>
+          <meta name="robots" content="noindex">
+          <title>${title} · ${name}</title>
+          <style nonce="${nonce}">${raw(STYLE + accent)}</style>
         </head>
         <body>
-          <main>${body}</main>
+          <main class="${wide ? "wide" : ""}"><header>${name}</header>${body}</main>
         </body>
       </html>
     `,
@@ -2551,30 +2975,21 @@ const LOCK_PATIENCE = 5;
  * file is never changed.
  */
 export function fileStore(dir: string): Store {
-  demand(
-    typeof dir === "string" && dir !== "",
-    `fileStore: dir must be the path of a folder, such as ".oauth-state"`,
-  );
+  demand(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
   const db = openDatabase(dir);
   const select = db.prepare("SELECT value, expires FROM entries WHERE key = ?");
   const upsert = db.prepare("INSERT OR REPLACE INTO entries (key, value, expires) VALUES (?, ?, ?)");
   const remove = db.prepare("DELETE FROM entries WHERE key = ?");
   const scan = db.prepare("SELECT key, value, expires FROM entries WHERE key >= ? ORDER BY key LIMIT 100");
   // Two at a time, with each change: the past is cleared faster than it grows, and nothing ever waits for a sweep.
-  const sweep = db.prepare(
-    "DELETE FROM entries WHERE key IN (SELECT key FROM entries WHERE expires < ? LIMIT 2)",
-  );
+  const sweep = db.prepare("DELETE FROM entries WHERE key IN (SELECT key FROM entries WHERE expires < ? LIMIT 2)");
 
   const read = (key: string): Row | undefined => {
     const row = select.get(key) as Row | undefined;
     return row && isLive(row.expires) ? row : undefined;
   };
 
-  const write = (
-    key: string,
-    change: (current: unknown) => unknown,
-    expiresAt: number | undefined,
-  ): unknown => {
+  const write = (key: string, change: (current: unknown) => unknown, expiresAt: number | undefined): unknown => {
     db.exec("BEGIN IMMEDIATE");
     try {
       const row = read(key);
@@ -2723,9 +3138,7 @@ function checkDatabase(db: Sqlite, file: string): void {
 /** The part of a `Deno.Kv` that is used here, so that no Deno type is named. */
 export interface KvLike {
   get(key: string[]): Promise<KvEntryLike>;
-  list(
-    selector: { start: string[]; end: string[] },
-  ): AsyncIterable<KvEntryLike & { key: readonly unknown[] }>;
+  list(selector: { start: string[]; end: string[] }): AsyncIterable<KvEntryLike & { key: readonly unknown[] }>;
   atomic(): KvAtomicLike;
   close(): void;
 }
@@ -2754,17 +3167,10 @@ export function kvStore(kv: KvLike): Store {
   // Kept as text with its expiry: KV's own may take a minute longer, and its values may outlive a change of V8.
   const decode = ({ value }: KvEntryLike) => {
     const { json, expires } = (value ?? {}) as { json?: string; expires?: number | null };
-    return {
-      current: isLive(expires) ? parse(json) : undefined,
-      expires: isLive(expires) ? expires : undefined,
-    };
+    return { current: isLive(expires) ? parse(json) : undefined, expires: isLive(expires) ? expires : undefined };
   };
 
-  async function compareAndSet(
-    key: string,
-    change: (current: unknown) => unknown,
-    expiresAt: number | undefined,
-  ) {
+  async function compareAndSet(key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) {
     const entry = await kv.get(path(key));
     const { current, expires } = decode(entry);
     const next = change(current);
@@ -2869,10 +3275,7 @@ function base64url(bytes: Uint8Array): string {
 }
 
 function fromBase64url(text: string): string {
-  const bytes = Uint8Array.from(
-    atob(text.replaceAll("-", "+").replaceAll("_", "/")),
-    (char) => char.charCodeAt(0),
-  );
+  const bytes = Uint8Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), (char) => char.charCodeAt(0));
   return new TextDecoder().decode(bytes);
 }
 
@@ -2890,9 +3293,7 @@ function serverMac(store: Store): Mac {
     const { key } = await store.update("server", (current) => current ?? { key: random(32) }) as {
       key: string;
     };
-    return crypto.subtle.importKey("raw", utf8.encode(key), { name: "HMAC", hash: "SHA-256" }, false, [
-      "sign",
-    ]);
+    return crypto.subtle.importKey("raw", utf8.encode(key), { name: "HMAC", hash: "SHA-256" }, false, ["sign"]);
   });
   // JSON, so that no two lists of parts come out as the same bytes.
   return async (purpose, ...parts) => {
@@ -2925,9 +3326,7 @@ function lazily<T>(compute: () => T): () => T {
 }
 
 /** The members that have a value: JSON for other people's parsers holds no null. */
-function defined<T extends Record<string, unknown>>(
-  members: T,
-): { [K in keyof T]?: Exclude<T[K], undefined> } {
+function defined<T extends Record<string, unknown>>(members: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
   return Object.fromEntries(Object.entries(members).filter(([, value]) => value !== undefined)) as {
     [K in keyof T]?: Exclude<T[K], undefined>;
   };
@@ -2948,11 +3347,11 @@ function nodeModule(name: string): any {
  * OAuth parameters. One without a value counts as absent, and one that comes twice is refused, because two parsers may
  * take different ones of the two (RFC 6749 §3.1); only `resource` may repeat (RFC 8707 §2).
  */
-function parameters(encoded: string): URLSearchParams {
+function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
   const params = new URLSearchParams();
   for (const [name, value] of new URLSearchParams(encoded)) {
     if (value === "") continue;
-    if (params.has(name) && name !== "resource") {
+    if (params.has(name) && name !== repeatable) {
       throw new OAuthError("invalid_request", `The parameter ${show(name)} is given more than once`);
     }
     params.append(name, value);
@@ -2960,9 +3359,9 @@ function parameters(encoded: string): URLSearchParams {
   return params;
 }
 
-async function readForm(c: Context): Promise<URLSearchParams> {
+async function readForm(c: Context, repeatable?: string): Promise<URLSearchParams> {
   demandType(c, "application/x-www-form-urlencoded");
-  return parameters(await c.req.text());
+  return parameters(await c.req.text(), repeatable);
 }
 
 async function readJson(c: Context): Promise<unknown> {
@@ -3036,22 +3435,20 @@ function asOAuthError(error: unknown, emit: Emit): OAuthError {
   return new OAuthError("server_error", "Something went wrong here", { status: 500 });
 }
 
-function errorResponse(c: Context, thrown: unknown, emit: Emit): Response {
+function errorResponse(c: Context, thrown: unknown, { emit }: Settings): Response {
   const { code, message, status, headers } = asOAuthError(thrown, emit);
-  return c.json({ error: code, error_description: message }, status, {
-    ...headers,
-    "Cache-Control": "no-store",
-  });
+  return c.json({ error: code, error_description: message }, status, { ...headers, "Cache-Control": "no-store" });
 }
 
 /** The same for an endpoint that people see. */
-function errorPage(c: Context, thrown: unknown, emit: Emit): Response | Promise<Response> {
-  const { message, status, headers } = asOAuthError(thrown, emit);
+function errorPage(c: Context, thrown: unknown, settings: Settings): Response | Promise<Response> {
+  const { message, status, headers } = asOAuthError(thrown, settings.emit);
   for (const [name, value] of Object.entries(headers)) c.header(name, value);
   return messagePage(
     c,
+    settings,
     status,
-    status < 500 ? "That did not work" : "Something went wrong here",
+    status < 500 ? settings.wording.faulty : settings.wording.failed,
     `${message}.`,
   );
 }
@@ -3059,12 +3456,12 @@ function errorPage(c: Context, thrown: unknown, emit: Emit): Response | Promise<
 type Handler = (c: Context) => Response | Promise<Response>;
 
 /** A handler that answers what it throws. */
-function answering(handler: Handler, emit: Emit, answer: typeof errorPage = errorResponse): Handler {
+function answering(handler: Handler, settings: Settings, answer: typeof errorPage = errorResponse): Handler {
   return async (c) => {
     try {
       return await handler(c);
     } catch (error) {
-      return await answer(c, error, emit);
+      return await answer(c, error, settings);
     }
   };
 }

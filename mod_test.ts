@@ -650,6 +650,7 @@ test("a Client ID Metadata Document stands in for a registration", async () => {
   });
   const page = await browse(app).open(authorizeUrl(DOCUMENT));
   assert(page.text.includes("Published App") && !page.text.includes("javascript:"));
+  assert(page.text.includes("Described by app.example") && !page.text.includes("You allow this site"));
   const code = await approvedCode(app, DOCUMENT, { redirect_uri: "http://localhost:4321/callback" });
   const request = { grant_type: "authorization_code", client_id: DOCUMENT, code, code_verifier: VERIFIER };
   const { status, body } = await post(app, "/token", request);
@@ -851,7 +852,7 @@ test("the clients that most people use need no document to be reachable", async 
   for (const [client_id, redirect_uri, name] of known) {
     const page = await browse(app).open(authorizeUrl(client_id, { redirect_uri }));
     assertEquals(page.status, 200, client_id);
-    assert(page.text.includes(`Let ${name} use`), client_id);
+    assert(page.text.includes(`Connect ${name}?`), client_id);
     const other = authorizeUrl(client_id, { redirect_uri: `${redirect_uri}x` });
     assertEquals((await browse(app).open(other)).status, 400, client_id);
   }
@@ -1096,10 +1097,10 @@ test("GET /authorize shows who asks, where the answer goes and what it allows", 
   assertEquals(page.status, 200);
   for (const text of ["Claude", BASE, "https://claude.ai", "read your notes"]) assert(page.text.includes(text), text);
   assert(!page.text.includes("change your notes"));
-  assert(!page.text.includes("computer in front of you"));
+  assert(!page.text.includes("on this computer"));
   const local = await register(app, { redirect_uris: ["http://localhost:1/callback"] });
   const warned = await browse(app).open(authorizeUrl(local.client_id, { redirect_uri: "http://localhost:2/callback" }));
-  assert(warned.text.includes("computer in front of you") && warned.text.includes("http://localhost:2"));
+  assert(warned.text.includes("on this computer") && warned.text.includes("http://localhost:2"));
 });
 
 test("the owner's pages cannot be framed, cached, scripted or sent elsewhere", async () => {
@@ -1503,6 +1504,211 @@ test("servers on one host do not share a cookie name", async () => {
     assertEquals(cookie!.startsWith("__Host-"), baseUrl.startsWith("https"));
   }
   assertEquals(names.size, 4);
+});
+
+// ─── Owner's page ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+const PAGE = `${BASE}/connections`;
+
+/** The forms of a page, each with its hidden fields. */
+function formsOf(page: Page): Record<string, string>[] {
+  return [...page.text.matchAll(/<form[^>]*>([^]*?)<\/form>/g)].map(([, inside]) =>
+    Object.fromEntries(
+      [...inside!.matchAll(/<input type="hidden" name="([^"]*)" value="([^"]*)">/g)].map((
+        [, n, v],
+      ) => [n, unescapeHtml(v!)]),
+    )
+  );
+}
+
+async function signedIn(app: World["app"]): Promise<{ browser: Browser; page: Page }> {
+  const browser = browse(app);
+  const door = await browser.open(PAGE);
+  assert(door.text.includes('autocomplete="current-password"') && !door.text.includes("Revoke"));
+  const entered = await browser.submit(door, { password: PASSWORD }, PAGE);
+  assertEquals([entered.status, entered.location?.href], [303, PAGE]);
+  return { browser, page: await browser.open(PAGE) };
+}
+
+test("/connections is for the owner alone", async () => {
+  const { app, auth, store } = world({ password: PASSWORD });
+  const { token } = await auth.createToken({ name: "a secret name" });
+  const stranger = browse(app);
+  const door = await stranger.open(PAGE);
+  assert(!door.text.includes("a secret name"));
+  const attempts: Record<string, string>[] = [
+    { password: "wrong" },
+    { password: "" },
+    { action: "revoke_all" },
+    { action: "create_token", name: "x", days: "30" },
+  ];
+  for (const fields of attempts) {
+    const answer = await stranger.submit(door, fields, PAGE);
+    assertEquals([answer.status, answer.location], [403, undefined]);
+    assert(!answer.text.includes("a secret name") && !answer.text.includes("pat_"));
+  }
+  assertEquals((await app.request(PAGE, form({ password: PASSWORD, action: "revoke_all" }))).status, 403);
+  assertEquals((await callMcp(app, token)).status, 200);
+  const { page } = await signedIn(app);
+  assert(page.text.includes("a secret name") && !page.text.includes(token));
+  // a form that was sealed for an approval is none for this page, nor the other way round
+  const { client_id } = await register(app);
+  const browser = browse(app);
+  const consent = await browser.open(authorizeUrl(client_id));
+  assertEquals((await browser.submit(consent, { password: PASSWORD, action: "revoke_all" }, PAGE)).status, 403);
+  assertEquals((await callMcp(app, token)).status, 200);
+  assert((await contents(store)).includes("a secret name"));
+});
+
+test("/connections shows what is connected, and revokes one or all", async () => {
+  const { app, auth } = world({ password: PASSWORD, scopes: { read: "read your notes" } });
+  const code = async (name: string) => {
+    const client = await register(app, { client_name: name });
+    const page = await browse(app).approve(authorizeUrl(client.client_id), PASSWORD);
+    const request = { grant_type: "authorization_code", client_id: client.client_id, code_verifier: VERIFIER };
+    return (await post(app, "/token", { ...request, code: page.location!.searchParams.get("code")! })).body
+      .access_token;
+  };
+  const [one, two] = [await code("First <b>app</b>"), await code("Second")];
+  await callMcp(app, one);
+  const { browser, page } = await signedIn(app);
+  for (
+    const text of [
+      "First &lt;b&gt;app&lt;/b&gt;",
+      "Second",
+      "https://claude.ai",
+      "read your notes",
+      "last used",
+      "never used",
+    ]
+  ) {
+    assert(page.text.includes(text), text);
+  }
+  const [connection] = (await auth.connections()).filter(({ clientName }) => clientName === "Second");
+  const revoke = formsOf(page).find(({ action, id }) => action === "revoke" && id === connection!.id)!;
+  const answer = await browser.open(PAGE, form(revoke));
+  assertEquals([answer.status, answer.location?.href], [303, PAGE]);
+  assertEquals([(await callMcp(app, one)).status, (await callMcp(app, two)).status], [200, 401]);
+  await auth.createToken({ name: "script" });
+  const all = formsOf(await browser.open(PAGE)).find(({ action }) => action === "revoke_all")!;
+  await browser.open(PAGE, form(all));
+  assertEquals(await auth.connections(), []);
+  assert((await browser.open(PAGE)).text.includes("Nothing is connected yet."));
+});
+
+test("/connections makes a personal access token, shown once and made once", async () => {
+  const { app, auth } = world({ password: PASSWORD, scopes: ["read", "write"] });
+  const { browser, page } = await signedIn(app);
+  const create = formsOf(page).find(({ action }) => action === "create_token")!;
+  const fields = [...Object.entries(create), ["name", "Nightly <backup>"], ["days", "30"], ["scope", "read"], [
+    "scope",
+    "write",
+  ]];
+  const shown = await browser.open(PAGE, form(fields));
+  assertEquals([shown.status, shown.headers.get("Cache-Control")], [200, "no-store"]);
+  const token = shown.text.match(/pat_[0-9a-f]{96}/)![0];
+  assert(
+    unescapeHtml(shown.text).includes(
+      `claude mcp add --transport http nightly-backup ${BASE}/mcp --header "Authorization: Bearer ${token}"`,
+    ),
+  );
+  const { scopes, expiresAt } = await auth.verifyAccessToken(token);
+  assertEquals(scopes, ["read", "write"]);
+  assert(Math.abs(expiresAt! - seconds() - 30 * 86400) < 5);
+  assertEquals((await browser.open(PAGE, form(fields))).status, 303); // a reload makes no second one
+  assert(!(await browser.open(PAGE)).text.includes(token));
+  assertEquals((await auth.connections()).length, 1);
+  for (const wrong of [{ name: "" }, { days: "" }, { days: "-1" }, { days: "x" }, { scope: "admin" }]) {
+    const again = formsOf(await browser.open(PAGE)).find(({ action }) => action === "create_token")!;
+    const answer = await browser.open(
+      PAGE,
+      form({ ...again, name: "x", days: "30", ...wrong } as Record<string, string>),
+    );
+    assertEquals(answer.status, 400, JSON.stringify(wrong));
+  }
+  assertEquals((await auth.connections()).length, 1);
+});
+
+test("/connections signs out here, and everywhere", async () => {
+  const { app } = world({ password: PASSWORD });
+  const one = await signedIn(app);
+  const two = await signedIn(app);
+  const cookies = new Map(one.browser.cookies);
+  const act = async ({ browser }: typeof one, action: string) =>
+    await browser.open(PAGE, form(formsOf(await browser.open(PAGE)).find((fields) => fields.action === action)!));
+  const isIn = async ({ browser }: typeof one) => (await browser.open(PAGE)).text.includes("Sign out");
+  await act(one, "sign_out");
+  const copy = browse(app); // whoever has a copy of the cookie is out as well
+  for (const [name, value] of cookies) copy.cookies.set(name, value);
+  assertEquals([await isIn(one), await isIn({ ...one, browser: copy }), await isIn(two)], [false, false, true]);
+  const three = await signedIn(app);
+  await act(two, "sign_out_everywhere");
+  assertEquals([await isIn(two), await isIn(three)], [false, false]);
+});
+
+test("/connections tells what happened lately, of each kind, across a restart", async () => {
+  const { app, store } = world({ password: PASSWORD });
+  await register(app, { redirect_uris: [CLAUDE, "https://evil.example/<script>".replace(/[<>]/g, "")] });
+  for (let i = 0; i < 300; i++) {
+    await app.request(`${BASE}/register`, json({ redirect_uris: [`https://flood.example/${i}`] }));
+  }
+  const before = await contents(store);
+  await browse(app).approve(authorizeUrl((await register(app)).client_id), "wrong");
+  assert(before.length < 2000, "what strangers cause at will is not written");
+  const { page } = await signedIn(app);
+  for (
+    const text of ["a wrong password was entered", "the owner signed in", "&quot;flood.example&quot;", "times in all"]
+  ) {
+    assert(page.text.includes(text), text);
+  }
+  const restarted = await signedIn(world({ store, password: PASSWORD }).app);
+  assert(restarted.page.text.includes("a wrong password was entered"));
+  assert((await contents(store)).length < 10_000);
+});
+
+test("/connections with authenticateOwner or without any owner", async () => {
+  let owner: boolean | Response = false;
+  const { app } = world({ authenticateOwner: () => owner });
+  assertEquals((await browse(app).open(PAGE)).status, 403);
+  const { client_id } = await register(app);
+  assertEquals((await browse(app).open(authorizeUrl(client_id))).status, 403);
+  owner = new Response(null, { status: 302, headers: { Location: "https://login.example/" } });
+  assertEquals((await browse(app).open(PAGE)).location?.href, "https://login.example/");
+  assertEquals((await browse(app).open(authorizeUrl(client_id))).location?.href, "https://login.example/");
+  owner = true;
+  const page = await browse(app).open(PAGE);
+  assert(page.status === 200 && !page.text.includes("Sign out"));
+  const open = world({ password: false });
+  await open.auth.createToken({ name: "a secret name" });
+  const closed = await browse(open.app).open(PAGE);
+  assert(closed.status === 403 && !closed.text.includes("a secret name"));
+});
+
+test("the owner's texts, title and colour replace the built-in ones, escaped", async () => {
+  const { app } = world({
+    password: PASSWORD,
+    pages: {
+      title: "Ada's <notes>",
+      accent: "#ffcc00",
+      wording: { approve: "Ja & los", connect: "{client} verbinden? {x}" },
+    },
+  });
+  const { client_id } = await register(app, { client_name: "$& {server}" });
+  const { text } = await browse(app).open(authorizeUrl(client_id));
+  for (
+    const part of [
+      "Ada&#39;s &lt;notes&gt;",
+      "Ja &amp; los",
+      "$&amp; {server} verbinden? {x}",
+      "--accent:#ffcc00;--on-accent:#000",
+    ]
+  ) {
+    assert(text.includes(part), part);
+  }
+  const wrong: Json[] = [{ accent: "red" }, { accent: "#fff}</style>" }, { title: 1 }, { wording: { nonsense: "x" } }, {
+    wording: { approve: 1 },
+  }];
+  for (const pages of wrong) assertThrows(() => world({ pages }), TypeError, "pages.", JSON.stringify(pages));
 });
 
 // ─── Token endpoint ────────────────────────────────────────────────────────────────────────────────────────────────
