@@ -3465,3 +3465,824 @@ function answering(handler: Handler, settings: Settings, answer: typeof errorPag
     }
   };
 }
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Setup check
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** One thing that {@linkcode checkSetup} looked at. */
+export interface SetupFinding {
+  /** `failed`: would keep a client out. `warning`: some clients stumble, or something is weaker than it could be. */
+  result: "ok" | "warning" | "failed";
+  /** What was found. */
+  what: string;
+  /** What to do about it, in one sentence. */
+  fix?: string;
+}
+
+/** What {@linkcode checkSetup} found. */
+export interface SetupReport {
+  url: string;
+  /** `unreachable`: nothing could be asked at all, and the last finding says why. */
+  verdict: "ready" | "broken" | "unreachable";
+  findings: SetupFinding[];
+}
+
+/** How to ask. */
+export interface SetupOptions {
+  /** Told what is being asked, before each request. */
+  onProgress?: (what: string) => void;
+  /** In place of the built-in `fetch`. */
+  fetch?: (request: Request) => Response | Promise<Response>;
+}
+
+/** What the stages of a check share. */
+interface Checkup {
+  url: URL;
+  ask(what: string, path: string | URL, init?: RequestInit): Promise<Answer>;
+  note(result: SetupFinding["result"], what: string, fix?: string): void;
+  /** ok, or the other with its fix. */
+  expect(good: unknown, what: string, fix: string, otherwise?: "warning" | "failed"): boolean;
+  metadataUrl?: string;
+  // deno-lint-ignore no-explicit-any
+  resource?: any;
+  // deno-lint-ignore no-explicit-any
+  server?: any;
+  client_id?: string;
+}
+
+interface Answer {
+  status: number;
+  headers: Headers;
+  text: string;
+  /** The body, if it is JSON and says so. */
+  // deno-lint-ignore no-explicit-any
+  json: any;
+  seconds: number;
+}
+
+/** How hosted Claude introduces itself: the one for discovery, registration and tokens, the other for MCP itself. */
+const OAUTH_AGENT = "python-httpx/0.28.1";
+const MCP_AGENT = "Claude-User";
+/** Claude's own limit for everything but a refresh. */
+const CLIENT_PATIENCE_SECONDS = 10;
+const CHECK_REDIRECT = "https://claude.ai/api/mcp/auth_callback";
+const CHECK_CHALLENGE = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"; // RFC 7636 appendix B; nothing is ever redeemed
+
+/** Where no answer came at all. */
+class Unreachable extends Error {}
+
+/**
+ * Asks a server the questions that a client will ask, from outside and without the owner's password: any server, not
+ * only one of this file. On the command line: `deno run -A mod.ts https://your-domain.com/mcp`, or with `bun`, `node`.
+ * It registers a client and starts an authorization that it never finishes.
+ *
+ * @throws {TypeError} if `mcpUrl` is not an http or https URL.
+ */
+export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Promise<SetupReport> {
+  const url = URL.parse(mcpUrl);
+  demand(
+    url && /^https?:$/.test(url.protocol),
+    `Give the URL that you type into Claude, such as "https://your-domain.com/mcp"`,
+  );
+  const findings: SetupFinding[] = [];
+  let answers = 0;
+  const note: Checkup["note"] = (result, what, fix) =>
+    void findings.push({ result, what, ...(result !== "ok" && defined({ fix })) });
+  const expect: Checkup["expect"] = (good, what, fix, otherwise = "failed") => {
+    note(good ? "ok" : otherwise, what, fix);
+    return Boolean(good);
+  };
+  const checkup: Checkup = {
+    url,
+    async ask(what, path, init = {}) {
+      const answer = await ask(what, new URL(path, url), init, options);
+      answers++;
+      return answer;
+    },
+    note,
+    expect,
+  };
+  const stages = [
+    checkAddress,
+    checkChallenge,
+    checkUserAgents,
+    checkResourceMetadata,
+    checkServerMetadata,
+    checkOpenidConfiguration,
+    checkRegistration,
+    checkAuthorization,
+    checkConsent,
+    checkToken,
+    checkBrowserAccess,
+  ];
+  try {
+    for (const stage of stages) await stage(checkup);
+    const broken = findings.some(({ result }) => result === "failed");
+    return { url: mcpUrl, verdict: broken ? "broken" : "ready", findings };
+  } catch (error) {
+    if (!(error instanceof Unreachable)) throw error;
+    note("failed", error.message, unreachableFix(error.cause));
+    return { url: mcpUrl, verdict: answers > 0 ? "broken" : "unreachable", findings };
+  }
+}
+
+async function ask(what: string, url: URL, init: RequestInit, options: SetupOptions): Promise<Answer> {
+  options.onProgress?.(what);
+  const headers = new Headers(init.headers);
+  if (!headers.has("User-Agent")) headers.set("User-Agent", OAUTH_AGENT);
+  if (!headers.has("Accept")) headers.set("Accept", "*/*");
+  const start = performance.now();
+  try {
+    const signal = AbortSignal.timeout(3 * CLIENT_PATIENCE_SECONDS * 1000);
+    const request = new Request(url, { ...init, headers, redirect: "manual", signal });
+    const response = await (options.fetch ?? fetch)(request);
+    // A stream that stays open, as an event stream does, has said enough with its headers.
+    const streams = response.headers.get("Content-Type")?.startsWith("text/event-stream");
+    const text = streams ? "" : (await readLimited(response, 1024 * 1024));
+    if (streams) await response.body?.cancel();
+    return {
+      status: response.status,
+      headers: response.headers,
+      text,
+      json: parseJson(response.headers, text),
+      seconds: (performance.now() - start) / 1000,
+    };
+  } catch (cause) {
+    throw new Unreachable(`No answer from ${url.origin}${url.pathname} (${what})`, { cause });
+  }
+}
+
+function parseJson(headers: Headers, text: string): unknown {
+  try {
+    return /^application\/([a-z.+-]+\+)?json/i.test(headers.get("Content-Type") ?? "") ? JSON.parse(text) : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+function unreachableFix(cause: unknown): string {
+  const detail = [cause, (cause as Error | undefined)?.cause].map((error) => (error as Error | undefined)?.message)
+    .filter(Boolean).join(": ");
+  if (/dns|ENOTFOUND|EAI_AGAIN|lookup|resolve/i.test(detail)) {
+    return `The name does not resolve; set its DNS record. (${detail})`;
+  }
+  if (/cert|tls|ssl|handshake/i.test(detail)) {
+    return `TLS failed; serve a certificate that browsers trust, with its whole chain. (${detail})`;
+  }
+  if (/refused/i.test(detail)) return `Nothing listens there; start the server, or open the port. (${detail})`;
+  if (/time|abort/i.test(detail)) {
+    return `It took too long; clients give up after ${CLIENT_PATIENCE_SECONDS} seconds. (${detail})`;
+  }
+  return `See that the server runs and is reachable from here. (${detail || "no detail"})`;
+}
+
+function checkAddress({ url, note, expect }: Checkup): void {
+  const local = isLoopback(url.hostname);
+  if (local) {
+    note(
+      "warning",
+      `${url.host} is this computer`,
+      "Only programs on it can connect; for Claude on the web, put a tunnel or proxy with https in front.",
+    );
+  } else {
+    expect(
+      url.protocol === "https:",
+      "the address is https",
+      `Write https://${url.host}${url.pathname}; clients send no token over plain http.`,
+    );
+    expect(url.port === "", "the port is 443", "Serve it on port 443: Claude on the web reaches no other.");
+  }
+  expect(url.pathname.length > 1, "the address has a path", "Type the whole address, with /mcp at the end.", "warning");
+  if (url.pathname.length > 1) {
+    expect(
+      !url.pathname.endsWith("/"),
+      "the address has no slash at its end",
+      "Leave the slash out: clients compare the address as a string.",
+      "warning",
+    );
+  }
+}
+
+const CHECK_INITIALIZE = JSON.stringify({
+  jsonrpc: "2.0",
+  id: 0,
+  method: "initialize",
+  params: { protocolVersion: "2025-11-25", capabilities: {}, clientInfo: { name: "setup-check", version: "1" } },
+});
+
+function initializeAs(agent: string, more: Record<string, string> = {}): RequestInit {
+  const headers = {
+    "Content-Type": "application/json",
+    "User-Agent": agent,
+    "MCP-Protocol-Version": "2025-11-25",
+    ...more,
+  };
+  return { method: "POST", headers, body: CHECK_INITIALIZE };
+}
+
+/** Everything begins with the 401: it is how a client learns that, and where, it has to sign in. */
+async function checkChallenge(checkup: Checkup): Promise<void> {
+  const { url, note, expect, ask } = checkup;
+  const answer = await ask("the MCP endpoint, without a token", url, initializeAs(OAUTH_AGENT));
+  const fix: Record<number, string> = {
+    200: "The server is open to everybody: put the guard in front of the MCP handler.",
+    403: "A firewall or host check refuses the request before the server sees it: let it through.",
+    404: "Nothing is served at this path: check the address and the proxy's routes.",
+    405: "The method is refused before the token is looked at: put the guard first, for every method.",
+    406: "The Accept header is refused before the token is looked at: put the guard in front of the MCP handler.",
+    415: "The content type is refused before the token is looked at: put the guard in front of the MCP handler.",
+  };
+  const redirects = answer.status >= 300 && answer.status < 400;
+  const advice = redirects
+    ? `It redirects to ${
+      show(answer.headers.get("Location"))
+    }: clients lose the method or the token on the way; type the final address, or serve it here.`
+    : fix[answer.status] ?? "The server must answer 401 to a request without a token, whatever else is in it.";
+  if (
+    !expect(
+      answer.status === 401,
+      `a request without a token is answered ${answer.status}${answer.status === 401 ? "" : ", not 401"}`,
+      advice,
+    )
+  ) return;
+  expect(
+    answer.seconds < CLIENT_PATIENCE_SECONDS / 3,
+    `it answers in ${answer.seconds.toFixed(1)} s`,
+    `Clients give up after ${CLIENT_PATIENCE_SECONDS} seconds: find out what is slow.`,
+    answer.seconds < CLIENT_PATIENCE_SECONDS ? "warning" : "failed",
+  );
+  const challenge = answer.headers.get("WWW-Authenticate") ?? "";
+  checkup.metadataUrl = challenge.match(/resource_metadata="([^"]+)"/)?.[1] ?? "";
+  if (
+    expect(
+      /^Bearer\b/i.test(challenge),
+      "the 401 has a Bearer challenge",
+      'Send WWW-Authenticate: Bearer resource_metadata="…" with the 401; a proxy may have removed it.',
+    )
+  ) {
+    expect(
+      checkup.metadataUrl,
+      "the challenge says where the metadata is",
+      'Add resource_metadata="https://…/.well-known/oauth-protected-resource…" to the challenge (RFC 9728 §5.1).',
+      "warning",
+    );
+    expect(
+      /scope="[^"]+"/.test(challenge),
+      "the challenge names the scope",
+      'Add scope="…": without it Claude asks for every scope there is.',
+      "warning",
+    );
+    expect(
+      !/error=/.test(challenge),
+      "the challenge blames nobody for a token that was not sent",
+      "Leave error out where no token came (RFC 6750 §3.1).",
+      "warning",
+    );
+  }
+  const get = await ask("the same by GET", url, { headers: { Accept: "text/event-stream" } });
+  expect(
+    get.status === 401,
+    `GET without a token is answered ${get.status}`,
+    "Answer 401 to every method: mcp-remote and Codex ask by GET first.",
+  );
+  const bad = await ask(
+    "the same with a made-up token",
+    url,
+    initializeAs(MCP_AGENT, { Authorization: "Bearer made-up" }),
+  );
+  if (
+    expect(
+      bad.status === 401,
+      `a made-up token is answered ${bad.status}`,
+      "Answer 401, so that clients refresh or sign in again; on anything else they give up.",
+    )
+  ) {
+    expect(
+      /error="?invalid_token/.test(bad.headers.get("WWW-Authenticate") ?? ""),
+      "a bad token is called invalid_token",
+      'Add error="invalid_token" to the challenge (RFC 6750 §3.1).',
+      "warning",
+    );
+  }
+  if (!url.pathname.endsWith("/")) {
+    const slash = await ask("the address with a slash", new URL(`${url.pathname}/`, url), initializeAs(OAUTH_AGENT));
+    expect(
+      slash.status === 401 || slash.status === 308,
+      `the address with a slash at its end is answered ${slash.status}`,
+      "Serve it like the one without: some clients add a slash.",
+      "warning",
+    );
+  }
+  note("ok", "the endpoint asks for a token");
+}
+
+async function checkUserAgents({ url, expect, ask, metadataUrl }: Checkup): Promise<void> {
+  if (metadataUrl === undefined) return;
+  const answer = await ask(`the MCP endpoint as ${MCP_AGENT}`, url, initializeAs(MCP_AGENT));
+  expect(
+    answer.status === 401,
+    `${MCP_AGENT} is answered ${answer.status}`,
+    `Something in front blocks this user agent (in Cloudflare: Block AI bots, AI Crawl Control): allow ${MCP_AGENT}, or sign-in succeeds and every call fails.`,
+  );
+}
+
+/** Where RFC 8414 and RFC 9728 put a document for this URL. */
+function wellKnown(name: string, url: URL): string {
+  return `${url.origin}/.well-known/${name}${url.pathname === "/" ? "" : url.pathname.replace(/\/$/, "")}`;
+}
+
+async function checkResourceMetadata(checkup: Checkup): Promise<void> {
+  const { url, expect, ask, metadataUrl, note } = checkup;
+  const place = metadataUrl || wellKnown("oauth-protected-resource", url);
+  if (!URL.canParse(place)) {
+    return note("failed", "resource_metadata is not a URL", "Write it in full, with https:// and the host.");
+  }
+  if (metadataUrl && new URL(metadataUrl).origin !== url.origin) {
+    note(
+      "failed",
+      `resource_metadata points to ${new URL(metadataUrl).origin}`,
+      `Build it from the public base URL, ${url.origin}, not from what the request says behind the proxy.`,
+    );
+  }
+  const { status, json, headers } = await ask("the resource's metadata", place);
+  if (
+    !expect(
+      status === 200,
+      `the resource's metadata is answered ${status}`,
+      `Serve it at ${place}, without a redirect; it must pass every firewall.`,
+    )
+  ) return;
+  if (
+    !expect(
+      isObject(json),
+      "it is JSON",
+      `It is ${show(headers.get("Content-Type"))}: serve application/json, not a page of the app.`,
+    )
+  ) return;
+  checkup.resource = json;
+  const typed = url.href.replace(/\/$/, "");
+  const same = String(json.resource).replace(/\/$/, "") === typed;
+  expect(
+    same,
+    `resource is ${show(json.resource)}`,
+    `It must be what is typed into the client, ${show(typed)}, byte for byte.`,
+  );
+  if (same) {
+    expect(
+      json.resource === typed,
+      "resource has no slash at its end",
+      "Leave it out: Codex and Gemini CLI compare strings.",
+    );
+  }
+  const servers = json.authorization_servers;
+  expect(
+    Array.isArray(servers) && servers.length > 0 && servers.every((server) => typeof server === "string"),
+    "it names an authorization server",
+    "Add authorization_servers with the issuer (RFC 9728 §2).",
+  );
+  expect(
+    !json.scopes_supported?.includes?.("offline_access"),
+    "it does not list offline_access",
+    "That belongs in the authorization server's metadata only.",
+    "warning",
+  );
+  const direct = wellKnown("oauth-protected-resource", url);
+  if (place !== direct) {
+    const other = await ask("the metadata where clients guess it", direct);
+    expect(
+      other.status === 200,
+      `${direct} is answered ${other.status}`,
+      "Serve it there too: some clients do not read the challenge.",
+      "warning",
+    );
+  }
+  const root = await ask("the metadata at the root", `${url.origin}/.well-known/oauth-protected-resource`);
+  expect(
+    root.status === 200 && isObject(root.json),
+    `the root form of it is answered ${root.status}`,
+    "Serve the same document there: Claude Code looks there when it signs out.",
+    "warning",
+  );
+}
+
+async function checkServerMetadata(checkup: Checkup): Promise<void> {
+  const { url, resource, expect, note, ask } = checkup;
+  const issuer = resource?.authorization_servers?.[0] ?? url.origin;
+  if (!URL.canParse(issuer)) return note("failed", `authorization_servers names ${show(issuer)}`, "It must be a URL.");
+  const place = wellKnown("oauth-authorization-server", new URL(issuer));
+  const { status, json, headers } = await ask("the authorization server's metadata", place);
+  if (
+    !expect(
+      status === 200,
+      `the authorization server's metadata is answered ${status}`,
+      `Serve it at ${place} (RFC 8414 §3), without a redirect.`,
+    )
+  ) return;
+  if (
+    !expect(
+      isObject(json),
+      "it is JSON",
+      `It is ${show(headers.get("Content-Type"))}: serve application/json, not a page of the app.`,
+    )
+  ) return;
+  checkup.server = json;
+  expect(
+    json.issuer === issuer,
+    `issuer is ${show(json.issuer)}`,
+    `It must be ${
+      show(issuer)
+    }, byte for byte, as authorization_servers has it; mind a slash at the end and http behind a proxy.`,
+  );
+  const endpoints = ["authorization_endpoint", "token_endpoint", "registration_endpoint", "revocation_endpoint"].filter(
+    (name) => name in json,
+  );
+  for (const name of ["authorization_endpoint", "token_endpoint"]) {
+    if (!endpoints.includes(name)) note("failed", `${name} is missing`, "Every client needs it.");
+  }
+  for (const name of endpoints) {
+    const endpoint = URL.parse(String(json[name]));
+    const secure = endpoint?.protocol === "https:" || (endpoint !== null && isLoopback(endpoint.hostname));
+    expect(
+      secure,
+      `${name} is https`,
+      `It is ${
+        show(json[name])
+      }: build it from the public https address, not from what the request says behind the proxy.`,
+    );
+  }
+  const has = (name: string, value: string) => Array.isArray(json[name]) && json[name].includes(value);
+  expect(
+    has("code_challenge_methods_supported", "S256"),
+    "PKCE with S256 is on offer",
+    'Add code_challenge_methods_supported: ["S256"]: without it clients refuse to go on.',
+  );
+  expect(
+    has("response_types_supported", "code"),
+    "response_types_supported holds code",
+    "Add it: the document does not parse without.",
+  );
+  const cimd = json.client_id_metadata_document_supported === true;
+  expect(
+    cimd || json.registration_endpoint,
+    "a client can introduce itself",
+    "Add registration_endpoint (RFC 7591), or client_id_metadata_document_supported: true.",
+  );
+  expect(
+    has("token_endpoint_auth_methods_supported", "none"),
+    "public clients are welcome",
+    'Add "none" to token_endpoint_auth_methods_supported: Claude and most others are public clients.',
+    json.registration_endpoint ? "warning" : "failed",
+  );
+  expect(
+    has("scopes_supported", "offline_access"),
+    "offline_access is on offer",
+    "Add it to scopes_supported: several clients ask for a refresh token only then.",
+    "warning",
+  );
+  expect(
+    json.authorization_response_iss_parameter_supported,
+    "answers carry iss (RFC 9207)",
+    "Send iss and advertise it: ChatGPT and Codex then use their stable addresses.",
+    "warning",
+  );
+  const nulls = Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name);
+  expect(
+    nulls.length === 0,
+    "no member is null or empty",
+    `Leave out ${nulls.join(", ")}: strict clients refuse the whole document.`,
+  );
+  const head = await ask("the same by HEAD", place, { method: "HEAD" });
+  expect(head.status === 200, `HEAD is answered ${head.status}`, "Answer HEAD like GET.", "warning");
+}
+
+async function checkOpenidConfiguration({ url, server, note, ask }: Checkup): Promise<void> {
+  const { status, json } = await ask("the OpenID configuration", `${url.origin}/.well-known/openid-configuration`);
+  if (status === 404) return note("ok", "there is no OpenID configuration to mistake for one");
+  const complete = isObject(json) &&
+    ["jwks_uri", "subject_types_supported", "id_token_signing_alg_values_supported"].every((name) => json[name]);
+  if (status === 200 && !complete) {
+    note(
+      server ? "warning" : "failed",
+      "the OpenID configuration is incomplete",
+      "Answer 404 there, or serve all that OpenID Connect Discovery requires: clients that try it cannot parse it.",
+    );
+  } else if (status !== 200) note("warning", `the OpenID configuration is answered ${status}`, "Answer 404 there.");
+}
+
+async function checkRegistration(checkup: Checkup): Promise<void> {
+  const { url, server, expect, note, ask } = checkup;
+  const endpoint = server?.registration_endpoint ?? (server ? undefined : `${url.origin}/register`);
+  if (!endpoint) {
+    if (server?.client_id_metadata_document_supported === true) {
+      checkup.client_id = "https://claude.ai/oauth/mcp-oauth-client-metadata";
+    }
+    return;
+  }
+  const body = JSON.stringify({
+    client_name: "setup check",
+    redirect_uris: [CHECK_REDIRECT],
+    grant_types: ["authorization_code", "refresh_token"],
+    response_types: ["code"],
+    token_endpoint_auth_method: "none",
+  });
+  const { status, json, text } = await ask("registration", endpoint, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body,
+  });
+  const reason = isObject(json) ? `${json.error ?? ""} ${json.error_description ?? ""}`.trim() : text.slice(0, 100);
+  const advice = status === 429
+    ? "Do not limit registrations by address: all of Claude's users share a few."
+    : `Accept open registration with Claude's redirect URI ${CHECK_REDIRECT}. (${reason})`;
+  if (!expect(status === 201 || status === 200, `registration is answered ${status}`, advice)) return;
+  if (
+    !expect(
+      isObject(json) && typeof json.client_id === "string" && json.client_id,
+      "it gives a client_id",
+      "Answer JSON with client_id (RFC 7591 §3.2.1).",
+    )
+  ) return;
+  checkup.client_id = json.client_id;
+  expect(
+    json.redirect_uris?.includes?.(CHECK_REDIRECT),
+    "it echoes the redirect URIs",
+    "Answer redirect_uris as they were registered: clients cannot parse the answer without.",
+  );
+  const nulls = Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name);
+  expect(
+    nulls.length === 0,
+    "no member of the answer is null or empty",
+    `Leave out ${nulls.join(", ")}: strict clients refuse the whole answer.`,
+  );
+  if (status !== 201) note("warning", "registration answers 200", "Answer 201 (RFC 7591 §3.2.1).");
+}
+
+function authorizationUrl(checkup: Checkup, change: Record<string, string | undefined> = {}): URL {
+  const { url, server, resource, client_id = "" } = checkup;
+  const target = new URL(server?.authorization_endpoint ?? "/authorize", url);
+  const params = {
+    response_type: "code",
+    client_id,
+    redirect_uri: CHECK_REDIRECT,
+    code_challenge: CHECK_CHALLENGE,
+    code_challenge_method: "S256",
+    state: "setup-check",
+    resource: typeof resource?.resource === "string" ? resource.resource : url.href,
+    ...change,
+  };
+  for (const [name, value] of Object.entries(params)) if (value !== undefined) target.searchParams.set(name, value);
+  return target;
+}
+
+/** What must not be waved through. */
+async function checkAuthorization(checkup: Checkup): Promise<void> {
+  const { client_id, expect, ask } = checkup;
+  if (!client_id) return;
+  const headers = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
+  const location = async (what: string, change: Record<string, string | undefined>) =>
+    (await ask(what, authorizationUrl(checkup, change), { headers })).headers.get("Location") ?? "";
+  const without = await location("authorization without PKCE", {
+    code_challenge: undefined,
+    code_challenge_method: undefined,
+  });
+  expect(
+    !/[?&]code=/.test(without),
+    "a request without PKCE gets no code",
+    "Require PKCE with S256 (OAuth 2.1 §4.1.1).",
+  );
+  const plain = await location("authorization with plain PKCE", { code_challenge_method: "plain" });
+  expect(!/[?&]code=/.test(plain), "a request with plain PKCE gets no code", "Accept S256 only.");
+  const elsewhere = await location("authorization with another redirect", { redirect_uri: "https://evil.example/" });
+  expect(
+    !elsewhere.startsWith("https://evil.example"),
+    "a redirect URI that is not registered is not followed",
+    "Compare redirect URIs exactly, before anything is sent to them.",
+  );
+  const unknown = await location("authorization for an unknown client", { client_id: "nobody" });
+  expect(
+    !unknown.startsWith(CHECK_REDIRECT),
+    "an unknown client is not answered by a redirect",
+    "Show a page instead: nothing is known about the address.",
+  );
+}
+
+/** The page the owner sees, and the way back from it: the form's own button to deny shows that without a password. */
+async function checkConsent(checkup: Checkup): Promise<void> {
+  const { client_id, expect, note, ask } = checkup;
+  if (!client_id) return;
+  const headers = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
+  const target = authorizationUrl(checkup);
+  const shown = await ask("the consent page", target, { headers });
+  const location = shown.headers.get("Location") ?? "";
+  if (
+    !expect(
+      !/[?&]code=/.test(location),
+      "nobody gets a code without the owner",
+      "Ask the owner first: as it is, anybody with an account at an allowed client can connect.",
+    )
+  ) return;
+  if (location.startsWith(CHECK_REDIRECT)) {
+    const error = new URL(location).searchParams;
+    note(
+      "failed",
+      `a good authorization request is refused: ${error.get("error")}`,
+      error.get("error_description") ?? "See the server's log.",
+    );
+    return;
+  }
+  if (location) return note("ok", `the owner is sent to ${new URL(location, target).origin} to sign in`);
+  const reason = shown.text.replace(/<(style|script)[^]*?<\/\1>|<[^>]*>/g, " ").replace(/\s+/g, " ").trim().slice(
+    0,
+    200,
+  );
+  if (!expect(shown.status === 200, `the consent page is answered ${shown.status}`, `It says: ${reason}`)) return;
+  const policy = shown.headers.get("Content-Security-Policy") ?? "";
+  expect(
+    !/form-action/.test(policy),
+    "its Content-Security-Policy has no form-action",
+    "Leave form-action out: Chromium applies it to the redirect back to the app, and the button does nothing.",
+  );
+  const framed = /frame-ancestors/.test(policy) || shown.headers.has("X-Frame-Options");
+  expect(
+    framed,
+    "it cannot be framed",
+    "Send frame-ancestors 'none': another site can otherwise lead the owner's click.",
+    "warning",
+  );
+  expect(
+    shown.headers.get("Cross-Origin-Opener-Policy") !== "same-origin",
+    "it keeps its opener",
+    "Leave out Cross-Origin-Opener-Policy: same-origin, which cuts pop-up sign-ins off.",
+    "warning",
+  );
+  await checkDenial(checkup, target, shown);
+}
+
+async function checkDenial({ expect, ask, server }: Checkup, page: URL, shown: Answer): Promise<void> {
+  const form = shown.text.match(/<form\b[^]*?<\/form>/i)?.[0] ?? "";
+  const attribute = (tag: string, name: string) =>
+    tag.match(new RegExp(`\\b${name}=(?:"([^"]*)"|'([^']*)')`, "i"))?.slice(1).find((value) => value !== undefined)
+      ?.replace(
+        /&(amp|quot|lt|gt|#39);/g,
+        (_, entity) => ({ amp: "&", quot: '"', lt: "<", gt: ">", "#39": "'" })[entity as "amp"]!,
+      );
+  const tags = form.match(/<(input|button)\b[^>]*>/gi) ?? [];
+  const deny = tags.find((tag) =>
+    /deny|denied|cancel|reject/i.test(attribute(tag, "value") ?? attribute(tag, "name") ?? "")
+  );
+  if (!deny || !attribute(deny, "name")) return; // a page of its own kind: nothing can be said without its owner
+  const fields = tags.filter((tag) => /type=["']?hidden/i.test(tag)).map((
+    tag,
+  ) => [attribute(tag, "name") ?? "", attribute(tag, "value") ?? ""]);
+  const cookies = shown.headers.getSetCookie().map((cookie) => cookie.split(";")[0]).join("; ");
+  const answer = await ask(
+    "the way back from the consent page",
+    new URL(attribute(form, "action") || page.href, page),
+    {
+      method: "POST",
+      headers: {
+        "Content-Type": "application/x-www-form-urlencoded",
+        "User-Agent": "Mozilla/5.0",
+        Accept: "text/html",
+        Cookie: cookies,
+        Origin: page.origin,
+      },
+      body: new URLSearchParams([...fields, [attribute(deny, "name")!, attribute(deny, "value") ?? ""]]).toString(),
+    },
+  );
+  const { status, headers } = answer;
+  if (
+    !expect(
+      status === 302 || status === 303,
+      `the consent form is answered ${status}`,
+      status === 307 || status === 308
+        ? "Redirect with 302: after 307 the browser posts the owner's form on to the app, which refuses it."
+        : "Answer the form with a redirect (302) back to the app.",
+    )
+  ) return;
+  const back = new URL(headers.get("Location") ?? "", page).searchParams;
+  expect(
+    back.get("error") === "access_denied" && back.get("state") === "setup-check",
+    "a denial is told to the app, with its state",
+    "Redirect back with error=access_denied and the state as it came.",
+  );
+  if (server?.authorization_response_iss_parameter_supported) {
+    expect(
+      back.get("iss") === server.issuer,
+      `the answer's iss is ${show(back.get("iss"))}`,
+      `It must be the issuer, ${show(server.issuer)}, on errors too (RFC 9207 §2).`,
+    );
+  }
+}
+
+async function checkToken({ url, server, client_id, expect, ask }: Checkup): Promise<void> {
+  const endpoint = server?.token_endpoint ?? new URL("/token", url).href;
+  const post = (what: string, fields: Record<string, string>) =>
+    ask(what, endpoint, {
+      method: "POST",
+      headers: { "Content-Type": "application/x-www-form-urlencoded" },
+      body: new URLSearchParams(fields).toString(),
+    });
+  const unknown = await post("the token endpoint, as an unknown client", {
+    grant_type: "refresh_token",
+    refresh_token: "made-up",
+    client_id: "nobody",
+  });
+  expect(
+    isObject(unknown.json) && typeof unknown.json.error === "string",
+    "the token endpoint answers errors in JSON",
+    `It answered ${unknown.status} ${
+      show(unknown.headers.get("Content-Type"))
+    }: clients take anything but JSON for a broken server.`,
+  );
+  if (!client_id) return;
+  const dead = await post("the token endpoint, with a dead refresh token", {
+    grant_type: "refresh_token",
+    refresh_token: "made-up",
+    client_id,
+  });
+  const found = `${dead.status} ${isObject(dead.json) ? dead.json.error : ""}`.trim();
+  expect(
+    found === "400 invalid_grant",
+    `a dead refresh token is answered ${found}`,
+    "Answer 400 invalid_grant: it is what makes a client ask its user to sign in again.",
+  );
+}
+
+/** Only browser-based clients need this, such as Inspector and playgrounds. */
+async function checkBrowserAccess({ url, server, metadataUrl, expect, ask }: Checkup): Promise<void> {
+  if (metadataUrl === undefined) return;
+  const headers = {
+    Origin: "https://inspector.example",
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,mcp-protocol-version",
+  };
+  const opens = ({ status, headers }: Answer) =>
+    status < 300 && /^\*$|inspector\.example/.test(headers.get("Access-Control-Allow-Origin") ?? "");
+  const fix =
+    "Answer the preflight before the guard, with Access-Control-Allow-Origin; only clients inside a browser need it.";
+  for (const [what, place] of [["the MCP endpoint", url.href], ["the token endpoint", server?.token_endpoint]]) {
+    if (!place) continue;
+    const answer = await ask(`a browser's preflight for ${what}`, place, { method: "OPTIONS", headers });
+    expect(opens(answer), `a browser may use ${what}`, fix, "warning");
+  }
+}
+
+// deno-lint-ignore no-explicit-any
+function isObject(value: unknown): value is Record<string, any> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+/** `deno run -A mod.ts https://your-domain.com/mcp`: exit status 0 ready, 1 broken, 2 unreachable. */
+async function setupCheckCommand(process: CommandProcess): Promise<void> {
+  const args = process.argv.slice(2);
+  const [url] = args.filter((arg) => !arg.startsWith("--"));
+  if (!url) {
+    console.error("Say which server to check: mod.ts [--json] https://your-domain.com/mcp");
+    process.exitCode = 2;
+    return;
+  }
+  const terminal = Boolean(process.stdout.isTTY) && !process.env.NO_COLOR;
+  const quiet = args.includes("--json");
+  const progress = (text: string) => process.stdout.write(`\r\x1b[K${text}`);
+  const onProgress = (what: string) => terminal && !quiet && progress(`… ${what}`);
+  let report: SetupReport;
+  try {
+    report = await checkSetup(url, { onProgress });
+  } catch (error) {
+    console.error((error as Error).message);
+    process.exitCode = 2;
+    return;
+  }
+  if (terminal && !quiet) progress("");
+  console.log(quiet ? JSON.stringify(report, null, 2) : setupReportText(report, terminal));
+  process.exitCode = { ready: 0, broken: 1, unreachable: 2 }[report.verdict];
+}
+
+function setupReportText({ findings, verdict }: SetupReport, terminal: boolean): string {
+  const marks = { ok: ["✓", "32"], warning: ["!", "33"], failed: ["✗", "31"] };
+  const lines = findings.map(({ result, what, fix }) => {
+    const [mark, colour] = marks[result];
+    return `${terminal ? `\x1b[${colour}m${mark}\x1b[0m` : mark} ${what}${fix ? `\n  ${fix}` : ""}`;
+  });
+  const conclusion = {
+    ready: "Clients can connect.",
+    broken: "Some clients cannot connect: see the lines with ✗.",
+    unreachable: "Nothing could be asked.",
+  };
+  return [...lines, "", conclusion[verdict]].join("\n");
+}
+
+/** The part of Node's `process` that the command uses; Deno and Bun have it too. */
+interface CommandProcess {
+  argv: string[];
+  env: Record<string, string | undefined>;
+  exitCode?: number | string | null | undefined;
+  stdout: { isTTY?: boolean; write(text: string): unknown };
+}
+
+/** Only where this very file is the program: bundled into another one, it is nobody's command. */
+if ((import.meta as { main?: boolean }).main && /\/mod\.[jt]s$/.test(import.meta.url)) {
+  void setupCheckCommand((globalThis as unknown as { process: CommandProcess }).process);
+}

@@ -25,6 +25,7 @@ import {
   approveGrant,
   type AuthEnv,
   type AuthEvent,
+  checkSetup,
   fileStore,
   type Grant,
   isPublicAddress,
@@ -40,6 +41,8 @@ import {
   redirects,
   refreshGrant,
   revokeGrant,
+  type SetupOptions,
+  type SetupReport,
   type Store,
   verifyGrant,
 } from "./mod.ts";
@@ -3008,6 +3011,389 @@ test("S16: the conformance tool sends neither scope nor resource", async () => {
   assertEquals([...answer.keys()], ["code", "state", "iss"]);
 });
 
+// ─── Setup check ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** A good server with one thing spoilt: what it answers is handed to `spoil` before it leaves. */
+function spoiltBy(spoil: (request: Request, answer: () => Promise<Response>) => Response | Promise<Response>) {
+  const { app } = world({ password: PASSWORD });
+  return async (request: Request) => {
+    const response = await spoil(request.clone(), () => Promise.resolve(app.request(request)));
+    return new Response(response.body, { status: response.status, headers: new Headers(response.headers) });
+  };
+}
+
+const isPath = (request: Request, path: string) => new URL(request.url).pathname.startsWith(path);
+
+/** Spoils the JSON or the headers of one path. */
+function spoilt(
+  path: string,
+  change: { json?: (body: Json) => Json; headers?: Record<string, string | null>; status?: number },
+) {
+  return spoiltBy(async (request, answer) => {
+    const response = await answer();
+    if (!isPath(request, path)) return response;
+    const headers = new Headers(response.headers);
+    headers.delete("Content-Length");
+    for (const [name, value] of Object.entries(change.headers ?? {})) {
+      value === null ? headers.delete(name) : headers.set(name, value);
+    }
+    const text = await response.text();
+    const body = change.json && text ? JSON.stringify(change.json(JSON.parse(text))) : text;
+    return new Response(body || null, { status: change.status ?? response.status, headers });
+  });
+}
+
+const SERVER = "/.well-known/oauth-authorization-server";
+const RESOURCE = "/.well-known/oauth-protected-resource";
+const html = (status = 200) =>
+  new Response("<!doctype html><p>my app</p>", { status, headers: { "Content-Type": "text/html" } });
+
+test("checkSetup() finds nothing wrong with a good server, and leaves it as it was", async () => {
+  const { app, store } = world({ password: PASSWORD });
+  await browse(app).open(PAGE);
+  const before = await contents(store);
+  const asked: string[] = [];
+  const report = await checkSetup(`${BASE}/mcp`, {
+    fetch: (request) => app.request(request),
+    onProgress: (what) => asked.push(what),
+  });
+  assertEquals(report.findings.filter(({ result }) => result !== "ok"), []);
+  assertEquals(report.verdict, "ready");
+  assert(report.findings.length > 40 && asked.length > 15);
+  assertEquals(await contents(store), before);
+});
+
+test("checkSetup() finds and names what would keep a client out", async () => {
+  const faults: [string, SetupOptions["fetch"], RegExp][] = [
+    [
+      "an open server",
+      spoiltBy((request, answer) => isPath(request, "/mcp") ? Response.json({}) : answer()),
+      /open to everybody/,
+    ],
+    [
+      "406 before 401",
+      spoiltBy((request, answer) =>
+        isPath(request, "/mcp") && request.headers.get("Accept") === "*/*"
+          ? new Response("", { status: 406 })
+          : answer()
+      ),
+      /Accept header/,
+    ],
+    [
+      "405 by GET",
+      spoiltBy((request, answer) =>
+        isPath(request, "/mcp") && request.method === "GET" ? new Response("", { status: 405 }) : answer()
+      ),
+      /every method/,
+    ],
+    [
+      "a redirecting endpoint",
+      spoiltBy((request, answer) => isPath(request, "/mcp") ? Response.redirect(`${BASE}/mcp/`, 307) : answer()),
+      /redirects to/,
+    ],
+    [
+      "the wrong path",
+      spoiltBy((request, answer) => isPath(request, "/mcp") ? html(404) : answer()),
+      /Nothing is served/,
+    ],
+    ["no challenge", spoilt("/mcp", { headers: { "WWW-Authenticate": null } }), /WWW-Authenticate/],
+    [
+      "a firewall on one user agent",
+      spoiltBy((request, answer) => request.headers.get("User-Agent") === "Claude-User" ? html(403) : answer()),
+      /Block AI bots/,
+    ],
+    [
+      "a challenge built from the request",
+      spoilt("/mcp", {
+        headers: { "WWW-Authenticate": `Bearer resource_metadata="http://localhost:8050${RESOURCE}/mcp"` },
+      }),
+      /public base URL/,
+    ],
+    [
+      "no resource metadata",
+      spoiltBy((request, answer) => isPath(request, RESOURCE) ? html(404) : answer()),
+      /Serve it at/,
+    ],
+    [
+      "a page in place of JSON",
+      spoiltBy((request, answer) => isPath(request, RESOURCE) ? html() : answer()),
+      /application\/json/,
+    ],
+    [
+      "another resource",
+      spoilt(RESOURCE, { json: (body) => ({ ...body, resource: `${BASE}/other` }) }),
+      /byte for byte/,
+    ],
+    [
+      "http behind a proxy",
+      spoilt(RESOURCE, { json: (body) => ({ ...body, resource: "http://mcp.example.com/mcp" }) }),
+      /byte for byte/,
+    ],
+    [
+      "a slash too many in resource",
+      spoilt(RESOURCE, { json: (body) => ({ ...body, resource: `${BASE}/mcp/` }) }),
+      /Codex/,
+    ],
+    ["no authorization server", spoilt(RESOURCE, { json: ({ resource }) => ({ resource }) }), /authorization_servers/],
+    ["no server metadata", spoiltBy((request, answer) => isPath(request, SERVER) ? html(404) : answer()), /RFC 8414/],
+    [
+      "a slash too many in issuer",
+      spoilt(SERVER, { json: (body) => ({ ...body, issuer: `${BASE}/` }) }),
+      /slash at the end/,
+    ],
+    [
+      "an issuer elsewhere",
+      spoilt(SERVER, { json: (body) => ({ ...body, issuer: "https://other.example" }) }),
+      /byte for byte/,
+    ],
+    [
+      "http endpoints",
+      spoilt(SERVER, { json: (body) => ({ ...body, token_endpoint: "http://mcp.example.com/token" }) }),
+      /public https address/,
+    ],
+    [
+      "no S256",
+      spoilt(SERVER, { json: ({ code_challenge_methods_supported: _, ...body }) => body }),
+      /refuse to go on/,
+    ],
+    [
+      "no way in for a client",
+      spoilt(SERVER, {
+        json: ({ registration_endpoint: _, client_id_metadata_document_supported: __, ...body }) => body,
+      }),
+      /RFC 7591/,
+    ],
+    [
+      "registration closed",
+      spoiltBy((request, answer) =>
+        isPath(request, "/register")
+          ? Response.json({ error: "invalid_redirect_uri", error_description: "not on the list" }, { status: 400 })
+          : answer()
+      ),
+      /not on the list/,
+    ],
+    [
+      "registration limited",
+      spoiltBy((request, answer) => isPath(request, "/register") ? new Response("", { status: 429 }) : answer()),
+      /limit registrations/,
+    ],
+    [
+      "null in a registration",
+      spoilt("/register", { json: (body) => ({ ...body, client_uri: null }) }),
+      /Leave out client_uri/,
+    ],
+    [
+      "a code without asking",
+      spoiltBy((request, answer) =>
+        isPath(request, "/authorize") ? Response.redirect(`${CLAUDE}?code=x&state=setup-check`, 302) : answer()
+      ),
+      /Ask the owner first/,
+    ],
+    [
+      "PKCE not required",
+      spoiltBy((request, answer) =>
+        isPath(request, "/authorize") && !request.url.includes("code_challenge")
+          ? Response.redirect(`${CLAUDE}?code=x`, 302)
+          : answer()
+      ),
+      /Require PKCE/,
+    ],
+    [
+      "an open redirect",
+      spoiltBy((request, answer) =>
+        isPath(request, "/authorize") && request.url.includes("evil")
+          ? Response.redirect("https://evil.example/?error=x", 302)
+          : answer()
+      ),
+      /exactly/,
+    ],
+    [
+      "a broken consent page",
+      spoiltBy((request, answer) => isPath(request, "/authorize") ? html(500) : answer()),
+      /my app/,
+    ],
+    [
+      "form-action",
+      spoilt("/authorize", { headers: { "Content-Security-Policy": "default-src 'none'; form-action 'self'" } }),
+      /form-action/,
+    ],
+    [
+      "307 after consent",
+      spoiltBy(async (request, answer) => {
+        const response = await answer();
+        return request.method === "POST" && response.status === 302
+          ? new Response(null, { status: 307, headers: response.headers })
+          : response;
+      }),
+      /307/,
+    ],
+    [
+      "state lost",
+      spoiltBy(async (request, answer) => {
+        const response = await answer();
+        const location = response.headers.get("Location")?.replace("setup-check", "other");
+        return request.method === "POST" && location
+          ? new Response(null, { status: 302, headers: { Location: location } })
+          : response;
+      }),
+      /the state as it came/,
+    ],
+    [
+      "iss missing though advertised",
+      spoiltBy(async (request, answer) => {
+        const response = await answer();
+        const location = response.headers.get("Location")?.replace(/&iss=[^&]*/, "");
+        return request.method === "POST" && location
+          ? new Response(null, { status: 302, headers: { Location: location } })
+          : response;
+      }),
+      /RFC 9207/,
+    ],
+    [
+      "errors as pages",
+      spoiltBy((request, answer) => isPath(request, "/token") ? html(500) : answer()),
+      /anything but JSON/,
+    ],
+    [
+      "a dead token called something else",
+      spoilt("/token", { json: (body) => ({ ...body, error: "invalid_request" }) }),
+      /invalid_grant/,
+    ],
+    [
+      "500 for a made-up token",
+      spoiltBy((request, answer) => request.headers.has("Authorization") ? html(500) : answer()),
+      /made-up token|sign in again/,
+    ],
+    [
+      "a partial OpenID configuration and nothing else",
+      spoiltBy((request, answer) =>
+        isPath(request, "/.well-known/openid")
+          ? Response.json({ issuer: BASE })
+          : isPath(request, SERVER)
+          ? html(404)
+          : answer()
+      ),
+      /OpenID Connect Discovery/,
+    ],
+    [
+      "a server that hangs up half-way",
+      spoiltBy((request, answer) =>
+        isPath(request, "/token") ? Promise.reject(new TypeError("connection refused")) : answer()
+      ),
+      /Nothing listens/,
+    ],
+  ];
+  for (const [what, fetch, says] of faults) {
+    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch: fetch! });
+    const failed = findings.filter(({ result }) => result === "failed");
+    assertEquals(verdict, "broken", what);
+    assert(failed.some(({ what, fix }) => says.test(`${what} ${fix}`)), `${what}: ${JSON.stringify(failed)}`);
+  }
+});
+
+test("checkSetup() warns of what trips some clients, and calls the server ready", async () => {
+  const faults: [string, SetupOptions["fetch"], RegExp][] = [
+    [
+      "no scope in the challenge",
+      spoilt("/mcp", {
+        headers: { "WWW-Authenticate": `Bearer error="invalid_token", resource_metadata="${BASE}${RESOURCE}/mcp"` },
+      }),
+      /names the scope/,
+    ],
+    [
+      "missing CORS",
+      spoiltBy((request, answer) => request.method === "OPTIONS" ? new Response("", { status: 401 }) : answer()),
+      /a browser may use the token endpoint/,
+    ],
+    [
+      "a partial OpenID configuration",
+      spoiltBy((request, answer) =>
+        isPath(request, "/.well-known/openid") ? Response.json({ issuer: BASE }) : answer()
+      ),
+      /incomplete/,
+    ],
+    [
+      "an app that answers everything",
+      spoiltBy((request, answer) => isPath(request, "/.well-known/openid") ? html() : answer()),
+      /incomplete/,
+    ],
+    [
+      "HEAD refused",
+      spoiltBy((request, answer) => request.method === "HEAD" ? new Response(null, { status: 405 }) : answer()),
+      /HEAD is answered 405/,
+    ],
+    [
+      "a page that can be framed",
+      spoilt("/authorize", { headers: { "Content-Security-Policy": "default-src 'none'", "X-Frame-Options": null } }),
+      /framed/,
+    ],
+    [
+      "no offline_access",
+      spoilt(SERVER, { json: (body) => ({ ...body, scopes_supported: ["mcp"] }) }),
+      /offline_access is on offer/,
+    ],
+    [
+      "no iss",
+      spoilt(SERVER, { json: (body) => ({ ...body, authorization_response_iss_parameter_supported: false }) }),
+      /RFC 9207/,
+    ],
+  ];
+  for (const [what, fetch, says] of faults) {
+    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch: fetch! });
+    assertEquals([verdict, findings.filter(({ result }) => result === "failed")], ["ready", []], what);
+    const warnings = findings.filter(({ result }) => result === "warning");
+    assert(warnings.some(({ what }) => says.test(what)), `${what}: ${JSON.stringify(warnings)}`);
+  }
+});
+
+test("checkSetup() looks at the address itself", async () => {
+  const { app } = world({ password: PASSWORD });
+  const fetch = (request: Request) => app.request(request);
+  const told = async (url: string) =>
+    (await checkSetup(url, { fetch })).findings.filter(({ result }) => result !== "ok").map(({ what }) => what);
+  assert((await told("http://mcp.example.com/mcp")).includes("the address is https"));
+  assert((await told(`${BASE}:8443/mcp`)).includes("the port is 443"));
+  assert((await told(`${BASE}/mcp/`)).includes("the address has no slash at its end"));
+  assert((await told("http://localhost:8050/mcp")).includes("localhost:8050 is this computer"));
+  for (const url of ["", "mcp.example.com", "ftp://mcp.example.com"]) {
+    const error = await checkSetup(url).catch((error) => error);
+    assert(error instanceof TypeError && error.message.includes("https://your-domain.com/mcp"), url);
+  }
+});
+
+test("checkSetup() says why nothing could be asked", async () => {
+  const reasons: [Error, RegExp][] = [
+    [new TypeError("fetch failed", { cause: new Error("getaddrinfo ENOTFOUND nothing.example") }), /does not resolve/],
+    [new TypeError("fetch failed", { cause: new Error("self-signed certificate") }), /certificate/],
+    [new TypeError("fetch failed", { cause: new Error("connect ECONNREFUSED 127.0.0.1:1") }), /Nothing listens/],
+    [new DOMException("The operation timed out.", "TimeoutError"), /too long/],
+  ];
+  for (const [error, says] of reasons) {
+    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch: () => Promise.reject(error) });
+    assertEquals(verdict, "unreachable");
+    assertMatch(findings.at(-1)!.fix!, says);
+  }
+});
+
+test("mod.ts is a command that checks a server, with its verdict as exit status", async (t) => {
+  const { base, use } = await listen(t);
+  use(world({ baseUrl: base, password: PASSWORD }).app);
+  const run = (...args: string[]) => runProgram(t, ["mod.ts", ...args], {}, /$^/);
+  const good = await run(`${base}/mcp`);
+  assertEquals(await good.exited, 0, good.output());
+  assert(good.output().includes("✓ a request without a token is answered 401") && !good.output().includes("\x1b"));
+  const wrong = await run("--json", `${base}/other`);
+  assertEquals(await wrong.exited, 1);
+  const report: SetupReport = JSON.parse(wrong.output());
+  assertEquals([report.verdict, report.url], ["broken", `${base}/other`]);
+  const [port] = await freePorts(1);
+  const none = await run(`http://localhost:${port}/mcp`);
+  assertEquals(await none.exited, 2, none.output());
+  const nothing = await run();
+  assertEquals(await nothing.exited, 2);
+  assert(nothing.output().includes("https://your-domain.com/mcp"));
+});
+
 // ─── Journeys over real sockets ────────────────────────────────────────────────────────────────────────────────────
 
 /** The SDK's own client, with the owner at the browser. */
@@ -3144,35 +3530,36 @@ test("the SDK's client connects, calls, refreshes and outlives a restart without
   assertEquals([await client.add(9, 10), client.asked], ["19", 1]);
 });
 
-/** Runs example.ts as its own process, on the runtime of this test. */
-async function runExample(t: TestContext, env: Record<string, string>) {
-  const args = "Deno" in globalThis ? ["run", "-A", "example.ts"] : ["example.ts"];
+/** Runs a file of this project as its own process, on the runtime of this test, until it says so or ends. */
+async function runProgram(t: TestContext, args: string[], env: Record<string, string>, ready: RegExp) {
   const { OWNER_PASSWORD: _, ...outside } = process.env;
-  const child = spawn(process.execPath, args, {
+  const child = spawn(process.execPath, "Deno" in globalThis ? ["run", "-A", ...args] : args, {
     cwd: import.meta.dirname,
     env: { ...outside, ...env } as Record<string, string>,
     stdio: ["ignore", "pipe", "pipe"],
   });
   let output = "";
   const exited = new Promise<number | string>((resolve) =>
-    child.once("exit", (code, signal) => resolve(code ?? signal!))
+    child.once("close", (code, signal) => resolve(code ?? signal!))
   );
   t.after(async () => {
     child.kill("SIGKILL");
     await exited;
   });
-  const settled = new Promise<void>((resolve) => {
+  await new Promise<void>((resolve) => {
     for (const stream of [child.stdout!, child.stderr!]) {
       stream.on("data", (chunk) => {
         output += chunk;
-        if (/State is kept in/.test(output)) resolve();
+        if (ready.test(output)) resolve();
       });
     }
     exited.then(() => resolve());
   });
-  await settled;
   return { child, exited, output: () => output };
 }
+
+const runExample = (t: TestContext, env: Record<string, string>) =>
+  runProgram(t, ["example.ts"], env, /State is kept in/);
 
 /** Ports that were free a moment ago, all different. */
 async function freePorts(count: number): Promise<string[]> {
