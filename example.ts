@@ -55,9 +55,9 @@ const store = fileStore(STATE_DIR);
 const auth = personalAuth({ baseUrl: BASE_URL, store, ...(OWNER_PASSWORD && { password: OWNER_PASSWORD }) });
 
 const app = new Hono<AuthEnv>();
-app.route("/", auth); // the OAuth endpoints, the owner's pages, and the guard in front of /mcp
-app.post("/mcp", (c) => handleMcp(c.req.raw, c.var.auth)); // reached only with a valid token
-app.all("/mcp", (c) => c.text("This server speaks over POST only", 405, { Allow: "POST" }));
+app.route("/", auth); // the OAuth endpoints, the owner's pages, and the guard in front of the next line
+app.post(auth.mcpPath, (c) => handleMcp(c.req.raw, c.var.auth)); // reached only with a valid token
+app.all(auth.mcpPath, (c) => c.text("This server speaks over POST only", 405, { Allow: "POST" }));
 
 const server = serve({ fetch: app.fetch, port: Number(PORT) }, () => {
   console.log(`Listening on port ${PORT}`);

@@ -35,7 +35,6 @@
  */
 
 import { type Context, Hono, type MiddlewareHandler } from "hono";
-import { bodyLimit } from "hono/body-limit";
 import { getCookie, setCookie } from "hono/cookie";
 import { cors } from "hono/cors";
 import { html, raw } from "hono/html";
@@ -73,7 +72,8 @@ export interface PersonalAuthOptions {
   mcpPath?: string | undefined;
   /**
    * The scopes on offer: names, or names with what they allow in words or as a {@linkcode ScopeOption}.
-   * Default: `["mcp"]`.
+   * Default: `mcp`,
+   * every tool of the server.
    */
   scopes?: string[] | Record<string, string | ScopeOption> | undefined;
   /** Clients registered by hand, for hosts where a person types in an id and a secret. */
@@ -180,6 +180,8 @@ export interface AuthEnv {
 
 /** The Hono app that {@linkcode personalAuth} returns, with the few things a program needs besides the routes. */
 export interface PersonalAuth extends Hono<AuthEnv> {
+  /** The guarded path, with the path of `baseUrl`: the route for your handler. */
+  readonly mcpPath: string;
   /**
    * Checks an access token: the MCP SDK's `OAuthTokenVerifier`.
    *
@@ -306,6 +308,15 @@ function demand(condition: unknown, message: string): asserts condition {
 
 function readOptions(options: PersonalAuthOptions): Omit<Settings, "emit"> {
   const url = readBaseUrl(options?.baseUrl);
+  // A misspelt password would be no password, and a misspelt list the default one.
+  for (const name of Object.keys(options)) {
+    demand(OPTIONS.has(name), `${show(name)} is not an option of personalAuth()`);
+  }
+  const { store } = options;
+  demand(
+    store === undefined || [store?.get, store?.update, store?.list].every((method) => typeof method === "function"),
+    `store must be a store, such as fileStore(".oauth-state"), not ${show(store)}`,
+  );
   const mcpPath = options.mcpPath ?? "/mcp";
   demand(
     typeof mcpPath === "string" && PATH.test(mcpPath) && !OUR_PATHS.has(mcpPath),
@@ -328,6 +339,10 @@ function readOptions(options: PersonalAuthOptions): Omit<Settings, "emit"> {
   );
   demand(onEvent === undefined || typeof onEvent === "function", "onEvent must be a function");
   const basePath = url.pathname === "/" ? "" : url.pathname;
+  demand(
+    !basePath.endsWith(mcpPath),
+    `baseUrl must not hold mcpPath as well: write "${options.baseUrl.slice(0, -mcpPath.length)}"`,
+  );
   return {
     issuer: options.baseUrl,
     origin: url.origin,
@@ -336,7 +351,7 @@ function readOptions(options: PersonalAuthOptions): Omit<Settings, "emit"> {
     mcpPath: basePath + mcpPath,
     resource: options.baseUrl + mcpPath,
     resourceMetadataUrl: `${url.origin}/.well-known/oauth-protected-resource${basePath}${mcpPath}`,
-    scopes: readScopes(options.scopes ?? ["mcp"]),
+    scopes: readScopes(options.scopes ?? { mcp: "use every tool of this server" }),
     accessTokenTtl: readSeconds("accessTokenTtl", options.accessTokenTtl ?? 30 * DAY),
     refreshTokenTtl: readSeconds("refreshTokenTtl", options.refreshTokenTtl ?? 365 * DAY),
     allowed: readAllowed(options.allowedRedirectDomains),
@@ -349,7 +364,24 @@ function readOptions(options: PersonalAuthOptions): Omit<Settings, "emit"> {
   };
 }
 
-const PATH = /^(\/[A-Za-z0-9._~-]+)+$/;
+const PATH = /^(\/(?!\.)[A-Za-z0-9._~-]+)+$/; // no segment begins with a dot: neither /.. nor /.well-known
+const OPTIONS = new Set<string>(
+  [
+    "baseUrl",
+    "password",
+    "allowedRedirectDomains",
+    "accessTokenTtl",
+    "refreshTokenTtl",
+    "store",
+    "mcpPath",
+    "scopes",
+    "clients",
+    "authenticateOwner",
+    "fetchClientMetadata",
+    "pages",
+    "onEvent",
+  ] satisfies (keyof PersonalAuthOptions)[],
+);
 const OUR_PATHS = new Set(["/authorize", "/token", "/register", "/revoke", "/introspect", "/connections"]);
 
 function readBaseUrl(baseUrl: unknown): URL {
@@ -371,13 +403,18 @@ function readBaseUrl(baseUrl: unknown): URL {
 
 function readSeconds(name: string, value: unknown): number {
   demand(
-    typeof value === "number" && Number.isFinite(value) && value >= 1,
-    `${name} must be a number of seconds, at least 1, not ${show(value)}`,
+    typeof value === "number" && value >= 1 && value <= 100 * 365 * DAY,
+    `${name} must be a number of seconds, from 1 to 100 years, not ${show(value)}`,
   );
   return value;
 }
 
 function readScopes(scopes: string[] | Record<string, string | ScopeOption>): Scopes {
+  const names = Array.isArray(scopes) && scopes.every((name) => typeof name === "string");
+  demand(
+    names || isObject(scopes),
+    `scopes must be a list of names or an object, such as ["mcp"], not ${show(scopes)}`,
+  );
   const options = new Map<string, ScopeOption>(
     Array.isArray(scopes)
       ? scopes.map((name) => [name, {}])
@@ -419,6 +456,14 @@ function readAllowed(allowed: string[] | null | undefined): string[] | null {
   demand(Array.isArray(entries), "allowedRedirectDomains must be a list of domains, or null to allow all");
   for (const entry of entries) {
     demand(
+      entry !== "127.0.0.1" && entry !== "[::1]",
+      `allowedRedirectDomains: write "localhost" for every loopback address`,
+    );
+    demand(
+      !String(entry).endsWith(":443"),
+      `allowedRedirectDomains holds ${show(entry)}: leave out the port, it is the default`,
+    );
+    demand(
       typeof entry === "string" && ALLOW_ENTRY.test(entry),
       `allowedRedirectDomains holds ${show(entry)}: write "example.com", "*.example.com", "localhost" or, for an ` +
         `app's own scheme, "scheme://host"`,
@@ -431,7 +476,15 @@ const ALLOW_ENTRY = /^((\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)*(:\d{1,5})?|(?!https?:)[a
 
 function readClients(clients: PreregisteredClient[]): PreregisteredClient[] {
   demand(Array.isArray(clients), "clients must be a list of { client_id, client_secret?, redirect_uris }");
-  for (const { client_id, client_secret, redirect_uris } of clients) {
+  const ids = new Set<string>();
+  for (const client of clients) {
+    demand(
+      isObject(client),
+      `clients holds ${show(client)}, which is not { client_id, client_secret?, redirect_uris }`,
+    );
+    const { client_id, client_secret, redirect_uris } = client;
+    demand(!ids.has(client_id), `clients: two have the client_id ${show(client_id)}`);
+    ids.add(client_id);
     demand(
       typeof client_id === "string" && /^[\x20-\x7e]+$/.test(client_id),
       "clients: every client needs a client_id of printable ASCII",
@@ -464,18 +517,28 @@ function readPages(pages: PageOptions): PageOptions {
   return pages;
 }
 
-/** An unknown value for an error message, on one line and never long. */
+/** An unknown value for a message: short, on one line, and in plain ASCII, so that it can neither forge nor garble it. */
 function show(value: unknown): string {
-  return (JSON.stringify(value) ?? String(value)).slice(0, 200);
+  const json = JSON.stringify(value) ?? String(value);
+  return json.slice(0, 200).replace(
+    /[^\x20-\x7e]/g,
+    (char) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`,
+  );
+}
+
+/** The characters that RFC 6749 §5.2 allows in an error_description. */
+function wireText(message: string): string {
+  return message.replaceAll('"', "'").replace(/[^\x20-\x21\x23-\x5b\x5d-\x7e]/g, "?");
 }
 
 /** Registrations are anybody's to make: they are told to `onEvent`, but the console is spared them. */
 function logEvent({ type, message, connection, clientName, cause }: AuthEvent): void {
   if (type === "client_registered") return;
   // show() keeps what a client controls on its own line, so that no name can forge a second log entry.
-  const parts = [clientName && `client ${show(clientName)}`, connection && `connection ${connection}`];
+  const why = cause instanceof Error ? show(cause.message) : undefined;
+  const parts = [clientName && `client ${show(clientName)}`, connection && `connection ${connection}`, why];
   console.log(["personal-auth", type, message, ...parts.filter(Boolean)].join(" | "));
-  if (cause !== undefined) console.error(cause);
+  if (type === "server_error") console.error(cause); // in full only what no stranger can cause at will
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -505,26 +568,26 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   const app = new Hono<AuthEnv>();
   const { basePath, mcpPath } = settings;
 
-  for (const [path, document] of discoveryDocuments(settings)) {
-    app.use(path, OPEN_TO_BROWSERS);
-    app.get(path, (c) => c.json(document, 200, { "Cache-Control": "public, max-age=300" }));
-    app.all(path, answering(() => methodNotAllowed("GET, HEAD"), settings));
+  for (const [place, document] of discoveryDocuments(settings)) {
+    for (const path of [place, `${place}/`]) {
+      app.use(path, OPEN_TO_BROWSERS);
+      app.get(path, (c) => c.json(document, 200, { "Cache-Control": "public, max-age=300" }));
+      app.all(path, answering(() => methodNotAllowed("GET, HEAD"), settings));
+    }
   }
   // A partial document breaks clients that parse it strictly, and an app's catch-all page would be taken for one.
   for (const path of openidPaths(settings)) app.all(path, (c) => c.json({ error: "not_found" }, 404));
 
-  const limit = bodyLimit({ maxSize: MAX_BODY_BYTES, onError: (c) => errorResponse(c, bodyTooLarge(), settings) });
   const withSlash = (path: string) => [basePath + path, `${basePath}${path}/`];
   const post = (path: string, handler: Handler) => {
     for (const route of withSlash(path)) {
-      app.use(route, OPEN_TO_BROWSERS, limit);
+      app.use(route, OPEN_TO_BROWSERS);
       app.post(route, answering(handler, settings));
       app.all(route, answering(() => methodNotAllowed("POST"), settings));
     }
   };
   const pages = (path: string, { show, decide }: { show: Handler; decide: Handler }) => {
     for (const route of withSlash(path)) {
-      app.use(route, limit);
       app.get(route, answering(show, settings, errorPage));
       app.post(route, answering(decide, settings, errorPage));
       app.all(route, answering(() => methodNotAllowed("GET, HEAD, POST"), settings));
@@ -537,9 +600,11 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   pages("/authorize", authorizeEndpoint(settings, clients, redirects, grants, owner));
   pages("/connections", connectionsEndpoint(settings, grants, owner, events));
 
-  app.use(`${mcpPath}/*`, guard.middleware);
+  // Without the path of baseUrl too: a handler that was put there by mistake must not stand open.
+  for (const path of new Set([mcpPath, mcpPath.slice(basePath.length)])) app.use(`${path}/*`, guard.middleware);
 
   return Object.assign(app, {
+    mcpPath,
     verifyAccessToken: grants.verifyAccessToken,
     requireScopes: guard.requireScopes,
     connections: grants.connections,
@@ -713,40 +778,37 @@ function clientRegistry(settings: Settings, mac: Mac, policy: RedirectPolicy): C
   }
 
   async function resolve(client_id: string): Promise<Client | undefined> {
-    if (isDocumentUrl(client_id)) return await documents(client_id);
     const known = preregistered.get(client_id);
     if (known) {
       const { client_secret: secret, redirect_uris, client_name } = known;
       const name = client_name ?? client_id;
       return { id: client_id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
     }
+    if (isDocumentUrl(client_id)) return await documents(client_id);
     if (client_id.length > MAX_CLIENT_ID_LENGTH) return undefined;
     const [payload = "", signature = ""] = client_id.split(".");
     if (!equal(signature, await mac("client_id", payload)) || client_id !== `${payload}.${signature}`) {
       return undefined;
     }
-    const { n, r, s, o } = JSON.parse(fromBase64url(payload)) as SignedClient;
+    const { n, r, s, o } = JSON.parse(decodeBase64(payload)!) as SignedClient;
     const secret = s ? await mac("client_secret", client_id) : undefined;
     return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, source: "registered" };
   }
 
   /** Client authentication at /token and /revoke: none, client_secret_post or client_secret_basic (RFC 6749 §2.3). */
   async function authenticate(c: Context, form: URLSearchParams): Promise<Client> {
-    const { id, secret, basic } = clientCredentials(c.req.header("Authorization"), form);
-    const headers: Record<string, string> = basic ? { "WWW-Authenticate": 'Basic realm="token"' } : {};
+    const { id, secrets } = clientCredentials(c.req.header("Authorization"), form, (id) => preregistered.has(id));
+    const refused = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
     // A published document is read where it decides where to redirect to. Here the grant is bound to the id itself, and
     // a connection must go on whether or not the client's site is up.
-    const client = isDocumentUrl(id) ? publicClient(id) : await resolve(id);
+    const client = isDocumentUrl(id) && !preregistered.has(id) ? publicClient(id) : await resolve(id);
     // 401 invalid_client is what makes clients that cached a registration register again.
-    if (!client) {
-      throw new OAuthError("invalid_client", "This client is unknown here: register again", { status: 401, headers });
-    }
+    if (!client) throw refused("This client is unknown here: register again");
     if (client.secret === undefined) return client;
     // Both sides are hashed, so that neither length nor content of the secret shows in the time this takes.
-    if (!equal(await sha256(secret ?? ""), await sha256(client.secret))) {
-      throw new OAuthError("invalid_client", "The client_secret is missing or wrong", { status: 401, headers });
-    }
-    return client;
+    const expected = await sha256(client.secret);
+    for (const secret of secrets) if (equal(await sha256(secret), expected)) return client;
+    throw refused("The client_secret is missing or wrong");
   }
 
   return { register, resolve, authenticate };
@@ -814,11 +876,12 @@ function readClientMetadata(body: unknown): ClientMetadata {
 }
 
 /**
- * A client's name as it may stand on the owner's page: control characters and the ones that turn the direction of
- * writing are dropped, because with them a name can make the page read as something else.
+ * A client's name as it may stand on the owner's page: control characters, invisible ones and those that turn the
+ * direction of writing are dropped, because with them a name can make the page read as something else.
  */
 function printable(name: string): string {
-  return name.replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\u2028\u2029]/gu, "").trim().slice(0, 200);
+  const visible = name.replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "");
+  return [...visible.trim()].slice(0, 200).join(""); // by characters: half of one breaks other people's parsers
 }
 
 /** RFC 7591 §3.2.1 lets a server keep part of what was asked: Cursor and VS Code send lists no allow-list takes whole. */
@@ -830,44 +893,36 @@ function keptRedirects(uris: string[], policy: RedirectPolicy, report: (message:
     if (reason) refused.push(reason);
     else kept.push(uri);
   }
-  for (const reason of refused) report(reason);
+  if (refused.length > 0) report(refused.join("; ").slice(0, 1000));
   // At once, and not later at /authorize: Claude Desktop then tries again with localhost.
   if (kept.length === 0) throw new OAuthError("invalid_redirect_uri", refused.join("; "));
   return kept;
 }
 
-function clientCredentials(authorization: string | undefined, form: URLSearchParams) {
+/**
+ * RFC 6749 §2.3.1 has both halves of Basic form-encoded, and many clients send them as they are: the secret is taken
+ * either way, and the id in whichever way is known.
+ */
+function clientCredentials(authorization: string | undefined, form: URLSearchParams, isKnown: (id: string) => boolean) {
+  const failed = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
   const id = form.get("client_id");
-  const secret = form.get("client_secret") ?? undefined;
-  const failed = (description: string, basic: boolean) =>
-    new OAuthError("invalid_client", description, {
-      status: 401,
-      headers: basic ? { "WWW-Authenticate": 'Basic realm="token"' } : {},
-    });
   const encoded = authorization?.match(/^Basic +(\S+) *$/i)?.[1];
   if (encoded === undefined) {
-    if (id === null) throw failed("client_id is missing", false);
-    return { id, secret, basic: false };
+    if (id === null) throw failed("client_id is missing");
+    return { id, secrets: form.getAll("client_secret") };
   }
-  if (secret !== undefined) {
+  if (form.has("client_secret")) {
     throw new OAuthError("invalid_request", "The client authenticates both by header and by body (RFC 6749 §2.3)");
   }
-  const [name, password] = decodeBasic(encoded);
-  if (name === undefined || password === undefined) {
-    throw failed("The Basic credentials cannot be read", true);
-  }
-  if (id !== null && id !== name) throw failed("client_id differs between header and body", true);
-  return { id: name, secret: password, basic: true };
+  const [, name, password] = decodeBase64(encoded)?.match(/^([^:]*):(.*)$/s) ?? [];
+  if (name === undefined || password === undefined) throw failed("The Basic credentials cannot be read");
+  const known = isKnown(name) ? name : decodeForm(name);
+  if (id !== null && id !== known) throw failed("client_id differs between header and body");
+  return { id: known, secrets: [password, decodeForm(password)] };
 }
 
-/** RFC 6749 §2.3.1: both halves are form-encoded before they are joined. Nothing if that cannot be undone. */
-function decodeBasic(encoded: string): string[] {
-  try {
-    const [, ...halves] = atob(encoded).match(/^([^:]*):(.*)$/s) ?? [];
-    return halves.map((half) => decodeURIComponent(half.replaceAll("+", " ")));
-  } catch {
-    return [];
-  }
+function decodeForm(value: string): string {
+  return new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -910,50 +965,55 @@ function publicClient(id: string, more: Partial<Client> = {}): Client {
  * anybody can make this server fetch lives in bounded memory. The address of a document is a stranger's choice, which
  * is why it is fetched with {@linkcode fetchPublicly}.
  */
-function documentReader(fetcher: MetadataFetcher): (client_id: string) => Promise<Client | undefined> {
-  const cache = new Map<string, { client?: Client; error?: unknown; fresh: number; until: number }>();
-  const underWay = new Map<string, Promise<Client | undefined>>();
+function documentReader(fetcher: MetadataFetcher): (client_id: string) => Promise<Client> {
+  const cache = new Map<string, { client: Client; fresh: number; until: number }>();
+  // Apart from the good ones, so that a crowd of bad addresses cannot push these out.
+  const failures = new Map<string, { error: unknown; until: number }>();
+  const underWay = new Map<string, Promise<Client>>();
 
-  async function read(client_id: string): Promise<Client | undefined> {
-    const now = seconds();
+  async function read(client_id: string): Promise<Client> {
     try {
       const { client, maxAge } = await fetchDocument(client_id, fetcher);
-      remember(client_id, { client }, now, maxAge);
+      const now = seconds();
+      remember(cache, client_id, { client, fresh: now + maxAge, until: now + STALE_DOCUMENT_AGE });
       return client;
     } catch (error) {
-      // The last good copy, or what is known of the big ones: an outage at the client's site must lock nobody out.
-      const client = cache.get(client_id)?.client ?? wellKnownClient(client_id);
-      remember(client_id, client ? { client } : { error }, now, MIN_DOCUMENT_AGE);
-      if (client) return client;
-      throw error;
+      remember(failures, client_id, { error, until: seconds() + MIN_DOCUMENT_AGE });
+      return standIn(client_id, error);
     }
   }
 
-  function remember(client_id: string, found: { client?: Client; error?: unknown }, now: number, maxAge: number): void {
-    cache.delete(client_id); // so that it moves to the end of the line
-    cache.set(client_id, { ...found, fresh: now + maxAge, until: now + STALE_DOCUMENT_AGE });
-    if (cache.size > MAX_DOCUMENTS) cache.delete(cache.keys().next().value!);
+  /** The last good copy, or what is known of the big ones: an outage at the client's site must lock nobody out. */
+  function standIn(client_id: string, error: unknown): Client {
+    const cached = cache.get(client_id);
+    const client = cached && cached.until > seconds() ? cached.client : wellKnownClient(client_id);
+    if (!client) throw error;
+    return client;
   }
 
   return async (client_id) => {
     const cached = cache.get(client_id);
-    if (cached && cached.until < seconds()) cache.delete(client_id);
-    else if (cached && cached.fresh > seconds()) {
-      if (cached.error) throw cached.error;
-      return cached.client;
-    }
+    if (cached && cached.fresh > seconds()) return cached.client;
+    const failure = failures.get(client_id);
+    if (failure && failure.until > seconds()) return standIn(client_id, failure.error);
     const running = underWay.get(client_id);
     if (running) return await running;
     if (underWay.size >= MAX_DOCUMENT_REQUESTS) {
-      throw new OAuthError("server_error", "Too many apps are asking at once; try again in a few seconds", {
-        status: 503,
-        headers: { "Retry-After": "5" },
-      });
+      const description = "Too many apps are asking at once; try again in a few seconds";
+      const busy = new OAuthError("server_error", description, { status: 503, headers: { "Retry-After": "5" } });
+      return standIn(client_id, busy);
     }
     const reading = read(client_id).finally(() => underWay.delete(client_id));
     underWay.set(client_id, reading);
     return await reading;
   };
+}
+
+/** Sets an entry of a map that forgets its oldest ones. */
+function remember<T>(map: Map<string, T>, key: string, value: T): void {
+  map.delete(key); // so that it moves to the end of the line
+  map.set(key, value);
+  if (map.size > MAX_DOCUMENTS) map.delete(map.keys().next().value!);
 }
 
 /** Fetches and checks one document. Time and size are counted here, on the stream, whatever its headers promise. */
@@ -970,7 +1030,7 @@ async function fetchDocument(client_id: string, fetcher: MetadataFetcher): Promi
   try {
     const response = await inTime(fetcher(client_id, signal), signal);
     if (response.status !== 200) throw new Error(`answered ${response.status}`); // no redirects: they could lead anywhere
-    text = await inTime(readLimited(response, MAX_DOCUMENT_BYTES), signal);
+    text = await inTime(readLimited(response.body, MAX_DOCUMENT_BYTES), signal);
     maxAge = cacheSeconds(response.headers);
   } catch (cause) {
     throw unusable("cannot be read", cause);
@@ -1004,18 +1064,6 @@ function cacheSeconds(headers: Headers): number {
   const control = headers.get("Cache-Control")?.toLowerCase() ?? "";
   const age = /no-store|no-cache/.test(control) ? 0 : Number(control.match(/max-age=(\d+)/)?.[1] ?? HOUR);
   return Math.min(Math.max(age, MIN_DOCUMENT_AGE), MAX_DOCUMENT_AGE);
-}
-
-async function readLimited(response: Response, limit: number): Promise<string> {
-  const decoder = new TextDecoder();
-  let text = "";
-  let length = 0;
-  for await (const chunk of response.body ?? []) {
-    length += chunk.length;
-    if (length > limit) throw new Error(`is larger than ${limit} bytes`); // leaving the loop cancels the stream
-    text += decoder.decode(chunk, { stream: true });
-  }
-  return text + decoder.decode();
 }
 
 /** Gives up on a promise when the signal says so, even if whoever made it does not listen. */
@@ -1273,18 +1321,22 @@ function authorizeEndpoint(
       request = authorizationRequest(params, target, settings);
     } catch (error) {
       if (!(error instanceof OAuthError)) throw error;
-      return redirectBack(c, target, { error: error.code, error_description: error.message });
+      return redirectBack(c, target, { error: error.code, error_description: wireText(error.message) });
     }
     return then(request);
   }
 
-  function redirectBack(c: Context, { redirect_uri, state }: Target, answer: Record<string, string>): Response {
+  function answerUri({ redirect_uri, state }: Target, answer: Record<string, string>): string {
     // iss on success and on error (RFC 9207 §2), so that a client of several servers cannot be confused about which
     // one answered. Appended, never parsed and rebuilt: the rest of the URI stays byte for byte what was registered.
     const query = new URLSearchParams({ ...answer, ...(state !== null && { state }), iss: issuer });
+    return `${redirect_uri}${redirect_uri.includes("?") ? "&" : "?"}${query}`;
+  }
+
+  function redirectBack(c: Context, target: Target, answer: Record<string, string>): Response {
     c.header("Cache-Control", "no-store");
     // 302, never 307: the browser would post the owner's password on to the client.
-    return c.redirect(`${redirect_uri}${redirect_uri.includes("?") ? "&" : "?"}${query}`, 302);
+    return c.redirect(answerUri(target, answer), 302);
   }
 
   async function ask(c: Context, request: AuthorizationRequest, encoded: string, { browser, who }: Visit, again?: {
@@ -1298,7 +1350,7 @@ function authorizeEndpoint(
   }
 
   const show: Handler = (c) => {
-    const encoded = new URL(c.req.url).search.slice(1);
+    const encoded = c.req.url.split("?").slice(1).join("?").split("#")[0]!; // not by URL: a hostile Host is none
     return withRequest(c, encoded, async (request) => {
       const visit = await owner.visit(c);
       if (visit.answer) return visit.answer;
@@ -1313,21 +1365,27 @@ function authorizeEndpoint(
     const csrf = form.get("csrf") ?? "";
     const visit = await owner.visit(c);
     if (visit.answer) return visit.answer;
-    if (!await owner.sealed(visit.browser, encoded, csrf)) {
-      return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
+    const decision = form.get("decision");
+    if (!await owner.sealed(visit.browser, encoded, csrf) || (decision !== "approve" && decision !== "deny")) {
+      if (encoded === "") return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
+      // A form left open too long, or in a second tab while the first one signed in: asked again, and nothing lost.
+      const problem: Problem = { status: 403, message: wording.expiredAgain };
+      return withRequest(c, encoded, async (request) => {
+        return await ask(c, request, encoded, visit, { csrf: await owner.seal(visit.browser, encoded), problem });
+      });
     }
     return withRequest(c, encoded, async (request) => {
       const { client, redirect_uri } = request;
-      if (form.get("decision") === "deny") {
+      if (decision === "deny") {
         emit("connection_denied", "the request was denied", { clientName: client.name });
         return redirectBack(c, request, { error: "access_denied", error_description: "The owner denied the request" });
       }
       const problem = await owner.prove(c, visit, form.get("password") ?? "");
       if (problem) return await ask(c, request, encoded, visit, { csrf, problem });
-      const code = await grants.approve(csrf, request);
-      if (!code) return messagePage(c, settings, 409, wording.answered, wording.answeredAdvice);
+      const { code, repeated } = await grants.approve(csrf, request);
+      if (repeated) return answeredPage(c, settings, client.name, code && answerUri(request, { code }));
       emit("connection_approved", `approved for ${redirect_uri}`, { clientName: client.name });
-      return redirectBack(c, request, { code });
+      return redirectBack(c, request, { code: code! });
     });
   };
 
@@ -1547,7 +1605,8 @@ export interface AccessToken {
   hash: string;
   /** The n of the refresh token it was issued with. */
   n: number;
-  scopes: string[];
+  /** Where it has fewer than the grant. */
+  scopes?: string[];
   expires: number;
 }
 
@@ -1559,7 +1618,7 @@ export interface Transition {
 
 /** What is to be issued, hashed. */
 export interface Issue {
-  access: { hash: string; scopes: string[]; expires: number };
+  access: Omit<AccessToken, "n">;
   refresh: string;
   /** When the connection ends unless it is refreshed. */
   expires: number;
@@ -1569,7 +1628,7 @@ const CODE_TTL = 5 * MINUTE;
 /** A refresh token stays good this long after its rotation: clients on several machines refresh in parallel. */
 const REFRESH_GRACE = 2 * MINUTE;
 /** Bounds on one record for clients that refresh without pause; Deno KV takes 64 KiB, and these come to half of it. */
-const MAX_ACCESS_TOKENS = 200;
+const MAX_ACCESS_TOKENS = 100;
 const MAX_ROTATIONS = 200;
 
 // The life of a grant as pure functions of (grant, request, now): OAuth's hard rules, without HTTP or storage. They are
@@ -1618,7 +1677,7 @@ export function redeemGrant(
       ...grant,
       expires: code.refreshes ? expires : access.expires,
       code: { ...code, redeemed: now },
-      access: [{ ...access, scopes: grant.scopes, n: 0 }],
+      access: [{ ...access, n: 0 }],
       ...(code.refreshes && { refresh: { hash: refresh, n: 0, presented: false, rotated: [] } }),
     },
   };
@@ -1636,14 +1695,13 @@ export function redeemGrant(
  */
 export function refreshGrant(
   grant: Grant,
-  request: { hash: string; client_id: string },
+  request: { hash: string; client_id: string; resource: string },
   issue: Issue,
   now: number,
 ): Transition {
   const { refresh } = grant;
-  if (grant.revoked !== undefined || !refresh || grant.client.id !== request.client_id || grant.expires <= now) {
-    return { grant, outcome: "refused" };
-  }
+  const ours = grant.client.id === request.client_id && grant.resource === request.resource;
+  if (grant.revoked !== undefined || !refresh || !ours || grant.expires <= now) return { grant, outcome: "refused" };
   const { hash, rotated, n } = refresh;
   const isCurrent = hash === request.hash;
   const steps = isCurrent ? 0 : rotated.findIndex(([known]) => known === request.hash) + 1;
@@ -1719,8 +1777,8 @@ interface TokenResponse {
 }
 
 interface Grants {
-  /** The code, or nothing if this form was sent before. */
-  approve(form: string, request: AuthorizationRequest): Promise<string | undefined>;
+  /** `repeated`: this form was sent before; its code is there for as long as it can be redeemed. */
+  approve(form: string, request: AuthorizationRequest): Promise<{ code?: string; repeated: boolean }>;
   redeem(request: {
     code: string;
     code_verifier: string;
@@ -1763,30 +1821,34 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
 
   /**
    * What a form makes has its id from that form, so that sending it twice finds the first in its place. Writes a new
-   * grant; `false`: it was there already.
+   * grant; answers the one that was there already.
    */
-  async function insert(id: string, grant: Grant): Promise<boolean> {
-    let taken = false;
+  async function insert(id: string, grant: Grant): Promise<Grant | undefined> {
+    let before: Grant | undefined;
     await store.update(`grant/${id}`, (current) => {
-      taken = current !== undefined;
-      return current ?? grant;
+      before = current as Grant | undefined;
+      return before ?? grant;
     }, { expiresAt: grant.expires });
-    return !taken;
+    return before;
   }
 
   const idOf = async (form: string) => (await mac("grant", form)).slice(0, 32);
 
-  async function approve(form: string, request: AuthorizationRequest): Promise<string | undefined> {
+  const approve: Grants["approve"] = async (form, request) => {
     const id = await idOf(form);
-    const code = `pac_${id}${random(32)}`;
+    const code = `pac_${id}${await mac("code", form)}`;
+    const now = seconds();
     const { client, redirect_uri, scopes, code_challenge: challenge } = request;
     const grant = approveGrant(
       { client: { id: client.id, name: client.name }, redirect_uri, scopes, resource },
       { hash: await sha256(code), challenge, refreshes: client.refreshes },
-      seconds(),
+      now,
     );
-    return await insert(id, grant) ? code : undefined;
-  }
+    const before = await insert(id, grant);
+    // Of an impatient double click, the browser follows the second answer: the code is still there for it to go on with.
+    const open = !before || (before.code && before.code.redeemed === undefined && before.code.expires > now);
+    return { repeated: before !== undefined, ...(open && { code }) };
+  };
 
   const redeem: Grants["redeem"] = async ({ code, code_verifier, redirect_uri, client, arrived }) => {
     const id = grantId("pac", code);
@@ -1801,7 +1863,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
       redirect_uri,
       arrived,
     };
-    const issue = await hashed(access_token, [], refresh_token);
+    const issue = await hashed(access_token, undefined, refresh_token);
     const { outcome, grant } = await apply(id, (grant, now) => redeemGrant(grant, request, issue, now), issue);
     if (outcome === "replayed") {
       report("code_replayed", "a code was redeemed twice: the connection is ended", id, grant);
@@ -1820,8 +1882,9 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     const scopes = scope === undefined ? granted : narrowedScopes(scope, granted);
     const access_token = `pat_${id}${await mac("access", refresh_token, scopes.join(" "))}`;
     const successor = await refreshToken(id + await mac("refresh", refresh_token));
-    const request = { hash: await sha256(refresh_token), client_id: client.id };
-    const issue = await hashed(access_token, scopes, successor);
+    const request = { hash: await sha256(refresh_token), client_id: client.id, resource };
+    const narrower = scopes.length < granted.length ? scopes : undefined;
+    const issue = await hashed(access_token, narrower, successor);
     const { outcome, grant } = await apply(id, (grant, now) => refreshGrant(grant, request, issue, now), issue);
     if (outcome === "reused") {
       report("refresh_token_reused", "a refresh token was used again: the connection is ended", id, grant);
@@ -1831,10 +1894,10 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
   };
 
   /** What the record keeps of tokens that are about to be issued. */
-  async function hashed(access_token: string, scopes: string[], refresh_token: string): Promise<Issue> {
+  async function hashed(access_token: string, scopes: string[] | undefined, refresh_token: string): Promise<Issue> {
     const now = seconds();
     return {
-      access: { hash: await sha256(access_token), scopes, expires: now + accessTokenTtl },
+      access: { hash: await sha256(access_token), ...defined({ scopes }), expires: now + accessTokenTtl },
       refresh: await sha256(refresh_token),
       expires: now + Math.max(refreshTokenTtl, accessTokenTtl),
     };
@@ -1884,12 +1947,17 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
       if (verified.size >= MAX_REMEMBERED) verified.clear();
       verified.set(token, hash);
     }
-    if (presentGrant(grant, access, now) !== grant) await markPresented(id, hash, now);
+    const presented = presentGrant(grant, access, now);
+    if (presented !== grant) {
+      const marking = markPresented(id, hash, now);
+      // What reveals a theft is written before the answer leaves, as far as a lock elsewhere lets it; a date can wait.
+      if (presented.refresh !== grant.refresh) await Promise.race([marking, pause(MARKING_PATIENCE)]);
+    }
     const { id: clientId, name: clientName } = grant.client;
     return {
       token,
       clientId,
-      scopes: offered.withIncluded(access.scopes),
+      scopes: offered.withIncluded(access.scopes ?? grant.scopes),
       expiresAt: Math.floor(access.expires),
       resource: resourceUrl,
       ...resourceMetadata,
@@ -1939,9 +2007,9 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     const created = seconds();
     const expires = created + lifetime;
     const client = { id: PERSONAL, name: printable(name) };
-    const access = [{ hash: await sha256(token), n: 0, scopes: granted, expires }];
+    const access = [{ hash: await sha256(token), n: 0, expires }];
     const grant: Grant = { client, scopes: granted, resource, created, expires, access };
-    if (!await insert(id, grant)) return undefined;
+    if (await insert(id, grant)) return undefined;
     report("token_created", "a personal access token was made", id, grant);
     return { id, token, expiresAt: Math.floor(expires) };
   }
@@ -1955,6 +2023,9 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
 
 /** Good access tokens whose digests are remembered: more than one person's clients hold, and little memory. */
 const MAX_REMEMBERED = 1000;
+
+/** Milliseconds that a request waits for a mark on its connection. */
+const MARKING_PATIENCE = 200;
 
 /** The digits at the end of a refresh token that prove its origin. */
 const CHECK_DIGITS = 32;
@@ -1974,7 +2045,7 @@ function tokenResponse(
   access_token: string,
   refresh_token: string | undefined,
 ): TokenResponse {
-  const { expires = 0, scopes = [] } = grant.access.find((token) => token.hash === hash) ?? {};
+  const { expires = 0, scopes = grant.scopes } = grant.access.find((token) => token.hash === hash) ?? {};
   return {
     access_token,
     token_type: "Bearer",
@@ -2013,7 +2084,7 @@ function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessTok
     const token = c.req.header("Authorization")?.match(BEARER)?.[1];
     // No error code where no token came (RFC 6750 §3.1): the client has done nothing wrong yet.
     if (token === undefined) {
-      throw new OAuthError("unauthorized", "An access token is needed: send Authorization: Bearer …", {
+      throw new OAuthError("unauthorized", "An access token is needed: send it as Authorization: Bearer", {
         status: 401,
         headers: { "WWW-Authenticate": bare },
       });
@@ -2119,6 +2190,8 @@ interface OwnerRecord {
   salt: string;
   hash: string;
   iterations: number;
+  /** Drawn at random, with 100 bits: it needs neither slow hashing nor a throttle. */
+  generated: boolean;
   epoch: string;
 }
 
@@ -2161,7 +2234,10 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
   /** Read each time, not remembered: another process may have changed the password or ended all sessions. */
   async function ownerRecord(): Promise<OwnerRecord> {
     await passwordInPlace();
-    return await store.get("owner") as OwnerRecord;
+    const record = await store.get("owner") as OwnerRecord | undefined;
+    if (record) return record;
+    await placePassword(settings, store); // somebody emptied the store under the running server
+    return ownerRecord();
   }
 
   /** GET pages call this too: it reads the store and never writes it. */
@@ -2219,13 +2295,17 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
       return { status: 403, message: wording.stranger };
     }
     const wait = await takeAttempt(key);
-    if (wait > 0) {
+    const record = await ownerRecord();
+    // Nobody guesses a generated password, so the right one is let through whatever strangers have used up. One that
+    // a person chose is not even looked at.
+    const looked = wait === 0 || record.generated;
+    const right = looked && equal(await stretch(normalize(password), record), record.hash);
+    if (!right && wait > 0) {
       emit("sign_in_throttled", "too many wrong passwords");
       c.header("Retry-After", String(wait));
-      return { status: 429, message: wording.throttled.replace("{seconds}", String(wait)) };
+      return { status: 429, message: say(wording.throttled, { seconds: wait }) };
     }
-    const record = await ownerRecord();
-    if (!equal(await stretch(normalize(password), record), record.hash)) {
+    if (!right) {
       emit("sign_in_failed", "a wrong password was entered");
       return { status: 403, message: wording.wrongPassword };
     }
@@ -2279,10 +2359,11 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
       const record = current as { attempts?: Attempts } | undefined;
       const now = seconds();
       const { left, at } = record?.attempts ?? { left: MAX_ATTEMPTS, at: now };
-      // A clock that was set back must not stop the refill until it has caught up.
+      // A clock that was set back must not stop the refill until it has caught up: `at` follows it below.
       const refilled = Math.min(MAX_ATTEMPTS, left + Math.max(0, now - at) / ATTEMPT_INTERVAL);
       wait = refilled >= 1 ? 0 : Math.ceil((1 - refilled) * ATTEMPT_INTERVAL);
-      return wait > 0 ? current : { ...record, attempts: { left: refilled - 1, at: now } };
+      if (wait > 0 && at <= now) return current;
+      return { ...record, attempts: { left: wait > 0 ? left : refilled - 1, at: now } };
     });
     return wait;
   }
@@ -2312,14 +2393,15 @@ async function placePassword(settings: Settings, store: Store): Promise<void> {
   const stored = await store.get("owner") as OwnerRecord | undefined;
   if (stored && (typeof password !== "string" || equal(await stretch(password, stored), stored.hash))) return;
   const next = typeof password === "string" ? password : generatePassword();
-  const unhashed = { salt: random(16), iterations: PASSWORD_ITERATIONS, epoch: random(8) };
+  const generated = next !== password;
+  const unhashed = { salt: random(16), iterations: generated ? 1 : PASSWORD_ITERATIONS, generated, epoch: random(8) };
   const fresh: OwnerRecord = { ...unhashed, hash: await stretch(next, unhashed) };
   const kept = await store.update("owner", (current) => {
     return (current as OwnerRecord | undefined)?.salt === stored?.salt ? fresh : current;
   }) as OwnerRecord;
   // Another process on this store was faster: what it wrote, and printed, is what holds.
   if (kept.salt !== fresh.salt) return placePassword(settings, store);
-  if (next !== password) console.log(`\n  The owner's password for this server, shown this once:\n\n      ${next}\n`);
+  if (generated) console.log(`\n  The owner's password for this server, shown this once:\n\n      ${next}\n`);
 }
 
 /** 100 bits, in an alphabet without look-alikes, grouped to be typed on a phone. */
@@ -2352,7 +2434,7 @@ function connectionsEndpoint(
   owner: Owner,
   events: EventLog,
 ): { show: Handler; decide: Handler } {
-  const { basePath, password, wording } = settings;
+  const { basePath, password, scopes, wording } = settings;
   const path = `${basePath}/connections`;
 
   async function render(c: Context, visit: Visit, problem?: Problem): Promise<Response> {
@@ -2409,7 +2491,8 @@ function connectionsEndpoint(
         const request = {
           name: form.get("name") ?? "",
           expiresIn: Number(form.get("days") ?? 0) * DAY,
-          ...(form.has("scope") && { scopes: form.getAll("scope") }),
+          // With one scope there is nothing to choose; with several, none ticked is none, not all.
+          ...(scopes.all.length > 1 && { scopes: form.getAll("scope") }),
         };
         const made = await grants.createToken(request, csrf).catch((error) => {
           if (error instanceof TypeError) throw new OAuthError("invalid_request", wording.tokenRefused);
@@ -2455,11 +2538,8 @@ function eventLog(store: Store, onEvent: (event: AuthEvent) => void): EventLog {
 
   const emit: Emit = (type, message, more) => {
     const event: AuthEvent = { type, at: Math.floor(seconds()), message, ...more };
-    try {
-      onEvent(event);
-    } catch (error) {
-      console.error("personal-auth: onEvent threw", error); // a broken alarm must not break the request it reports
-    }
+    // A broken alarm must break neither the request it reports nor, if it is asynchronous, the process.
+    promised(() => onEvent(event)).catch((error) => console.error("personal-auth: onEvent threw", error));
     if (type === "client_registered") return; // anybody's, any number of times, and nothing the owner could act on
     waiting = [...waiting, event].slice(-100);
     if (!CHEAP_EVENTS.includes(type)) keep();
@@ -2468,7 +2548,7 @@ function eventLog(store: Store, onEvent: (event: AuthEvent) => void): EventLog {
   function keep(): void {
     const batch = waiting;
     waiting = [];
-    store.update("events", (current) => merge(current as EventRecord | undefined, batch))
+    promised(() => store.update("events", (current) => merge(current as EventRecord | undefined, batch)))
       .catch(() => waiting = [...batch, ...waiting].slice(-100)); // the next event tries again
   }
 
@@ -2529,9 +2609,11 @@ const WORDING = {
   noOwner: "This server asks nobody for a password",
   noOwnerAdvice: "So there is no page for its owner. Give personalAuth() a password to have one.",
   expired: "This page has expired",
+  expiredAgain: "The page was open for too long. Please look again, and answer once more.",
   expiredAdvice: "Go back to the app and connect again. If that does not help, allow cookies for this site.",
   answered: "Already answered",
   answeredAdvice: "This request was approved before. If the app is not connected, go back to it and connect again.",
+  goOn: "Go on to {client}",
   unknownClient: "This server does not know the app",
   unknownClientAdvice: "Remove this server from the app and add it again: the app then registers anew.",
   refusedRedirect: "This app is not allowed here",
@@ -2637,6 +2719,8 @@ function consentPage(
     { registered: wording.registered, preregistered: wording.preregistered, document: "" }[client.source] ||
     say(wording.published, { host: new URL(client.id).host });
   const allowed = request.scopes.filter((scope) => scope !== OFFLINE_ACCESS);
+  // Beside what it vouches for: the site of the document, or else the one that the answer goes to; never a mere name.
+  const mark = form.vouched && html`<br><small class="mark">✓ ${wording.vouched}</small>`;
   const body = html`
     <h1>${title}</h1>
     <p>${say(wording.connectText, { client: name })}</p>
@@ -2644,11 +2728,12 @@ function consentPage(
       <div>
         <dt>${wording.asks}</dt>
         <dd><strong>${name}</strong><br><small>${origin}</small>
-          ${form.vouched && html`<br><small class="mark">✓ ${wording.vouched}</small>`}</dd>
+          ${client.source === "document" && mark}</dd>
       </div>
       <div>
         <dt>${wording.target}</dt>
         <dd><strong>${target.protocol}//${target.host}</strong>
+          ${client.source !== "document" && mark}
           ${here && html`<br><small>${wording.targetHere}</small>`}
           ${!/^https?:$/.test(target.protocol) && html`<br><small>${wording.targetApp}</small>`}</dd>
       </div>
@@ -2834,6 +2919,16 @@ function moment(at: number): string {
   return `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
 }
 
+/** The answer to a form that was sent before, and the way on if the first answer did not get through. */
+function answeredPage(c: Context, settings: Settings, client: string, uri?: string): Response | Promise<Response> {
+  const { answered, answeredAdvice, goOn, unnamed } = settings.wording;
+  const body = html`
+    <h1>${answered}</h1><p>${answeredAdvice}</p>
+    ${uri && html`<p><a href="${uri}">${say(goOn, { client: client || unnamed })}</a></p>`}
+  `;
+  return page(c, settings, { status: 409, title: answered, body });
+}
+
 /** Black or white, whichever is easier to read on a colour `#rrggbb` (relative luminance, WCAG 2). */
 function readableOn(colour: string): string {
   const [r = 0, g = 0, b = 0] = colour.slice(1).match(/../g)!.map((pair) => (parseInt(pair, 16) / 255) ** 2.2);
@@ -2926,7 +3021,7 @@ export function memoryStore(): Store {
 }
 
 /** What a function returns or throws, as a promise. */
-function promised<T>(call: () => T): Promise<T> {
+function promised<T>(call: () => T | Promise<T>): Promise<T> {
   return new Promise((resolve) => resolve(call()));
 }
 
@@ -2963,7 +3058,6 @@ interface Row {
 
 /** "mcpa" in ASCII: the `application_id` that marks a file as ours. */
 const APPLICATION_ID = 0x6d637061;
-const SCHEMA_VERSION = 1;
 const LOCK_PATIENCE = 5;
 
 /**
@@ -3039,9 +3133,13 @@ async function patiently<T>(call: () => T | Promise<T>): Promise<T> {
       return await call();
     } catch (error) {
       if (!isLocked(error) || performance.now() > deadline) throw error;
-      await new Promise((resolve) => setTimeout(resolve, wait * (0.5 + Math.random())));
+      await pause(wait * (0.5 + Math.random()));
     }
   }
+}
+
+function pause(milliseconds: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
 /** A compare-and-set found that somebody else had been there. */
@@ -3066,29 +3164,50 @@ function openDatabase(dir: string): Sqlite {
   const file = `${dir.replace(/[\\/]+$/, "")}/oauth.sqlite`;
   try {
     fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
+    clearLeftovers(dir);
     if (!fs.existsSync(file)) createDatabase(file);
-    fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
-  } catch (error) {
+    for (const path of [dir, file]) fs.accessSync(path, fs.constants.R_OK | fs.constants.W_OK);
+  } catch (cause) {
     throw new Error(
-      `Cannot write the state folder ${show(dir)}: make it writable for this user, or give fileStore() another folder`,
-      { cause: error },
+      `Cannot write the state folder ${
+        show(dir)
+      }: make it writable for this user and see that there is room, or give ` +
+        "fileStore() another folder",
+      { cause },
     );
   }
-  let db: Sqlite | undefined;
   try {
-    db = new DatabaseSync(file) as Sqlite;
-    checkDatabase(db, file);
+    checkHeader(file);
+    checkPages(file);
+    const db = new DatabaseSync(file) as Sqlite;
+    migrate(db);
     db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
     return db;
-  } catch (error) {
-    db?.close();
-    if (error instanceof StateFileError) throw error;
+  } catch (cause) {
+    if (cause instanceof StateFileError) throw cause;
     throw new StateFileError(
-      `The state file ${show(file)} cannot be read and was left as it is. Put a backup in its place, or move it away ` +
-        "to start anew, which ends all connections",
-      { cause: error },
+      `The state file ${
+        show(file)
+      } cannot be read and was left as it is. Move it away, with its -wal and -shm beside ` +
+        "it, and put a backup in its place, or start anew, which ends all connections",
+      { cause },
     );
   }
+}
+
+/** What the format became, step by step: `user_version` counts the steps that a file has taken. */
+const MIGRATIONS = [
+  `CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL) WITHOUT ROWID;
+   CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;`,
+];
+
+function migrate(db: Sqlite): void {
+  db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
+  const version = () => Number(Object.values(db.prepare("PRAGMA user_version").get() as Record<string, unknown>)[0]);
+  if (version() === MIGRATIONS.length) return;
+  db.exec("BEGIN IMMEDIATE"); // and look again: another process may be at it as well
+  for (let step = version(); step < MIGRATIONS.length; step++) db.exec(MIGRATIONS[step]!);
+  db.exec(`PRAGMA user_version = ${MIGRATIONS.length}; COMMIT`);
 }
 
 /** Made under another name and put in place whole: a file of this name without our mark is always damage. */
@@ -3099,40 +3218,65 @@ function createDatabase(file: string): void {
   try {
     fs.closeSync(fs.openSync(fresh, "wx", 0o600)); // SQLite gives its side files the mode of this one
     const db = new DatabaseSync(fresh) as Sqlite;
-    db.exec(`
-      PRAGMA application_id = ${APPLICATION_ID};
-      PRAGMA user_version = ${SCHEMA_VERSION};
-      CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL) WITHOUT ROWID;
-      CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
-    `);
+    db.exec(`PRAGMA application_id = ${APPLICATION_ID}`);
+    migrate(db);
     db.close();
     fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
   } catch (error) {
     if ((error as { code?: string }).code !== "EEXIST") throw error;
   } finally {
-    fs.rmSync(fresh, { force: true });
+    for (const leftover of [fresh, `${fresh}-journal`]) fs.rmSync(leftover, { force: true });
+  }
+}
+
+/** What a process left behind that was killed while it made the file; a minute is more than that takes. */
+function clearLeftovers(dir: string): void {
+  const fs = nodeModule("node:fs");
+  for (const name of fs.readdirSync(dir)) {
+    if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-journal)?$/.test(name)) continue;
+    const path = `${dir}/${name}`;
+    const { mtimeMs } = fs.statSync(path, { throwIfNoEntry: false }) ?? { mtimeMs: Infinity };
+    if (Date.now() - mtimeMs > MINUTE * 1000) fs.rmSync(path, { force: true });
   }
 }
 
 class StateFileError extends Error {}
 
-function checkDatabase(db: Sqlite, file: string): void {
-  const pragma = (name: string) => Object.values(db.prepare(`PRAGMA ${name}`).get() as Record<string, unknown>)[0];
-  db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
-  if (pragma("application_id") !== APPLICATION_ID) {
+/** Looks at the bytes themselves (SQLite file format §1.3): to open a damaged file with SQLite may already change it. */
+function checkHeader(file: string): void {
+  const fs = nodeModule("node:fs");
+  const bytes = new Uint8Array(100);
+  const fd = fs.openSync(file, "r");
+  const length = fs.readSync(fd, bytes, 0, bytes.length, 0);
+  fs.closeSync(fd);
+  const magic = new TextDecoder().decode(bytes.subarray(0, 15)) === "SQLite format 3";
+  const number = (at: number) => new DataView(bytes.buffer).getUint32(at);
+  if (length < bytes.length || !magic) throw new Error("this is not an SQLite file");
+  if (number(68) !== APPLICATION_ID) {
     throw new StateFileError(
       `${show(file)} is not a state file of this program and was left as it is: give fileStore() another folder`,
     );
   }
-  const version = Number(pragma("user_version"));
-  if (version > SCHEMA_VERSION) {
+  const version = number(60);
+  if (version > MIGRATIONS.length) {
     throw new StateFileError(
       `${show(file)} was written by a newer version of personal-auth (format ${version}, this one knows ` +
-        `${SCHEMA_VERSION}) and was left as it is: update mod.ts`,
+        `${MIGRATIONS.length}) and was left as it is: update mod.ts`,
     );
   }
-  const verdict = pragma("quick_check");
-  if (verdict !== "ok") throw new Error(String(verdict));
+}
+
+/** The same care for the rest: what is opened only for reading keeps its write-ahead log, whatever is found. */
+function checkPages(file: string): void {
+  const { DatabaseSync } = nodeModule("node:sqlite");
+  const db = new DatabaseSync(file, { readOnly: true }) as Sqlite;
+  try {
+    db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
+    const [verdict] = Object.values(db.prepare("PRAGMA quick_check").get() as Record<string, unknown>);
+    if (verdict !== "ok") throw new Error(String(verdict));
+  } finally {
+    db.close();
+  }
 }
 
 /** The part of a `Deno.Kv` that is used here, so that no Deno type is named. */
@@ -3274,9 +3418,14 @@ function base64url(bytes: Uint8Array): string {
   return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
 }
 
-function fromBase64url(text: string): string {
-  const bytes = Uint8Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), (char) => char.charCodeAt(0));
-  return new TextDecoder().decode(bytes);
+/** Base64 or base64url of UTF-8 text; nothing if it is neither. */
+function decodeBase64(text: string): string | undefined {
+  try {
+    const bytes = Uint8Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), (char) => char.charCodeAt(0));
+    return new TextDecoder().decode(bytes);
+  } catch {
+    return undefined;
+  }
 }
 
 /** SHA-256 in base64url: how secrets are kept, and the S256 transformation of RFC 7636 §4.2. */
@@ -3348,29 +3497,68 @@ function nodeModule(name: string): any {
  * take different ones of the two (RFC 6749 §3.1); only `resource` may repeat (RFC 8707 §2).
  */
 function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
-  const params = new URLSearchParams();
-  for (const [name, value] of new URLSearchParams(encoded)) {
+  const params = new URLSearchParams(encoded);
+  const seen = new Set<string>();
+  const known = new URLSearchParams();
+  for (const [name, value] of params) {
     if (value === "") continue;
-    if (params.has(name) && name !== repeatable) {
+    if (seen.has(name) && name !== repeatable) {
       throw new OAuthError("invalid_request", `The parameter ${show(name)} is given more than once`);
     }
-    params.append(name, value);
+    if (seen.size >= MAX_PARAMETERS) throw new OAuthError("invalid_request", "The request has too many parameters");
+    seen.add(name);
+    known.append(name, value);
   }
-  return params;
+  return known;
 }
+
+/** Far more than any client sends; looking one up takes a walk over all of them. */
+const MAX_PARAMETERS = 100;
 
 async function readForm(c: Context, repeatable?: string): Promise<URLSearchParams> {
   demandType(c, "application/x-www-form-urlencoded");
-  return parameters(await c.req.text(), repeatable);
+  return parameters(await readBody(c), repeatable);
 }
 
 async function readJson(c: Context): Promise<unknown> {
   demandType(c, "application/json");
+  const body = await readBody(c);
   try {
-    return JSON.parse(await c.req.text());
+    return JSON.parse(body);
   } catch (cause) {
     throw new OAuthError("invalid_client_metadata", "The body is not valid JSON", { cause });
   }
+}
+
+/** The body, counted as it comes: a length that was announced proves nothing. */
+async function readBody(c: Context): Promise<string> {
+  // What is left of a body that is too large would be taken for the next request: the connection ends with the answer.
+  const tooLarge = new OAuthError("invalid_request", `The body is larger than ${MAX_BODY_BYTES} bytes`, {
+    status: 413,
+    headers: { Connection: "close" },
+  });
+  if (Number(c.req.header("Content-Length") ?? 0) > MAX_BODY_BYTES) throw tooLarge;
+  try {
+    return await readLimited(c.req.raw.body, MAX_BODY_BYTES);
+  } catch (cause) {
+    if (cause instanceof TooLarge) throw tooLarge;
+    throw new OAuthError("invalid_request", "The body did not arrive whole", { cause });
+  }
+}
+
+/** A stream that is longer than somebody was willing to read. */
+class TooLarge extends Error {}
+
+async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: number): Promise<string> {
+  const decoder = new TextDecoder();
+  let text = "";
+  let length = 0;
+  for await (const chunk of stream ?? []) {
+    length += chunk.length;
+    if (length > limit) throw new TooLarge(`is larger than ${limit} bytes`); // leaving the loop cancels the stream
+    text += decoder.decode(chunk, { stream: true });
+  }
+  return text + decoder.decode();
 }
 
 function demandType(c: Context, type: string): void {
@@ -3422,12 +3610,6 @@ function methodNotAllowed(allow: string): never {
   });
 }
 
-function bodyTooLarge(): OAuthError {
-  return new OAuthError("invalid_request", `The body is larger than ${MAX_BODY_BYTES} bytes`, {
-    status: 413,
-  });
-}
-
 /** Anything that was thrown, as an OAuthError. What is none is a fault of this file, and tells the wire nothing. */
 function asOAuthError(error: unknown, emit: Emit): OAuthError {
   if (error instanceof OAuthError) return error;
@@ -3437,7 +3619,10 @@ function asOAuthError(error: unknown, emit: Emit): OAuthError {
 
 function errorResponse(c: Context, thrown: unknown, { emit }: Settings): Response {
   const { code, message, status, headers } = asOAuthError(thrown, emit);
-  return c.json({ error: code, error_description: message }, status, { ...headers, "Cache-Control": "no-store" });
+  // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own says it by itself.
+  const all: Record<string, string> = { ...headers, "Cache-Control": "no-store" };
+  if (status === 401) all["WWW-Authenticate"] ??= 'Basic realm="token"';
+  return c.json({ error: code, error_description: wireText(message) }, status, all);
 }
 
 /** The same for an endpoint that people see. */
@@ -3599,7 +3784,7 @@ async function ask(what: string, url: URL, init: RequestInit, options: SetupOpti
     const response = await (options.fetch ?? fetch)(request);
     // A stream that stays open, as an event stream does, has said enough with its headers.
     const streams = response.headers.get("Content-Type")?.startsWith("text/event-stream");
-    const text = streams ? "" : (await readLimited(response, 1024 * 1024));
+    const text = streams ? "" : (await readLimited(response.body, 1024 * 1024));
     if (streams) await response.body?.cancel();
     return {
       status: response.status,

@@ -1035,7 +1035,7 @@ test("a refused redirect names the entry that would allow it, in the answer and 
     const refused = await app.request(`${BASE}/register`, json({ redirect_uris: [uri] }));
     const { error, error_description } = await refused.json();
     assertEquals(error, "invalid_redirect_uri");
-    assert(error_description.includes(JSON.stringify(entry)), error_description);
+    assert(error_description.includes(`'${entry}'`), error_description);
     assert(events.at(-1)!.message.includes(JSON.stringify(entry)));
     await register(world({ allowedRedirectDomains: [entry] }).app, { redirect_uris: [uri] });
   }
@@ -2064,28 +2064,34 @@ test("grant transitions never change what they are given", () => {
     return value;
   };
   let grant = deepFreeze(redeemed(now));
-  grant = deepFreeze(refreshGrant(grant, { hash: "rt0", client_id: "c" }, issue(1, now), now).grant);
+  grant = deepFreeze(refreshGrant(grant, { hash: "rt0", client_id: "c", resource: "r" }, issue(1, now), now).grant);
   grant = deepFreeze(presentGrant(grant, verifyGrant(grant, "at1", "r", now)!, now));
-  grant = deepFreeze(refreshGrant(grant, { hash: "rt0", client_id: "c" }, issue(1, now), now).grant);
+  grant = deepFreeze(refreshGrant(grant, { hash: "rt0", client_id: "c", resource: "r" }, issue(1, now), now).grant);
   deepFreeze(revokeGrant(grant, now));
 });
 
 test("refreshGrant() returns the same object when it refuses, so that nothing is written", () => {
   const now = 1000;
   const grant = redeemed(now);
-  for (const request of [{ hash: "rt0", client_id: "other" }]) {
+  for (
+    const request of [{ hash: "rt0", client_id: "other", resource: "r" }, {
+      hash: "rt0",
+      client_id: "c",
+      resource: "other",
+    }]
+  ) {
     const result = refreshGrant(grant, request, issue(1, now), now);
     assert(result.grant === grant && result.outcome === "refused");
   }
   const revoked = revokeGrant(grant, now);
-  assert(refreshGrant(revoked, { hash: "rt0", client_id: "c" }, issue(1, now), now).grant === revoked);
+  assert(refreshGrant(revoked, { hash: "rt0", client_id: "c", resource: "r" }, issue(1, now), now).grant === revoked);
 });
 
 test("refreshGrant() keeps a record small, whatever a client does", () => {
   let grant = redeemed(0);
   for (let n = 0; n < 1000; n++) {
     const now = n / 100;
-    grant = refreshGrant(grant, { hash: `rt${n}`, client_id: "c" }, issue(n + 1, now), now).grant;
+    grant = refreshGrant(grant, { hash: `rt${n}`, client_id: "c", resource: "r" }, issue(n + 1, now), now).grant;
   }
   assertEquals(grant.refresh!.n, 1000);
   assert(verifyGrant(grant, "at1000", "r", 10));
@@ -2094,10 +2100,13 @@ test("refreshGrant() keeps a record small, whatever a client does", () => {
 
 test("refreshGrant() takes a clock that steps back for no theft", () => {
   let grant = redeemed(1e6);
-  grant = refreshGrant(grant, { hash: "rt0", client_id: "c" }, issue(1, 1e6), 1e6).grant;
+  grant = refreshGrant(grant, { hash: "rt0", client_id: "c", resource: "r" }, issue(1, 1e6), 1e6).grant;
   grant = presentGrant(grant, verifyGrant(grant, "at1", "r", 1e6)!, 1e6);
   const back = 1e6 - 3600;
-  assertEquals(refreshGrant(grant, { hash: "rt0", client_id: "c" }, issue(1, back), back).outcome, "issued");
+  assertEquals(
+    refreshGrant(grant, { hash: "rt0", client_id: "c", resource: "r" }, issue(1, back), back).outcome,
+    "issued",
+  );
 });
 
 test("presentGrant() writes once a minute, and at once when a rotated token is out of date", () => {
@@ -2107,7 +2116,7 @@ test("presentGrant() writes once a minute, and at once when a rotated token is o
   assertEquals(grant.used, 100);
   assert(presentGrant(grant, token("at0", 159), 159) === grant);
   assert(presentGrant(grant, token("at0", 160), 160) !== grant);
-  grant = refreshGrant(grant, { hash: "rt0", client_id: "c" }, issue(1, 170), 170).grant;
+  grant = refreshGrant(grant, { hash: "rt0", client_id: "c", resource: "r" }, issue(1, 170), 170).grant;
   assert(presentGrant(grant, token("at0", 171), 171) === grant);
   assertEquals(presentGrant(grant, token("at1", 171), 171).refresh!.presented, true);
 });
@@ -2578,7 +2587,7 @@ test("fileStore() stops at a damaged, foreign or newer file, says which, and lea
   const foreign = Buffer.from(bytes);
   foreign.writeUInt32BE(1, 68);
   const cases: [string, Buffer, string][] = [
-    ["empty", Buffer.alloc(0), "not a state file"],
+    ["empty", Buffer.alloc(0), "cannot be read"],
     ["text", Buffer.from('{"access_tokens":{}}'), "cannot be read"],
     ["truncated", bytes.subarray(0, bytes.length / 2), "cannot be read"],
     ["a page overwritten", damaged, "cannot be read"],
