@@ -6,7 +6,7 @@
 import node from "node:assert/strict";
 import dns from "node:dns";
 import { spawn } from "node:child_process";
-import { chmodSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { chmodSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, utimesSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -2747,6 +2747,303 @@ test("two servers on one store serve one set of connections", async (t) => {
   assertEquals(redeemed.map(({ status }) => status).sort(), [200, 400]);
   await post(two.app, "/revoke", { token: access_token, client_id: client.client_id });
   assertEquals((await callMcp(one.app, access_token)).status, 401);
+});
+
+// ─── Found by attack, each kept from coming back ───────────────────────────────────────────────────────────────────
+
+test("a handler that was put at the wrong path of a server below one is guarded all the same", async () => {
+  const { auth } = world({ baseUrl: `${BASE}/vault` });
+  assertEquals(auth.mcpPath, "/vault/mcp");
+  const app = new Hono<AuthEnv>();
+  app.route("/", auth);
+  app.all("/mcp", (c) => c.text("open"));
+  app.all("/vault/mcp", (c) => c.text("open"));
+  for (const path of ["/mcp", "/mcp/x", "/vault/mcp", "/vault/mcp/x"]) {
+    assertEquals((await app.request(BASE + path, { method: "POST" })).status, 401, path);
+  }
+  assertThrows(() => world({ baseUrl: `${BASE}/mcp` }), TypeError, `write "${BASE}"`);
+});
+
+test("personalAuth() survives an onEvent that fails later", async () => {
+  const errors: unknown[] = [];
+  const error = console.error;
+  console.error = (...args: unknown[]) => errors.push(args);
+  try {
+    const { app } = world({ onEvent: () => Promise.reject(new Error("the webhook is down")) as unknown as void });
+    await register(app);
+    await new Promise((resolve) => setTimeout(resolve, 10)); // an unhandled rejection would end this process
+  } finally {
+    console.error = error;
+  }
+  assert(errors.length > 0);
+});
+
+test("a form of a hundred thousand parameters costs no time", async () => {
+  const { app } = world();
+  await register(app);
+  const body = Array.from({ length: 11_000 }, (_, i) => `${i.toString(36)}=1`).join("&").slice(0, 64_000);
+  for (const path of ["/token", "/revoke", "/authorize"]) {
+    const response = await app.request(BASE + path, { ...form({}), body });
+    assertEquals(response.status, 400);
+    assertMatch(await response.text(), /too many parameters/);
+  }
+});
+
+test("a body that is too large ends its connection, and one that breaks off is nobody's fault here", async () => {
+  const { app, events } = world();
+  const large = await app.request(`${BASE}/token`, form({ x: "x".repeat(70_000) }));
+  assertEquals([large.status, large.headers.get("Connection")], [413, "close"]);
+  const announced = await app.request(`${BASE}/token`, {
+    ...form({}),
+    headers: { ...form({}).headers, "Content-Length": "70000" },
+  });
+  assertEquals(announced.status, 413);
+  const broken = new ReadableStream({
+    pull(controller) {
+      controller.error(new Error("reset by peer"));
+    },
+  });
+  const init = { ...form({}), body: broken, duplex: "half" } as RequestInit;
+  assertEquals((await app.request(`${BASE}/token`, init)).status, 400);
+  assertEquals(events.filter(({ type }) => type === "server_error"), []);
+});
+
+test("a generated password opens the door whatever strangers have used up; wrong ones stay throttled", async () => {
+  const printed: string[] = [];
+  const log = console.log;
+  console.log = (...args: unknown[]) => printed.push(args.join(" "));
+  const { app } = world({ password: undefined });
+  const { client_id } = await register(app);
+  const url = authorizeUrl(client_id);
+  await browse(app).open(url);
+  console.log = log;
+  const password = printed.join().match(/[a-z1-9]{5}(-[a-z1-9]{5}){3}/)![0];
+  const statuses = [];
+  for (let i = 0; i < 15; i++) statuses.push((await browse(app).approve(url, "wrong")).status);
+  assertEquals(statuses.join(), [...Array(10).fill(403), ...Array(5).fill(429)].join());
+  assertEquals((await browse(app).approve(url, password)).status, 302);
+});
+
+test("a throttle that was filled under a wrong clock refills under the right one", async (t) => {
+  const travel = timeMachine(t);
+  const { app } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  travel(86400);
+  const guess = async (password: string) => (await browse(app).approve(authorizeUrl(client_id), password)).status;
+  for (let i = 0; i < 11; i++) await guess("wrong");
+  travel(-86400);
+  assertEquals(await guess(PASSWORD), 429);
+  travel(61);
+  assertEquals(await guess(PASSWORD), 302);
+});
+
+test("hanging documents of strangers lock out nobody whose document is known", async () => {
+  const { app } = world({ fetchClientMetadata: () => new Promise(() => {}) });
+  const hanging = Array.from({ length: 8 }, (_, i) => browse(app).open(authorizeUrl(`${DOCUMENT}?${i}`)));
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  const page = await browse(app).open(authorizeUrl("https://claude.ai/oauth/mcp-oauth-client-metadata"));
+  assertEquals(page.status, 200);
+  assertEquals((await browse(app).open(authorizeUrl(`${DOCUMENT}?9`))).status, 503);
+  await Promise.all(hanging);
+});
+
+test("a crowd of bad documents does not push out a good one", async () => {
+  let up = true;
+  const { app } = world({
+    fetchClientMetadata: (url) =>
+      url === DOCUMENT && up ? Promise.resolve(Response.json(document())) : Promise.reject(new Error("x")),
+  });
+  await browse(app).open(authorizeUrl(DOCUMENT));
+  up = false;
+  for (let i = 0; i < 150; i++) await browse(app).open(authorizeUrl(`${DOCUMENT}?${i}`));
+  assertEquals((await browse(app).open(authorizeUrl(DOCUMENT))).status, 200);
+});
+
+test("a refresh token for another resource asks its client to sign in again", async () => {
+  const { app, store } = world();
+  const { client, refresh_token } = await connect(app);
+  const moved = world({ store, mcpPath: "/other" });
+  assertEquals((await refreshing(moved.app, client.client_id, refresh_token)).body.error, "invalid_grant");
+  assertEquals((await refreshing(app, client.client_id, refresh_token)).status, 200);
+});
+
+test("the guard does not wait for bookkeeping", async () => {
+  const memory = memoryStore();
+  let locked = false;
+  const store: Store = { ...memory, update: (...args) => locked ? new Promise(() => {}) : memory.update(...args) };
+  const { app } = world({ store });
+  const { client, access_token, refresh_token } = await connect(app);
+  locked = true;
+  assertEquals((await callMcp(app, access_token)).status, 200);
+  locked = false;
+  const { body } = await refreshing(app, client.client_id, refresh_token);
+  locked = true;
+  assertEquals((await callMcp(app, body.access_token)).status, 200); // what reveals a theft is waited for, but not long
+});
+
+test("a preregistered client whose id is a URL keeps its secret", async () => {
+  const client_id = DOCUMENT;
+  const client_secret = "abcd+efgh/ijkl==1234";
+  const { app } = world({
+    clients: [{ client_id, client_secret, redirect_uris: [CLAUDE] }],
+    fetchClientMetadata: () => Promise.reject(new Error("must not be asked")),
+  });
+  const request = { grant_type: "authorization_code", code_verifier: VERIFIER };
+  const code = await approvedCode(app, client_id);
+  assertEquals((await post(app, "/token", { ...request, code, client_id })).status, 401);
+  // Basic as RFC 6749 has it, and as many clients send it
+  for (const encode of [encodeURIComponent, (text: string) => text]) {
+    const { headers, ...init } = form({ ...request, code: await approvedCode(app, client_id), client_id });
+    const Authorization = `Basic ${btoa(`${encode(client_id).replaceAll(":", "%3A")}:${encode(client_secret)}`)}`;
+    assertEquals((await app.request(`${BASE}/token`, { ...init, headers: { ...headers, Authorization } })).status, 200);
+  }
+});
+
+test("only approve approves", async () => {
+  const { app } = world();
+  const { client_id } = await register(app);
+  for (const decision of ["", "DENY", "cancel", "yes", "Approve"]) {
+    const browser = browse(app);
+    const page = await browser.submit(await browser.open(authorizeUrl(client_id)), { decision });
+    assertEquals([page.status, page.location], [403, undefined], decision);
+  }
+});
+
+test("an impatient second click finds the way on, until the code is used", async () => {
+  const { app, auth } = world();
+  const { client_id } = await register(app);
+  const browser = browse(app);
+  const page = await browser.open(authorizeUrl(client_id));
+  const first = await browser.submit(page, { decision: "approve" });
+  const second = await browser.submit(page, { decision: "approve" });
+  assertEquals([second.status, second.location], [409, undefined]);
+  assert(unescapeHtml(second.text).includes(`href="${first.headers.get("Location")}"`));
+  const code = first.location!.searchParams.get("code")!;
+  await post(app, "/token", { grant_type: "authorization_code", client_id, code, code_verifier: VERIFIER });
+  const third = await browser.submit(page, { decision: "approve" });
+  assert(third.status === 409 && !third.text.includes(code));
+  assertEquals((await auth.connections()).length, 1);
+});
+
+test("a form in a second tab is asked again after the first tab signed in", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  const browser = browse(app);
+  const [one, two] = [
+    await browser.open(authorizeUrl(client_id)),
+    await browser.open(authorizeUrl(client_id, { state: "2" })),
+  ];
+  await browser.submit(one, { decision: "approve", password: PASSWORD });
+  const again = await browser.submit(two, { decision: "approve" });
+  assertEquals([again.status, again.location], [403, undefined]);
+  assert(!again.text.includes('type="password"'));
+  const approved = await browser.submit(again, { decision: "approve" });
+  assertEquals(approved.location!.searchParams.get("state"), "2");
+});
+
+test("what goes out in headers and logs is plain ASCII, whatever came in", async () => {
+  const lines: string[] = [];
+  const log = console.log;
+  console.log = (...args: unknown[]) => lines.push(args.join(" "));
+  try {
+    const { app } = world({ onEvent: undefined });
+    const uri = 'https://evil.example/\u009b31m\u2028\u202ex"\n[personal-auth] owner_signed_in';
+    const refused = await app.request(`${BASE}/register`, json({ redirect_uris: [uri], client_name: "x\ny\u202e" }));
+    const { error_description } = await refused.json();
+    assertMatch(error_description, /^[\x20\x21\x23-\x5b\x5d-\x7e]+$/);
+    await post(app, "/token", { client_id: "ü", grant_type: "x" });
+  } finally {
+    console.log = log;
+  }
+  assert(lines.length > 0);
+  for (const line of lines) assertMatch(line, /^[\x20-\x7e]+$/);
+});
+
+test("a name that nobody can see is no name, and none is cut in the middle of a character", async () => {
+  const { app } = world();
+  const invisible = await register(app, { client_name: "\u3164\u2800\u034f\u200b" });
+  assert(!("client_name" in invisible));
+  assert((await browse(app).open(authorizeUrl(invisible.client_id))).text.includes("an app without a name"));
+  const long = await register(app, { client_name: "x" + "🔐".repeat(300) });
+  assertEquals(long.client_name, "x" + "🔐".repeat(199));
+});
+
+test("fileStore() leaves the write-ahead log of a damaged file alone, so that nothing is lost with it", async (t) => {
+  const source = temporaryFolder(t);
+  const writer = fileStore(source);
+  t.after(() => writer.close!());
+  for (let i = 0; i < 50; i++) await writer.update(`key/${i}`, () => "x".repeat(500));
+  const [main, wal] = ["oauth.sqlite", "oauth.sqlite-wal"].map((name) => readFileSync(join(source, name))) as [
+    Buffer,
+    Buffer,
+  ];
+  assert(wal.length > 0);
+  const header = Buffer.from(main);
+  header.fill(0, 0, 100);
+  const damages: Buffer[] = [Buffer.alloc(0), header, main.subarray(0, main.length - 4096)];
+  for (const damage of damages) {
+    const dir = temporaryFolder(t);
+    writeFileSync(join(dir, "oauth.sqlite"), damage);
+    writeFileSync(join(dir, "oauth.sqlite-wal"), wal);
+    try {
+      fileStore(dir).close!(); // the log may hold all that the damaged file lacks: then there is nothing to complain of
+    } catch (error) {
+      assertMatch((error as Error).message, /-wal and -shm/);
+      assert(readFileSync(join(dir, "oauth.sqlite")).equals(damage));
+      assert(readFileSync(join(dir, "oauth.sqlite-wal")).equals(wal));
+    }
+  }
+});
+
+test("fileStore() clears away what a killed first start left behind", (t) => {
+  const dir = temporaryFolder(t);
+  const old = join(dir, "oauth.sqlite.0123abcd.new");
+  for (const file of [old, `${old}-journal`]) {
+    writeFileSync(file, "");
+    utimesSync(file, 1, 1);
+  }
+  writeFileSync(join(dir, "oauth.sqlite.89abcdef.new"), ""); // somebody may be at it right now
+  const store = fileStore(dir);
+  t.after(() => store.close!());
+  assertEquals(readdirSync(dir).filter((file) => file.includes(".new")), ["oauth.sqlite.89abcdef.new"]);
+});
+
+test("createToken() has a longest lifetime, and a token form without a ticked scope makes none", async () => {
+  const { app, auth } = world({ password: PASSWORD, scopes: { read: "", write: { onRequest: true } } });
+  const error = await auth.createToken({ name: "x", expiresIn: Number.MAX_SAFE_INTEGER }).catch((error) => error);
+  assert(error instanceof TypeError);
+  const { browser, page } = await signedIn(app);
+  const create = formsOf(page).find(({ action }) => action === "create_token")!;
+  assertEquals((await browser.open(PAGE, form({ ...create, name: "x", days: "30" }))).status, 400);
+  assertEquals(await auth.connections(), []);
+});
+
+test("a store that was emptied under a running server gets its password back", async () => {
+  const { app, store } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  await browse(app).open(authorizeUrl(client_id));
+  await store.update("owner", () => undefined);
+  assertEquals((await browse(app).approve(authorizeUrl(client_id), PASSWORD)).status, 302);
+});
+
+test("personalAuth() refuses options that look right and are not", () => {
+  const wrong: [Json, string][] = [
+    [{ store: ".oauth-state" }, "store"],
+    [{ store: {} }, "store"],
+    [{ pasword: "x" }, "pasword"],
+    [{ scopes: "mcp" }, "scopes"],
+    [{ scopes: [5] }, "scopes"],
+    [{ mcpPath: "/.." }, "mcpPath"],
+    [{ mcpPath: "/.well-known/oauth-authorization-server" }, "mcpPath"],
+    [{ allowedRedirectDomains: ["claude.ai:443"] }, "port"],
+    [{ allowedRedirectDomains: ["127.0.0.1"] }, "localhost"],
+    [{ clients: [null] }, "clients"],
+    [{ clients: [{ client_id: "a", redirect_uris: [CLAUDE] }, { client_id: "a", redirect_uris: [CLAUDE] }] }, "two"],
+    [{ accessTokenTtl: 1e12 }, "accessTokenTtl"],
+  ];
+  for (const [options, says] of wrong) {
+    assertThrows(() => world(options), TypeError, says, JSON.stringify(options));
+  }
 });
 
 // ─── Simulations of real clients: their own bodies, headers and order ──────────────────────────────────────────────
