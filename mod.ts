@@ -219,6 +219,11 @@ export interface Store {
   update(key: string, change: (current: unknown) => unknown, options?: { expiresAt?: number }): Promise<unknown>;
   /** All live entries whose keys start with `prefix`, in the order of their keys. */
   list(prefix: string): AsyncIterable<[key: string, value: unknown]>;
+  /**
+   * A stamp, cheap to read, that is another one after any change by any process: what was read under one stamp need not
+   * be read again while it lasts. `undefined`, or without this method: cannot tell.
+   */
+  version?(): number | undefined;
   /** Lets go of files and sockets. */
   close?(): void | Promise<void>;
 }
@@ -1803,7 +1808,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
   const { resource, scopes: offered, accessTokenTtl, refreshTokenTtl, emit } = settings;
   const resourceUrl = new URL(resource);
   const resourceMetadata = { resourceMetadataUrl: settings.resourceMetadataUrl }; // a member of the second SDK's AuthInfo
-  const verified = new Map<string, string>();
+  const verified = new Map<string, Verified>();
 
   const read = async (id: string) => await store.get(`grant/${id}`) as Grant | undefined;
 
@@ -1932,20 +1937,18 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
   }
 
   async function verifyAccessToken(token: string): Promise<AuthInfo> {
+    const now = seconds();
+    const version = store.version?.(); // before the record is read, or a change in between would go unseen
+    const known = verified.get(token);
+    // A revocation by any process changes the version, so this is never later than the store itself would be.
+    if (known && version !== undefined && known.version === version && now < known.until) return authInfo(known);
     const id = grantId("pat", token);
     const grant = id ? await read(id) : undefined;
-    // A digest costs more than all the rest of a request, so those of good tokens are remembered; whether the token is
-    // still good is asked of the store each time, so that a revocation by any process holds at once.
-    const remembered = verified.get(token);
-    const hash = remembered ?? (grant ? await sha256(token) : "");
-    const now = seconds();
+    // A digest costs more than all the rest of a request, so those of good tokens are remembered.
+    const hash = known?.hash ?? (grant ? await sha256(token) : "");
     const access = grant && verifyGrant(grant, hash, resource, now);
     if (!id || !access) {
       throw new OAuthError("invalid_token", "The access token is unknown, expired or revoked", { status: 401 });
-    }
-    if (remembered === undefined) {
-      if (verified.size >= MAX_REMEMBERED) verified.clear();
-      verified.set(token, hash);
     }
     const presented = presentGrant(grant, access, now);
     if (presented !== grant) {
@@ -1953,15 +1956,22 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
       // What reveals a theft is written before the answer leaves, as far as a lock elsewhere lets it; a date can wait.
       if (presented.refresh !== grant.refresh) await Promise.race([marking, pause(MARKING_PATIENCE)]);
     }
-    const { id: clientId, name: clientName } = grant.client;
+    const until = Math.min(access.expires, grant.expires, (presented.used ?? now) + MINUTE);
+    const fresh: Verified = { id, token, hash, version, until, grant, access };
+    if (verified.size >= MAX_REMEMBERED) verified.clear();
+    verified.set(token, fresh);
+    return authInfo(fresh);
+  }
+
+  function authInfo({ id, token, grant, access }: Verified): AuthInfo {
     return {
       token,
-      clientId,
-      scopes: offered.withIncluded(access.scopes ?? grant.scopes),
+      clientId: grant.client.id,
+      scopes: offered.withIncluded(access.scopes ?? grant.scopes), // a list of its own: what a handler adds is not kept
       expiresAt: Math.floor(access.expires),
       resource: resourceUrl,
       ...resourceMetadata,
-      extra: { connection: id, clientName },
+      extra: { connection: id, clientName: grant.client.name },
     };
   }
 
@@ -2021,7 +2031,19 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
   return { approve, redeem, refresh, revokeToken, revoke, verifyAccessToken, connections, createToken };
 }
 
-/** Good access tokens whose digests are remembered: more than one person's clients hold, and little memory. */
+/** A good access token, and what the store said of it under which version. */
+interface Verified {
+  id: string;
+  token: string;
+  hash: string;
+  version: number | undefined;
+  /** When something about it changes by itself. */
+  until: number;
+  grant: Grant;
+  access: AccessToken;
+}
+
+/** How many good access tokens are remembered: more than one person's clients hold, and little memory. */
 const MAX_REMEMBERED = 1000;
 
 /** Milliseconds that a request waits for a mark on its connection. */
@@ -2995,6 +3017,7 @@ function page(
 export function memoryStore(): Store {
   // As text, so that nobody can change a stored value by holding on to it: the same as with every other store.
   const entries = new Map<string, { value: string; expires: number | null }>();
+  let changes = 0;
   const read = (key: string) => {
     const entry = entries.get(key);
     return entry && isLive(entry.expires) ? entry : undefined;
@@ -3004,6 +3027,7 @@ export function memoryStore(): Store {
     const current = parse(entry?.value);
     const next = change(current);
     if (next === current) return next;
+    changes++;
     if (next === undefined) entries.delete(key);
     else entries.set(key, { value: JSON.stringify(next), expires: expiresAt ?? entry?.expires ?? null });
     return next;
@@ -3017,6 +3041,7 @@ export function memoryStore(): Store {
         if (entry) yield [key, parse(entry.value)];
       }
     },
+    version: () => changes,
   };
 }
 
@@ -3078,6 +3103,18 @@ export function fileStore(dir: string): Store {
   // Two at a time, with each change: the past is cleared faster than it grows, and nothing ever waits for a sweep.
   const sweep = db.prepare("DELETE FROM entries WHERE key IN (SELECT key FROM entries WHERE expires < ? LIMIT 2)");
 
+  // SQLite's stamp of what other connections committed; it leaves out our own, which are counted here.
+  const othersVersion = db.prepare("PRAGMA data_version");
+  let ownChanges = 0;
+
+  const version = (): number | undefined => {
+    try {
+      return (othersVersion.get() as { data_version: number }).data_version * 2 ** 32 + ownChanges;
+    } catch {
+      return undefined;
+    }
+  };
+
   const read = (key: string): Row | undefined => {
     const row = select.get(key) as Row | undefined;
     return row && isLive(row.expires) ? row : undefined;
@@ -3090,6 +3127,7 @@ export function fileStore(dir: string): Store {
       const current = parse(row?.value);
       const next = change(current);
       if (next !== current) {
+        ownChanges++;
         if (next === undefined) remove.run(key);
         else upsert.run(key, JSON.stringify(next), expiresAt ?? row?.expires ?? null);
         sweep.run(seconds() - EXPIRED_KEPT);
@@ -3118,6 +3156,7 @@ export function fileStore(dir: string): Store {
         from = `${last.key}\0`; // the next key in order
       }
     },
+    version,
     close: () => db.close(),
   };
 }
@@ -3370,6 +3409,7 @@ function reporting(store: Store, emit: Emit): Store {
     });
   };
   return {
+    ...(store.version && { version: () => store.version!() }),
     async get(key) {
       try {
         return await store.get(key);

@@ -6,7 +6,16 @@
 import node from "node:assert/strict";
 import dns from "node:dns";
 import { spawn } from "node:child_process";
-import { chmodSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, utimesSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -2543,6 +2552,20 @@ async function storeContract(open: () => Store | Promise<Store>): Promise<void> 
     [store, second].flatMap((store) => Array.from({ length: 50 }, () => store.update("counter", increment))),
   );
   assertEquals([await store.get("counter"), await second.get("counter")], [300, 300]);
+
+  // the stamp of the state: the same while nothing changes, another one after a change by anybody
+  const stamps = () => [store.version?.(), second.version?.()];
+  if (store.version) {
+    const before = stamps();
+    await store.get("counter");
+    await store.update("counter", (current) => current);
+    assertEquals(stamps(), before);
+    await second.update("counter", increment);
+    const after = stamps();
+    assert(after[0] !== before[0] && after[1] !== before[1]);
+    await store.update("counter", increment);
+    assert(stamps()[0] !== after[0] && stamps()[1] !== after[1]);
+  }
   for (const each of new Set([store, second])) await each.close?.();
 }
 
@@ -2745,6 +2768,7 @@ test("two servers on one store serve one set of connections", async (t) => {
   const request = { grant_type: "authorization_code", client_id: client.client_id, code, code_verifier: VERIFIER };
   const redeemed = await Promise.all([one, two].map(({ app }) => post(app, "/token", request)));
   assertEquals(redeemed.map(({ status }) => status).sort(), [200, 400]);
+  for (let i = 0; i < 3; i++) assertEquals((await callMcp(one.app, access_token)).status, 200); // remembered by now
   await post(two.app, "/revoke", { token: access_token, client_id: client.client_id });
   assertEquals((await callMcp(one.app, access_token)).status, 401);
 });
@@ -2865,6 +2889,21 @@ test("a refresh token for another resource asks its client to sign in again", as
   const moved = world({ store, mcpPath: "/other" });
   assertEquals((await refreshing(moved.app, client.client_id, refresh_token)).body.error, "invalid_grant");
   assertEquals((await refreshing(app, client.client_id, refresh_token)).status, 200);
+});
+
+test("what the guard remembers ends with its token, and belongs to nobody else", async (t) => {
+  const travel = timeMachine(t);
+  const { app, auth } = world({ accessTokenTtl: 100 });
+  const { access_token } = await connect(app);
+  for (let i = 0; i < 3; i++) assertEquals((await callMcp(app, access_token)).status, 200);
+  const info = await auth.verifyAccessToken(access_token);
+  info.scopes.push("admin");
+  info.extra!.connection = "x";
+  const again = await auth.verifyAccessToken(access_token);
+  assertEquals(again.scopes, ["mcp"]);
+  assertNotEquals(again.extra!.connection, "x");
+  travel(101);
+  assertEquals((await callMcp(app, access_token)).status, 401);
 });
 
 test("the guard does not wait for bookkeeping", async () => {
