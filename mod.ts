@@ -736,49 +736,48 @@ function clientRegistry(settings: Settings, mac: Mac, policy: RedirectPolicy): C
 
   async function register(c: Context): Promise<Response> {
     const metadata = readClientMetadata(await readJson(c));
-    const kept = keptRedirects(
-      metadata.redirect_uris,
-      policy,
-      (message) => emit("redirect_refused", message, { clientName: metadata.client_name }),
-    );
-    const confidential = ["client_secret_post", "client_secret_basic"].includes(
-      metadata.token_endpoint_auth_method ?? "",
-    );
-    const refreshes = metadata.grant_types?.includes("refresh_token") ?? true;
-    const payload = base64url(utf8.encode(JSON.stringify(
-      {
-        n: metadata.client_name,
-        r: kept,
-        ...(confidential && { s: 1 }),
-        ...(!refreshes && { o: 1 }),
-      } satisfies SignedClient,
-    )));
+    const { client_name, grant_types, token_endpoint_auth_method: method = "none" } = metadata;
+    const report = (message: string) => emit("redirect_refused", message, { clientName: client_name });
+    const redirect_uris = keptRedirects(metadata.redirect_uris, policy, report);
+    const confidential = method === "client_secret_post" || method === "client_secret_basic";
+    const refreshes = grant_types?.includes("refresh_token") ?? true;
+    const client_id = await sign({
+      n: client_name,
+      r: redirect_uris,
+      ...(confidential && { s: 1 }),
+      ...(!refreshes && { o: 1 }),
+    });
+    emit("client_registered", "a client registered", { clientName: client_name });
+    const { client_uri, software_id, software_version, application_type } = metadata;
+    const answer = {
+      client_id,
+      client_id_issued_at: Math.floor(seconds()),
+      ...(confidential && { client_secret: await mac("client_secret", client_id), client_secret_expires_at: 0 }),
+      ...defined({
+        client_name: client_name || undefined,
+        client_uri,
+        software_id,
+        software_version,
+        application_type,
+      }),
+      redirect_uris,
+      // What was asked need not be what is given (RFC 7591 §3.2.1): clients read this, not what they sent.
+      token_endpoint_auth_method: confidential ? method : "none",
+      grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
+      response_types: ["code"],
+      scope: grantedScopes(metadata.scope, scopes).join(" "),
+    };
+    return c.json(answer, 201, { "Cache-Control": "no-store" });
+  }
+
+  async function sign(client: SignedClient): Promise<string> {
+    const payload = base64url(utf8.encode(JSON.stringify(client)));
     const client_id = `${payload}.${await mac("client_id", payload)}`;
-    if (client_id.length > MAX_CLIENT_ID_LENGTH) {
-      throw new OAuthError(
-        "invalid_client_metadata",
-        `The metadata is too long: client_name and redirect_uris come to a client_id of ${client_id.length} ` +
-          `characters, and ${MAX_CLIENT_ID_LENGTH} are possible`,
-      );
-    }
-    emit("client_registered", "a client registered", { clientName: metadata.client_name });
-    const { software_id, software_version, client_uri, application_type } = metadata;
-    return c.json(
-      {
-        client_id,
-        client_id_issued_at: Math.floor(Date.now() / 1000),
-        ...(confidential &&
-          { client_secret: await mac("client_secret", client_id), client_secret_expires_at: 0 }),
-        ...defined({ client_uri, software_id, software_version, application_type }),
-        ...(metadata.client_name && { client_name: metadata.client_name }),
-        redirect_uris: kept,
-        token_endpoint_auth_method: confidential ? metadata.token_endpoint_auth_method : "none",
-        grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
-        response_types: ["code"],
-        scope: grantedScopes(metadata.scope, scopes).join(" "),
-      },
-      201,
-      { "Cache-Control": "no-store" },
+    if (client_id.length <= MAX_CLIENT_ID_LENGTH) return client_id;
+    throw new OAuthError(
+      "invalid_client_metadata",
+      `The metadata is too long: client_name and redirect_uris come to a client_id of ${client_id.length} characters, ` +
+        `and ${MAX_CLIENT_ID_LENGTH} are possible`,
     );
   }
 
@@ -2606,7 +2605,6 @@ type PageStatus = 200 | 409 | 429 | ErrorStatus;
 const WORDING = {
   connect: "Connect {client}?",
   unnamed: "an app without a name",
-  connectText: "{client} asks to use this server in your name.",
   server: "Server",
   asks: "Who asks",
   registered: "The app registered itself; its name is its own claim.",
@@ -2705,7 +2703,8 @@ ul{list-style:none;margin:0;padding:0}
 .warn{margin:1rem 0;padding:.75rem .9rem;border-radius:.7rem;background:var(--warn-paper);color:var(--warn);font-weight:600}
 .mark{color:var(--link);font-weight:600}
 label,legend{display:block;margin-top:1rem;font-weight:600}
-fieldset{border:0;margin:0;padding:0}
+fieldset{border:0;margin:1rem 0 0;padding:0}
+legend{margin:0;padding:0}
 fieldset label{font-weight:400;margin:0;display:flex;gap:.6rem;align-items:center;min-height:2.75rem}
 input,select,button,a.button{width:100%;min-height:3rem;margin-top:.5rem;padding:.6rem .9rem;font:inherit;border-radius:.7rem;border:1px solid var(--soft);color:inherit;background:var(--card)}
 input[type=checkbox]{width:1.35rem;min-height:1.35rem;margin:0;accent-color:var(--accent)}
@@ -2745,7 +2744,6 @@ function consentPage(
   const mark = form.vouched && html`<br><small class="mark">✓ ${wording.vouched}</small>`;
   const body = html`
     <h1>${title}</h1>
-    <p>${say(wording.connectText, { client: name })}</p>
     <dl>
       <div>
         <dt>${wording.asks}</dt>
@@ -4017,6 +4015,16 @@ function wellKnown(name: string, url: URL): string {
   return `${url.origin}/.well-known/${name}${url.pathname === "/" ? "" : url.pathname.replace(/\/$/, "")}`;
 }
 
+async function readDocument({ ask, expect }: Checkup, what: string, place: string) {
+  const { status, json, headers } = await ask(what, place);
+  const served = `Serve it at ${place}, without a redirect (RFC 8414 §3, RFC 9728 §3); it must pass every firewall.`;
+  if (!expect(status === 200, `${what} is answered ${status}`, served)) return undefined;
+  const type = show(headers.get("Content-Type"));
+  return expect(isObject(json), "it is JSON", `It is ${type}: serve application/json, not a page of the app.`)
+    ? json
+    : undefined;
+}
+
 async function checkResourceMetadata(checkup: Checkup): Promise<void> {
   const { url, expect, ask, metadataUrl, note } = checkup;
   const place = metadataUrl || wellKnown("oauth-protected-resource", url);
@@ -4030,21 +4038,8 @@ async function checkResourceMetadata(checkup: Checkup): Promise<void> {
       `Build it from the public base URL, ${url.origin}, not from what the request says behind the proxy.`,
     );
   }
-  const { status, json, headers } = await ask("the resource's metadata", place);
-  if (
-    !expect(
-      status === 200,
-      `the resource's metadata is answered ${status}`,
-      `Serve it at ${place}, without a redirect; it must pass every firewall.`,
-    )
-  ) return;
-  if (
-    !expect(
-      isObject(json),
-      "it is JSON",
-      `It is ${show(headers.get("Content-Type"))}: serve application/json, not a page of the app.`,
-    )
-  ) return;
+  const json = await readDocument(checkup, "the resource's metadata", place);
+  if (!json) return;
   checkup.resource = json;
   const typed = url.href.replace(/\/$/, "");
   const same = String(json.resource).replace(/\/$/, "") === typed;
@@ -4096,21 +4091,8 @@ async function checkServerMetadata(checkup: Checkup): Promise<void> {
   const issuer = resource?.authorization_servers?.[0] ?? url.origin;
   if (!URL.canParse(issuer)) return note("failed", `authorization_servers names ${show(issuer)}`, "It must be a URL.");
   const place = wellKnown("oauth-authorization-server", new URL(issuer));
-  const { status, json, headers } = await ask("the authorization server's metadata", place);
-  if (
-    !expect(
-      status === 200,
-      `the authorization server's metadata is answered ${status}`,
-      `Serve it at ${place} (RFC 8414 §3), without a redirect.`,
-    )
-  ) return;
-  if (
-    !expect(
-      isObject(json),
-      "it is JSON",
-      `It is ${show(headers.get("Content-Type"))}: serve application/json, not a page of the app.`,
-    )
-  ) return;
+  const json = await readDocument(checkup, "the authorization server's metadata", place);
+  if (!json) return;
   checkup.server = json;
   expect(
     json.issuer === issuer,
