@@ -71,6 +71,9 @@ for (const signal of ["SIGINT", "SIGTERM"]) {
       await store.close?.();
       process.exit(0);
     });
-    if ("closeAllConnections" in server) server.closeAllConnections(); // idle keep-alive connections would hold it open
+    if ("closeAllConnections" in server) {
+      server.closeIdleConnections();
+      setTimeout(() => server.closeAllConnections(), 2000).unref(); // whoever is being answered gets two seconds
+    }
   });
 }

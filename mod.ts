@@ -1023,8 +1023,8 @@ function remember<T>(map: Map<string, T>, key: string, value: T): void {
 /** Fetches and checks one document. Time and size are counted here, on the stream, whatever its headers promise. */
 async function fetchDocument(client_id: string, fetcher: MetadataFetcher): Promise<{ client: Client; maxAge: number }> {
   const unusable = (reason: string, cause?: unknown) =>
-    new OAuthError("invalid_client", `The app's metadata at ${client_id} ${reason}`, {
-      status: 401,
+    // Not invalid_client: the client would take its registration for dead and come back with the same address.
+    new OAuthError("invalid_request", `The app's metadata at ${client_id} ${reason}`, {
       event: "client_document_refused",
       cause,
     });
@@ -1333,7 +1333,9 @@ function authorizeEndpoint(
   function answerUri({ redirect_uri, state }: Target, answer: Record<string, string>): string {
     // iss on success and on error (RFC 9207 §2), so that a client of several servers cannot be confused about which
     // one answered. Appended, never parsed and rebuilt: the rest of the URI stays byte for byte what was registered.
-    const query = new URLSearchParams({ ...answer, ...(state !== null && { state }), iss: issuer });
+    // Spaces as %20, which every decoder reads; some clients show a + as it is.
+    const params = new URLSearchParams({ ...answer, ...(state !== null && { state }), iss: issuer });
+    const query = params.toString().replaceAll("+", "%20");
     return `${redirect_uri}${redirect_uri.includes("?") ? "&" : "?"}${query}`;
   }
 
@@ -1448,10 +1450,11 @@ function unanswerable(c: Context, error: unknown, settings: Settings): Response 
   const accept = c.req.header("Accept") ?? "";
   // mcp-remote asks this way before it opens the browser, and registers again when it reads invalid_client.
   if (accept.includes("application/json") && !accept.includes("text/html")) return errorResponse(c, error, settings);
-  const { unknownClient, unknownClientAdvice, refusedRedirect, faulty, faultyAdvice } = settings.wording;
-  const [title, advice] = code === "invalid_client"
-    ? [unknownClient, unknownClientAdvice]
-    : [event === "redirect_refused" ? refusedRedirect : faulty, faultyAdvice];
+  const { wording } = settings;
+  let [title, advice] = [wording.faulty, wording.faultyAdvice];
+  if (code === "invalid_client") [title, advice] = [wording.unknownClient, wording.unknownClientAdvice];
+  if (event === "redirect_refused") title = wording.refusedRedirect;
+  if (event === "client_document_refused") [title, advice] = [wording.unreadClient, wording.unreadClientAdvice];
   return messagePage(c, settings, 400, title, `${message}.`, advice);
 }
 
@@ -2636,6 +2639,8 @@ const WORDING = {
   goOn: "Go on to {client}",
   unknownClient: "This server does not know the app",
   unknownClientAdvice: "Remove this server from the app and add it again: the app then registers anew.",
+  unreadClient: "This app cannot be checked",
+  unreadClientAdvice: "The app describes itself at an address of its own, which has to be reachable. Try again later.",
   refusedRedirect: "This app is not allowed here",
   faulty: "That request cannot be answered",
   faultyAdvice: "Go back to the app and connect again. If you run this server, its log says more.",

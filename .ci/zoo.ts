@@ -1,0 +1,164 @@
+/**
+ * The zoo: real clients, unmodified, against `example.ts` on loopback. Each gets in as it would on the owner's
+ * machine, through the owner's page, which a script fills in; then it lists the tools and calls one, and does so again
+ * after a restart of the server.
+ *
+ *     npx -y deno run -A .ci/zoo.ts [part of a name ...]
+ *
+ * It needs npm and a POSIX shell. The programs, and all that they write, are in a temporary folder that is removed at
+ * the end; libraries are in Deno's own cache. There is a line for each check on the standard output, and what the
+ * programs wrote about a failure on the other one.
+ *
+ * @module
+ */
+
+import { endGroup, NotRun, oneLine, Pen, spawn, within } from "./zoo/kit.ts";
+import { oauth4webapi, sdk1, sdk2 } from "./zoo/libraries.ts";
+import {
+  type Check,
+  claudeCode,
+  codex,
+  conformance,
+  inspector,
+  mcpRemote,
+  opencode,
+  type Program,
+} from "./zoo/programs.ts";
+
+/** In the order of their size, so that the large ones are downloaded while the small ones are looked at. */
+const PROGRAMS: Program[] = [
+  oauth4webapi,
+  sdk1,
+  sdk2,
+  mcpRemote,
+  conformance,
+  inspector,
+  claudeCode,
+  codex,
+  opencode,
+];
+
+/** The Node that all programs of npm run on: the newest of them want more than many machines have. */
+const NODE = "node@24";
+
+const INSTALL_SECONDS = 240;
+const CHECK_SECONDS = 90;
+
+const root = await Deno.makeTempDir({ prefix: "zoo-" });
+const counts = { ok: 0, FAILED: 0, "not run": 0 };
+const pens = new Set<Pen>();
+const installs = new Set<Deno.ChildProcess>();
+let interrupted = false;
+
+function report(outcome: keyof typeof counts, name: string, error?: unknown): void {
+  if (interrupted) return;
+  counts[outcome]++;
+  console.log(`${outcome} ${name}${error === undefined ? "" : `: ${reason(error)}`}`);
+}
+
+function reason(error: unknown): string {
+  if (!(error instanceof Error)) return oneLine(String(error));
+  const { message, cause } = error;
+  return oneLine(cause === undefined ? message : `${message} (${Deno.inspect(cause)})`).slice(0, 700);
+}
+
+/** Installs one package into a folder of its own, which it returns. */
+async function install(spec: string): Promise<string> {
+  const folder = `${root}/${spec.replace(/[^a-z0-9.-]+/g, "_")}`;
+  await Deno.mkdir(folder);
+  // npm asks for leave to run a package's own installation, which some of the programs need.
+  const manifest = { private: true, allowScripts: { [spec.replace(/@[^@]*$/, "")]: true } };
+  await Deno.writeTextFile(`${folder}/package.json`, JSON.stringify(manifest));
+  const quiet = ["--no-audit", "--no-fund", "--no-package-lock", "--no-update-notifier", "--loglevel=error"];
+  const child = spawn("npm", {
+    args: ["install", ...quiet, "--cache", `${root}/cache`, "--prefix", folder, spec],
+    cwd: folder,
+    stdin: "null",
+    stdout: "null",
+    stderr: "piped",
+  });
+  installs.add(child);
+  try {
+    const { success, stderr } = await within(INSTALL_SECONDS, child.output());
+    if (!success) throw new Error(new TextDecoder().decode(stderr));
+    return folder;
+  } catch (error) {
+    throw new NotRun(`npm could not install ${spec}: ${reason(error)}`);
+  } finally {
+    endGroup(child);
+    installs.delete(child);
+  }
+}
+
+async function visit(program: Program, installed: Promise<string> | undefined, node: Promise<string>): Promise<void> {
+  let pen: Pen | undefined;
+  const fault = (name: string, error: unknown): void => {
+    if (error instanceof NotRun) return report("not run", name, error);
+    report("FAILED", name, error);
+    if (!interrupted) console.error(`\n${name}\n${pen?.log}\n`);
+  };
+  let checks: Check[] = [];
+  try {
+    const folder = installed && await installed;
+    const runtime = installed && `${await node}/node_modules/.bin`;
+    const own = new Pen(`${root}/${program.name.replaceAll("/", "_")}`, folder, runtime);
+    pens.add(pen = own);
+    checks = await within(CHECK_SECONDS, own.server.start().then(() => program.checks(own)));
+  } catch (error) {
+    fault(program.name, error);
+  }
+  let failed: string | undefined;
+  for (const [what, run] of checks) {
+    if (interrupted) break;
+    const name = `${program.name}: ${what}`;
+    try {
+      if (failed) throw new NotRun(`not after what came before it (${failed})`);
+      await within(CHECK_SECONDS, run());
+      report("ok", name);
+    } catch (error) {
+      fault(name, error);
+      if (!program.independent) failed ??= what;
+    }
+  }
+  pen?.close();
+  if (pen) pens.delete(pen);
+}
+
+/** Ends and removes everything. */
+async function leave(): Promise<void> {
+  for (const child of installs) endGroup(child);
+  for (const pen of pens) pen.close();
+  // What was ended a moment ago may still be writing its last.
+  for (let attempt = 1;; attempt++) {
+    try {
+      return await Deno.remove(root, { recursive: true });
+    } catch (error) {
+      if (error instanceof Deno.errors.NotFound) return;
+      if (attempt === 10) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 200));
+    }
+  }
+}
+
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+  Deno.addSignalListener(signal, () => {
+    interrupted = true;
+    leave().finally(() => Deno.exit(130));
+  });
+}
+
+const wanted = PROGRAMS.filter(({ name }) => Deno.args.length === 0 || Deno.args.some((part) => name.includes(part)));
+try {
+  const node = wanted.some(({ npm }) => npm) ? install(NODE) : Promise.resolve("");
+  node.catch(() => {});
+  const visits = wanted.map((program) => ({ program, installed: program.npm ? install(program.npm) : undefined }));
+  for (const { installed } of visits) installed?.catch(() => {}); // told when its turn comes
+  for (const { program, installed } of visits) {
+    if (!interrupted) await visit(program, installed, node);
+  }
+} finally {
+  await leave();
+}
+if (interrupted) Deno.exit(130);
+console.log(`${counts.ok} passed, ${counts.FAILED} failed, ${counts["not run"]} skipped`);
+Deno.exit(counts.FAILED > 0 ? 1 : 0);
