@@ -2478,7 +2478,7 @@ test("createToken() makes a token that opens the door until it expires or is rev
 const openKv: ((path: string) => Promise<KvLike>) | undefined = (globalThis as any).Deno?.openKv;
 
 /** What every store owes to the rest of mod.ts. `open` may be called again to look at the same state. */
-async function storeContract(open: () => Store | Promise<Store>): Promise<void> {
+export async function storeContract(open: () => Store | Promise<Store>): Promise<void> {
   const store = await open();
   const entries = async (prefix: string) => {
     const list = [];
