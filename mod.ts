@@ -1712,20 +1712,23 @@ export function refreshGrant(
   const { hash, rotated, n } = refresh;
   const isCurrent = hash === request.hash;
   const steps = isCurrent ? 0 : rotated.findIndex(([known]) => known === request.hash) + 1;
+  let spent = rotated;
   if (!isCurrent) {
     const at = rotated[steps - 1]?.[1];
+    const inGrace = at !== undefined && now - at <= REFRESH_GRACE;
     const unseen = steps === 1 && !refresh.presented;
-    if (at === undefined || !(now - at <= REFRESH_GRACE || unseen)) {
-      return { grant: revokeGrant(grant, now), outcome: "reused" };
-    }
+    if (!inGrace && !unseen) return { grant: revokeGrant(grant, now), outcome: "reused" };
+    // A lost answer that is given again counts as the first one: the client's other machines have their grace from here.
+    if (!inGrace) spent = [[request.hash, now], ...rotated.slice(1)];
   }
   const { access: fresh } = issue;
   const issued = grant.access.find((token) => token.hash === fresh.hash);
   // A repeated answer is the first one over again; only if that has aged does its access token get new time.
-  if (!isCurrent && issued && issued.expires - now >= (fresh.expires - now) / 2) return { grant, outcome: "issued" };
+  const lasts = issued && issued.expires - now >= (fresh.expires - now) / 2;
+  if (!isCurrent && lasts && spent === rotated) return { grant, outcome: "issued" };
   const others = grant.access.filter((token) => token.expires > now && token !== issued);
   const access = [...others, { ...fresh, n: n + 1 - steps }].slice(-MAX_ACCESS_TOKENS);
-  if (!isCurrent) return { grant: { ...grant, access }, outcome: "issued" };
+  if (!isCurrent) return { grant: { ...grant, access, refresh: { ...refresh, rotated: spent } }, outcome: "issued" };
   const recent = rotated.filter(([, at]) => now - at <= REFRESH_GRACE).slice(0, MAX_ROTATIONS - 1);
   return {
     outcome: "issued",
@@ -2318,6 +2321,8 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
       emit("sign_in_failed", "authenticateOwner did not recognise the owner");
       return { status: 403, message: wording.stranger };
     }
+    // A form from before the session ended has no password: that is no wrong one, and costs no attempt.
+    if (password === "") return { status: 403, message: wording.passwordNeeded };
     const wait = await takeAttempt(key);
     const record = await ownerRecord();
     // Nobody guesses a generated password, so the right one is let through whatever strangers have used up. One that
@@ -2465,7 +2470,8 @@ function connectionsEndpoint(
     const csrf = await owner.seal(visit.browser, path);
     if (visit.who !== "owner") return signInPage(c, settings, { action: path, csrf, ...(problem && { problem }) });
     const connections = await grants.connections();
-    return connectionsPage(c, settings, { action: path, csrf, connections, events: await events.latest() });
+    const latest = await events.latest();
+    return connectionsPage(c, settings, { action: path, csrf, connections, events: latest, ...defined({ problem }) });
   }
 
   /** Whether this visit may see the page at all; what to answer if not. */
@@ -2488,7 +2494,7 @@ function connectionsEndpoint(
     if (away) return away;
     const csrf = form.get("csrf") ?? "";
     if (!await owner.sealed(visit.browser, path, csrf)) {
-      return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
+      return await render(c, visit, { status: 403, message: wording.expiredAgain });
     }
     const problem = await owner.prove(c, visit, form.get("password") ?? "");
     if (problem) return await render(c, visit, problem);
@@ -2626,6 +2632,7 @@ const WORDING = {
   signIn: "Sign in",
   signInText: "This page is for the owner of this server.",
   wrongPassword: "That is not the password.",
+  passwordNeeded: "Please type your password.",
   throttled: "Too many attempts. Try again in {seconds} seconds.",
   stranger: "You are not signed in as the owner of this server.",
   strangerTitle: "For the owner only",
@@ -2790,7 +2797,7 @@ function passwordField({ wording }: Settings, { who, problem }: { who: Visit["wh
     ${problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`}
     ${who === "anybody" && html`
       <label for="password">${wording.password}</label>
-      <input id="password" name="password" type="password" autocomplete="current-password" required autofocus
+      <input id="password" name="password" type="password" autocomplete="current-password" required
         ${problem && raw('aria-describedby="problem" aria-invalid="true"')}>
     `}
   `;
@@ -2817,11 +2824,12 @@ function signInPage(
 function connectionsPage(
   c: Context,
   settings: Settings,
-  { action, csrf, connections, events }: {
+  { action, csrf, connections, events, problem }: {
     action: string;
     csrf: string;
     connections: Connection[];
     events: Awaited<ReturnType<EventLog["latest"]>>;
+    problem?: Problem;
   },
 ): Response | Promise<Response> {
   const { wording, authenticateOwner } = settings;
@@ -2834,6 +2842,7 @@ function connectionsPage(
   const button = (name: string, text: string) => form(name, html`<button>${text}</button>`);
   const body = html`
     <h1>${wording.connections}</h1>
+    ${problem && html`<p class="warn" role="alert">${problem.message}</p>`}
     ${connections.length === 0 && html`<p class="soft">${wording.none}</p>`}
     <ul class="list">${connections.map((connection) => connectionItem(settings, connection, form))}</ul>
     ${connections.length > 1 && html`
@@ -2863,7 +2872,7 @@ function connectionsPage(
               ${button("sign_out_everywhere", wording.signOutEverywhere)}</div>
     `}
   `;
-  return page(c, settings, { status: 200, title: wording.connections, body, wide: true });
+  return page(c, settings, { status: problem?.status ?? 200, title: wording.connections, body, wide: true });
 }
 
 function connectionItem(

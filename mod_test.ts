@@ -1296,13 +1296,15 @@ test("nobody gets a code without the password", async () => {
   const page = await stranger.open(url);
   assert(page.text.includes('autocomplete="current-password"'));
   const grants = async () => (await contents(store)).includes("grant/");
-  for (const password of ["", "wrong", PASSWORD.toUpperCase(), `${PASSWORD}x`, "x".repeat(10_000)]) {
+  for (const password of ["wrong", PASSWORD.toUpperCase(), `${PASSWORD}x`, "x".repeat(10_000)]) {
     const answer = await stranger.submit(page, { decision: "approve", password });
     assertEquals([answer.status, answer.location], [403, undefined], password.slice(0, 50));
     assert(answer.text.includes("not the password"));
     assert(!password || !answer.text.includes(`"${password}"`), "the page repeats what was typed");
   }
-  assertEquals(events.filter((event) => event.type === "sign_in_failed").length, 5);
+  assertEquals(events.filter((event) => event.type === "sign_in_failed").length, 4);
+  const empty = await stranger.submit(page, { decision: "approve", password: "" });
+  assertEquals([empty.status, empty.location, empty.text.includes("not the password")], [403, undefined, false]);
 
   // the right password, but not from the browser that was shown the form, or not for what it was shown for
   const good = { decision: "approve", password: PASSWORD };
@@ -1967,6 +1969,22 @@ test("a straggler within two minutes is served, even several rotations late", as
   assertEquals([late.access_token, late.refresh_token], [b1.access_token, b1.refresh_token]);
   const { body: later } = await refreshing(app, client.client_id, late.refresh_token);
   assertEquals(later.refresh_token, b2.refresh_token);
+});
+
+test("a lost answer that is given again counts for the client's other machines as well", async (t) => {
+  const travel = timeMachine(t);
+  const { app, auth } = world();
+  const { client, refresh_token: r0 } = await connect(app);
+  await refreshing(app, client.client_id, r0); // lost
+  travel(86400);
+  const { body: again } = await refreshing(app, client.client_id, r0);
+  await refreshing(app, client.client_id, again.refresh_token);
+  travel(60);
+  const other = await refreshing(app, client.client_id, r0); // a machine that has not heard of it yet
+  assertEquals(other.body.refresh_token, again.refresh_token);
+  travel(61);
+  assertEquals((await refreshing(app, client.client_id, r0)).body.error, "invalid_grant");
+  assertEquals(await auth.connections(), []);
 });
 
 test("a used refresh token in another hand ends exactly that connection", async (t) => {
