@@ -1373,7 +1373,7 @@ function authorizeEndpoint(
     if (visit.answer) return visit.answer;
     const decision = form.get("decision");
     if (!await owner.sealed(visit.browser, encoded, csrf) || (decision !== "approve" && decision !== "deny")) {
-      if (encoded === "") return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
+      if (encoded === "" || !visit.known) return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
       // A form left open too long, or in a second tab while the first one signed in: asked again, and nothing lost.
       const problem: Problem = { status: 403, message: wording.expiredAgain };
       return withRequest(c, encoded, async (request) => {
@@ -2185,6 +2185,8 @@ const BEARER = /^Bearer +([A-Za-z0-9._~+/-]+=*) *$/i;
 interface Visit {
   /** The browser's secret, which its cookie holds. */
   browser: string;
+  /** Whether it came with that cookie. */
+  known: boolean;
   /** The owner, known by a session or by `authenticateOwner`; somebody who has to type the password; or neither. */
   who: "owner" | "anybody" | "stranger";
   /** What `authenticateOwner` wants to be answered instead of the page, such as a redirect to its own login. */
@@ -2269,18 +2271,21 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
 
   /** GET pages call this too: it reads the store and never writes it. */
   async function visit(c: Context): Promise<Visit> {
-    const known = getCookie(c, cookie, prefix);
-    const browser = known && /^[0-9a-f]{64}$/.test(known) ? known : random(32);
-    if (browser !== known) remember(c, browser);
-    if (settings.password === false) return { browser, who: "owner" };
+    const held = getCookie(c, cookie, prefix);
+    const known = held !== undefined && /^[0-9a-f]{64}$/.test(held);
+    const browser = known ? held : random(32);
+    // Not in answer to a form: when another site posts one, the browser leaves its cookie out, and what is set here would
+    // take the place of it and sign the owner out.
+    if (!known && c.req.method !== "POST") remember(c, browser);
+    if (settings.password === false) return { browser, known, who: "owner" };
     if (authenticateOwner) {
       const answer = await authenticateOwner(c);
-      if (answer instanceof Response) return { browser, who: "stranger", answer };
-      return { browser, who: answer === true ? "owner" : "stranger" };
+      if (answer instanceof Response) return { browser, known, who: "stranger", answer };
+      return { browser, known, who: answer === true ? "owner" : "stranger" };
     }
     const { epoch } = await ownerRecord();
     const record = await store.get(await keyOf(browser)) as BrowserRecord | undefined;
-    return { browser, who: isSignedIn(record, epoch) ? "owner" : "anybody" };
+    return { browser, known, who: isSignedIn(record, epoch) ? "owner" : "anybody" };
   }
 
   /**
@@ -2494,6 +2499,7 @@ function connectionsEndpoint(
     if (away) return away;
     const csrf = form.get("csrf") ?? "";
     if (!await owner.sealed(visit.browser, path, csrf)) {
+      if (!visit.known) return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
       return await render(c, visit, { status: 403, message: wording.expiredAgain });
     }
     const problem = await owner.prove(c, visit, form.get("password") ?? "");

@@ -2956,6 +2956,19 @@ test("a preregistered client whose id is a URL keeps its secret", async () => {
   }
 });
 
+test("a form that another site posts does not take the owner's session away", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  for (const url of [PAGE, `${BASE}/authorize`]) {
+    // a browser sends no SameSite=Lax cookie with it, and takes what the answer sets
+    const answer = await app.request(
+      url,
+      form({ request: authorizeUrl(client_id).split("?")[1]!, csrf: "x", decision: "approve" }),
+    );
+    assertEquals([answer.status, answer.headers.getSetCookie()], [403, []]);
+  }
+});
+
 test("only approve approves", async () => {
   const { app } = world();
   const { client_id } = await register(app);
