@@ -2798,13 +2798,17 @@ function consentPage(
   return page(c, settings, { status: form.problem?.status ?? 200, title, body });
 }
 
-function passwordField({ wording }: Settings, { who, problem }: { who: Visit["who"]; problem?: Problem }): Html {
+/** `ready`: with the cursor in it; not where that would scroll the question out of sight on a phone. */
+function passwordField(
+  { wording }: Settings,
+  { who, problem, ready = problem !== undefined }: { who: Visit["who"]; problem?: Problem; ready?: boolean },
+): Html {
   return html`
     ${problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`}
     ${who === "anybody" && html`
       <label for="password">${wording.password}</label>
       <input id="password" name="password" type="password" autocomplete="current-password" required
-        ${problem && raw('aria-describedby="problem" aria-invalid="true"')}>
+        ${problem && raw('aria-describedby="problem" aria-invalid="true"')} ${ready && raw("autofocus")}>
     `}
   `;
 }
@@ -2820,7 +2824,7 @@ function signInPage(
     <p>${wording.signInText}</p>
     <form method="post" action="${action}">
       <input type="hidden" name="csrf" value="${csrf}">
-      ${passwordField(settings, { who: "anybody", ...(problem && { problem }) })}
+      ${passwordField(settings, { who: "anybody", ready: true, ...(problem && { problem }) })}
       <button class="approve">${wording.signIn}</button>
     </form>
   `;
