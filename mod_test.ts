@@ -4,6 +4,7 @@
  */
 
 import node from "node:assert/strict";
+import { createHmac } from "node:crypto";
 import dns from "node:dns";
 import { spawn } from "node:child_process";
 import {
@@ -1956,6 +1957,37 @@ test("a lost answer can be asked for again, however late, with an access token t
   assertEquals((await refreshing(app, client.client_id, again.refresh_token)).status, 200);
 });
 
+test("a lost answer that is given again prolongs its connection like any other", async (t) => {
+  const travel = timeMachine(t);
+  const { app } = world({ refreshTokenTtl: 60 * 86400 });
+  const { client, refresh_token } = await connect(app);
+  await refreshing(app, client.client_id, refresh_token); // lost
+  travel(40 * 86400);
+  const { body } = await refreshing(app, client.client_id, refresh_token);
+  travel(40 * 86400);
+  assertEquals((await refreshing(app, client.client_id, body.refresh_token)).status, 200);
+});
+
+test("what is revoked while the clock is wrong stays revoked when it is right again", async (t) => {
+  const travel = timeMachine(t);
+  const dir = temporaryFolder(t);
+  const file = fileStore(dir);
+  t.after(() => file.close!());
+  for (const store of [memoryStore(), file]) {
+    const { app, auth } = world({ store });
+    const [one, two, three] = [await connect(app), await connect(app), await connect(app)];
+    travel(400 * 86400);
+    await post(app, "/revoke", { token: one.refresh_token, client_id: one.client.client_id });
+    await post(app, "/revoke", { token: two.access_token, client_id: two.client.client_id });
+    await auth.revoke(three.access_token.slice(4, 36));
+    travel(-400 * 86400);
+    for (const { access_token, refresh_token, client } of [one, two, three]) {
+      assertEquals((await callMcp(app, access_token)).status, 401);
+      assertEquals((await refreshing(app, client.client_id, refresh_token)).status, 400);
+    }
+  }
+});
+
 test("a straggler within two minutes is served, even several rotations late", async (t) => {
   const travel = timeMachine(t);
   const { app } = world();
@@ -2602,6 +2634,33 @@ test("kvStore() keeps the contract of a store", { skip: openKv ? false : "only D
   await storeContract(async () => kvStore(await openKv!(path)));
 });
 
+test(
+  "kvStore() tries again while the database is locked",
+  { skip: openKv ? false : "only Deno has Deno.openKv" },
+  async (t) => {
+    const kv = await openKv!(join(temporaryFolder(t), "kv"));
+    let locks = 0;
+    const locked = <T>(call: () => Promise<T>): Promise<T> =>
+      locks-- > 0 ? Promise.reject(new Error("database is locked")) : call();
+    const store = kvStore({
+      ...kv,
+      get: (key) => locked(() => kv.get(key)),
+      atomic: () => {
+        const atomic = kv.atomic();
+        const commit = atomic.commit.bind(atomic);
+        return Object.assign(atomic, { commit: () => locked(commit) });
+      },
+      close: () => kv.close(),
+    });
+    t.after(() => store.close!());
+    locks = 3;
+    await store.update("key", () => "value");
+    locks = 3;
+    assertEquals(await store.get("key"), "value");
+    assert(locks < 0);
+  },
+);
+
 test("kvStore() refuses what is not an open Deno.Kv", () => {
   assertThrows(() => kvStore(undefined as unknown as KvLike), TypeError, "Deno.openKv");
 });
@@ -2661,20 +2720,20 @@ test("fileStore() says what to do about a folder that cannot be written", (t) =>
   chmodSync(readOnly, 0o700);
 });
 
-test("fileStore() clears away what has long expired, a little with each change", async (t) => {
+test("fileStore() clears away what has expired, a little with each change, but for the latest thousand", async (t) => {
   const travel = timeMachine(t);
   const dir = temporaryFolder(t);
   const store = fileStore(dir);
   t.after(() => store.close!());
-  for (let i = 0; i < 20; i++) await store.update(`old/${i}`, () => i, { expiresAt: seconds() + 60 });
-  travel(3600);
-  for (let i = 0; i < 20; i++) await store.update("new", () => i);
-  travel(-3600); // a clock that only had jumped ahead: everything is there again
-  assertEquals(await store.get("old/0"), 0);
-  travel(40 * 86400);
-  for (let i = 0; i < 20; i++) await store.update("new", () => -i);
-  travel(-40 * 86400);
-  assertEquals(await contents(store), '[["new",-19]]');
+  for (let i = 0; i < 1005; i++) await store.update(`old/${i}`, () => i, { expiresAt: seconds() + 60 + i });
+  travel(400 * 86400);
+  const before = await contents(store);
+  assertEquals(before, "[]");
+  for (let i = 0; i < 5; i++) await store.update("new", () => i);
+  travel(-400 * 86400); // a clock that only had jumped ahead: nearly everything is there again
+  const kept = [];
+  for await (const [, value] of store.list("old/")) kept.push(value as number);
+  assertEquals([kept.length, Math.min(...kept)], [1000, 5]);
 });
 
 test("nothing that is stored opens anything", async (t) => {
@@ -2708,6 +2767,47 @@ test("nothing that is stored opens anything", async (t) => {
     const bytes = readFileSync(join(dir, file));
     for (const secret of secrets) assertEquals(bytes.includes(secret), false, `${file} holds ${secret}`);
   }
+});
+
+test("a copy of the store, with this source, lets nobody in", async () => {
+  const { app, auth, store } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  const owner = browse(app);
+  const approval = await owner.approve(authorizeUrl(client_id), PASSWORD);
+  const redeem = (code: string) =>
+    post(app, "/token", { grant_type: "authorization_code", client_id, code, code_verifier: VERIFIER });
+  const { access_token, refresh_token } = (await redeem(approval.location!.searchParams.get("code")!)).body;
+  await refreshing(app, client_id, refresh_token);
+  await callMcp(app, access_token);
+  await auth.createToken({ name: "script" });
+
+  // every string there is, and what can be made of it with the server's key, which is one of them
+  const found = new Set<string>();
+  const collect = (value: Json): void => {
+    if (typeof value === "string") found.add(value);
+    else if (typeof value === "object") Object.entries(value).flat().forEach(collect);
+  };
+  for await (const [key, value] of store.list("")) collect([...key.split("/"), value]);
+  const { key } = await store.get("server") as { key: string };
+  const mac = (...parts: string[]) => createHmac("sha256", key).update(JSON.stringify(parts)).digest("hex");
+  const id = access_token.slice(4, 36);
+  assert(found.has(id) && found.has(key) && found.size > 20);
+  for (const text of found) {
+    const hex = Buffer.from(text, "base64url").toString("hex").padEnd(64, "0").slice(0, 64);
+    for (const secret of [hex, mac("access", text, "mcp"), mac("refresh", text), mac("code", text)]) {
+      assertEquals((await callMcp(app, `pat_${id}${secret}`)).status, 401, text);
+      assertEquals((await redeem(`pac_${id}${secret}`)).status, 400, text);
+    }
+    const browser = browse(app);
+    for (const name of owner.cookies.keys()) browser.cookies.set(name, /^[0-9a-f]{64}$/.test(text) ? text : hex);
+    const page = await browser.open(`${BASE}/connections`);
+    assertMatch(page.text, /type="password"/);
+    const answer = await browser.submit(page, { password: text }, `${BASE}/connections`);
+    assert([403, 429].includes(answer.status), text);
+  }
+  const forged = id + mac("refresh", id);
+  const proven = `prt_${forged}${mac("refresh_check", forged).slice(0, 32)}`;
+  assertEquals((await refreshing(app, client_id, proven)).body.error, "invalid_grant");
 });
 
 test("a store that fails is answered 503 and costs nobody anything", async () => {
@@ -3050,7 +3150,7 @@ test("fileStore() leaves the write-ahead log of a damaged file alone, so that no
   assert(wal.length > 0);
   const header = Buffer.from(main);
   header.fill(0, 0, 100);
-  const damages: Buffer[] = [Buffer.alloc(0), header, main.subarray(0, main.length - 4096)];
+  const damages: Buffer[] = [Buffer.alloc(0), main.subarray(0, 50), header, main.subarray(0, main.length - 4096)];
   for (const damage of damages) {
     const dir = temporaryFolder(t);
     writeFileSync(join(dir, "oauth.sqlite"), damage);
@@ -3065,10 +3165,48 @@ test("fileStore() leaves the write-ahead log of a damaged file alone, so that no
   }
 });
 
+test("fileStore() sees in the write-ahead log that a file is newer, foreign or without its table", (t) => {
+  const { DatabaseSync } = process.getBuiltinModule("node:sqlite");
+  const cases: [change: string, says: string][] = [
+    ["PRAGMA user_version = 99", "newer version"],
+    ["PRAGMA application_id = 1", "not a state file"],
+    ["DROP TABLE entries", "cannot be read"],
+  ];
+  for (const [change, says] of cases) {
+    const [source, dir] = [temporaryFolder(t), temporaryFolder(t)];
+    fileStore(source).close!();
+    const db = new DatabaseSync(join(source, "oauth.sqlite"));
+    db.exec(change);
+    const files = ["oauth.sqlite", "oauth.sqlite-wal"].map((name) => ({
+      name,
+      bytes: readFileSync(join(source, name)),
+    }));
+    db.close();
+    for (const { name, bytes } of files) writeFileSync(join(dir, name), bytes);
+    assertThrows(() => fileStore(dir), Error, says, change);
+    for (const { name, bytes } of files) assert(readFileSync(join(dir, name)).equals(bytes), `${change}: ${name}`);
+  }
+});
+
+test("fileStore() takes no log for its own that belongs to a file which was moved away", async (t) => {
+  const [source, dir] = [temporaryFolder(t), temporaryFolder(t)];
+  const store = fileStore(source);
+  t.after(() => store.close!());
+  await store.update("old", () => 1);
+  const log = readFileSync(join(source, "oauth.sqlite-wal"));
+  writeFileSync(join(dir, "oauth.sqlite-wal"), log);
+  assertThrows(() => fileStore(dir), Error, "oauth.sqlite-wal");
+  assertEquals(readdirSync(dir), ["oauth.sqlite-wal"]);
+  rmSync(join(dir, "oauth.sqlite-wal"));
+  const fresh = fileStore(dir);
+  t.after(() => fresh.close!());
+  assertEquals(await fresh.get("old"), undefined);
+});
+
 test("fileStore() clears away what a killed first start left behind", (t) => {
   const dir = temporaryFolder(t);
   const old = join(dir, "oauth.sqlite.0123abcd.new");
-  for (const file of [old, `${old}-journal`]) {
+  for (const file of [old, `${old}-journal`, `${old}-wal`, `${old}-shm`]) {
     writeFileSync(file, "");
     utimesSync(file, 1, 1);
   }
