@@ -3141,17 +3141,7 @@ export function fileStore(dir: string): Store {
   const commit = db.prepare("COMMIT");
   const rollback = db.prepare("ROLLBACK");
 
-  // SQLite's stamp of what other connections committed; it leaves out our own, which are counted here.
-  const othersVersion = db.prepare("PRAGMA data_version");
-  let ownChanges = 0;
-
-  const version = (): number | undefined => {
-    try {
-      return (othersVersion.get() as { data_version: number }).data_version * 2 ** 32 + ownChanges;
-    } catch {
-      return undefined;
-    }
-  };
+  const stamp = commitStamp(stateFile(dir));
 
   const live = (row: Row | undefined) => row && isLive(row.expires) ? row : undefined;
   const find = (key: string) => select.get(key) as Row | undefined;
@@ -3166,7 +3156,6 @@ export function fileStore(dir: string): Store {
       // What has expired is deleted as well, or it would be there again after the clock is set back.
       const changes = next !== current || (next === undefined && found !== undefined);
       if (changes) {
-        ownChanges++;
         if (next === undefined) remove.run(key);
         else upsert.run(key, JSON.stringify(next), expiresAt ?? row?.expires ?? null);
         sweep.run(seconds());
@@ -3199,8 +3188,54 @@ export function fileStore(dir: string): Store {
         from = `${last.key}\0`; // the next key in order
       }
     },
-    version,
-    close: () => db.close(),
+    version: stamp.read,
+    close() {
+      db.close();
+      stamp.close();
+    },
+  };
+}
+
+/** The shared memory files that are open in this process, and by how many stores. */
+const sharedMemory = new Map<string, { fd: number; users: number }>();
+
+/** What the head of SQLite's index of its log begins with: the format that is read here. */
+const WAL_INDEX_FORMAT = 3007000;
+
+/**
+ * Tells whether anybody has committed anything, at a tenth of what the smallest query takes: the guard asks with every
+ * request. SQLite has its processes share an index of the log, in memory that is a file beside the database; the head of
+ * it (WAL-index format: a count of commits, and a checksum over what they wrote) is another one before a commit returns.
+ * Where it is not as expected, or where files and shared memory may disagree, as on Windows, there is no stamp.
+ */
+function commitStamp(file: string): { read(): number | undefined; close(): void } {
+  const fs = nodeModule("node:fs");
+  const path = `${fs.realpathSync(file)}-shm`;
+  if (nodeModule("node:process").platform === "win32" || !fs.existsSync(path)) {
+    return { read: () => undefined, close: () => {} };
+  }
+  // One descriptor for all stores on this file: to close one takes away the locks that SQLite has on the file for the
+  // others (POSIX), and with them what keeps another process from clearing the memory under their feet.
+  const shared = sharedMemory.get(path) ?? { fd: fs.openSync(path, "r"), users: 0 };
+  sharedMemory.set(path, shared);
+  shared.users++;
+  const head = new Uint32Array(8);
+  const bytes = new Uint8Array(head.buffer);
+  return {
+    read() {
+      try {
+        fs.readSync(shared.fd, bytes, 0, bytes.length, 0);
+      } catch {
+        return undefined;
+      }
+      const [format, , commits = 0, , , , , checksum = 0] = head;
+      return format === WAL_INDEX_FORMAT ? (commits % 2 ** 20) * 2 ** 32 + checksum : undefined;
+    },
+    close() {
+      if (--shared.users > 0) return;
+      sharedMemory.delete(path);
+      fs.closeSync(shared.fd);
+    },
   };
 }
 
@@ -3232,9 +3267,13 @@ function isLocked(error: unknown): boolean {
     (error instanceof Error && /database (table )?is locked|busy/i.test(error.message));
 }
 
+function stateFile(dir: string): string {
+  return `${dir.replace(/[\\/]+$/, "")}/oauth.sqlite`;
+}
+
 function openDatabase(dir: string): Sqlite {
   const { DatabaseSync } = nodeModule("node:sqlite");
-  const file = `${dir.replace(/[\\/]+$/, "")}/oauth.sqlite`;
+  const file = stateFile(dir);
   try {
     placeDatabase(dir, file);
   } catch (cause) {

@@ -2629,6 +2629,20 @@ test("fileStore() keeps the contract of a store", async (t) => {
   await storeContract(() => fileStore(dir));
 });
 
+test("fileStore() tells of every commit by its stamp, whoever closes", async (t) => {
+  const dir = temporaryFolder(t);
+  const [one, two] = [fileStore(dir), fileStore(dir)];
+  t.after(() => two.close!());
+  assert(process.platform === "win32" || one.version!() !== undefined);
+  const stamps = new Set([two.version!()]);
+  for (let i = 0; i < 3000; i++) { // past the checkpoints that begin the log anew
+    await (i < 1000 && i % 2 ? one : two).update(`key/${i % 7}`, () => i);
+    stamps.add(two.version!());
+    if (i === 1000) one.close!();
+  }
+  assert(process.platform === "win32" || stamps.size === 3001, `${stamps.size} stamps`);
+});
+
 test("kvStore() keeps the contract of a store", { skip: openKv ? false : "only Deno has Deno.openKv" }, async (t) => {
   const path = join(temporaryFolder(t), "kv");
   await storeContract(async () => kvStore(await openKv!(path)));
