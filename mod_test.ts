@@ -2954,8 +2954,10 @@ test("a body that is too large ends its connection, and one that breaks off is n
     headers: { ...form({}).headers, "Content-Length": "70000" },
   });
   assertEquals(announced.status, 413);
-  for (const headers of [{ "Content-Length": "10" }, { "Content-Length": "10", "Transfer-Encoding": "chunked" }]) {
-    const init = { ...form({ x: "x".repeat(70_000) }), headers: { ...form({}).headers, ...headers } };
+  const lies: Record<string, string>[] = [{}, { "Transfer-Encoding": "chunked" }];
+  for (const lie of lies) {
+    const headers = { ...form({}).headers, "Content-Length": "10", ...lie };
+    const init = { ...form({ x: "x".repeat(70_000) }), headers };
     assertEquals((await app.request(`${BASE}/token`, init)).status, 413, "more came than was announced");
   }
   const broken = new ReadableStream({
