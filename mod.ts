@@ -3324,6 +3324,12 @@ function placeDatabase(dir: string, file: string): void {
 const MIGRATIONS = [
   `CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL) WITHOUT ROWID;
    CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;`,
+  // With rows, because without them a record that is larger than a quarter of a page takes pages of its own.
+  `ALTER TABLE entries RENAME TO former;
+   CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
+   INSERT INTO entries SELECT key, value, expires FROM former;
+   DROP TABLE former;
+   CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;`,
 ];
 
 function migrate(db: Sqlite): void {

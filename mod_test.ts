@@ -3185,6 +3185,27 @@ test("fileStore() leaves the write-ahead log of a damaged file alone, so that no
   }
 });
 
+test("fileStore() takes a file of an earlier format over, under a server that still uses it", async (t) => {
+  const { DatabaseSync } = process.getBuiltinModule("node:sqlite");
+  const dir = temporaryFolder(t);
+  const earlier = new DatabaseSync(join(dir, "oauth.sqlite"));
+  t.after(() => earlier.close());
+  earlier.exec(`PRAGMA journal_mode = WAL; PRAGMA application_id = ${0x6d637061};
+    CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL) WITHOUT ROWID;
+    CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
+    PRAGMA user_version = 1`);
+  const upsert = earlier.prepare("INSERT OR REPLACE INTO entries (key, value, expires) VALUES (?, ?, ?)");
+  for (let i = 0; i < 300; i++) upsert.run(`key/${i}`, JSON.stringify("x".repeat(i * 10)), i % 2 ? null : 1e11);
+  const stores = [fileStore(dir), fileStore(dir)] as [Store, Store];
+  t.after(() => stores.forEach((store) => store.close!()));
+  for (let i = 0; i < 300; i++) assertEquals(await stores[0].get(`key/${i}`), "x".repeat(i * 10));
+  upsert.run("key/0", '"from the earlier version"', null);
+  await stores[1].update("key/1", () => "from this one");
+  assertEquals(await stores[0].get("key/0"), "from the earlier version");
+  assertEquals(earlier.prepare("SELECT value FROM entries WHERE key = 'key/1'").get()!.value, '"from this one"');
+  assertEquals(earlier.prepare("PRAGMA user_version").get()!.user_version, 2);
+});
+
 test("fileStore() sees in the write-ahead log that a file is newer, foreign or without its table", (t) => {
   const { DatabaseSync } = process.getBuiltinModule("node:sqlite");
   const cases: [change: string, says: string][] = [
