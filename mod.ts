@@ -586,7 +586,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   const withSlash = (path: string) => [basePath + path, `${basePath}${path}/`];
   const post = (path: string, handler: Handler) => {
     for (const route of withSlash(path)) {
-      app.use(route, OPEN_TO_BROWSERS);
+      app.use(route, openToBrowsers);
       app.post(route, answering(handler, settings));
       app.all(route, answering(() => methodNotAllowed("POST"), settings));
     }
@@ -627,6 +627,10 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
  * here looks at a cookie. The owner's pages, which do, are never opened this way.
  */
 const OPEN_TO_BROWSERS = cors({ origin: "*", exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"] });
+
+/** The same where nothing is cached, so that only browsers, which alone send Origin, have to be told. */
+const openToBrowsers: MiddlewareHandler = (c, next) =>
+  c.req.header("Origin") === undefined ? next() as Promise<void> : OPEN_TO_BROWSERS(c, next);
 
 /**
  * Both metadata documents at every place a client looks for them. They are built from `baseUrl` and never from the

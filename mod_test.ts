@@ -1740,7 +1740,21 @@ test("a code and its verifier get tokens, as real clients parse them", async () 
   const { headers } = await refreshing(app, client.client_id, tokens.refresh_token);
   assertEquals(headers.get("Cache-Control"), "no-store");
   assertMatch(headers.get("Content-Type")!, /^application\/json/);
-  assertEquals(headers.get("Access-Control-Allow-Origin"), "*");
+});
+
+test("browsers of any origin may ask the endpoints that look at no cookie", async () => {
+  const { app } = world();
+  const origin = { Origin: "https://inspector.example.com" };
+  for (const path of ["/register", "/token", "/revoke", "/introspect", "/token/"]) {
+    const asked = await app.request(BASE + path, {
+      method: "OPTIONS",
+      headers: { ...origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type" },
+    });
+    assertEquals([asked.status, asked.headers.get("Access-Control-Allow-Headers")], [204, "content-type"], path);
+    const { headers, status } = await app.request(BASE + path, { method: "POST", headers: origin });
+    assertEquals([status, headers.get("Access-Control-Allow-Origin")], [415, "*"], path);
+    assertEquals(headers.get("Access-Control-Allow-Credentials"), null);
+  }
 });
 
 test("a client that registered without refresh_token gets none", async () => {
