@@ -568,7 +568,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   const clients = clientRegistry(settings, mac, redirects);
   const grants = grantKeeper(settings, store, mac);
   const owner = ownerDesk(settings, store, mac);
-  const guard = resourceGuard(settings, grants.verifyAccessToken);
+  const guard = resourceGuard(settings, grants.verify);
 
   const app = new Hono<AuthEnv>();
   const { basePath, mcpPath } = settings;
@@ -610,7 +610,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
 
   return Object.assign(app, {
     mcpPath,
-    verifyAccessToken: grants.verifyAccessToken,
+    verifyAccessToken: async (token: string) => await grants.verify(token),
     requireScopes: guard.requireScopes,
     connections: grants.connections,
     revoke: grants.revoke,
@@ -1567,7 +1567,7 @@ async function introspectionEndpoint(
   if (token === null) throw new OAuthError("invalid_request", "token is missing");
   c.header("Cache-Control", "no-store");
   try {
-    const { clientId: client_id, scopes, expiresAt: exp, resource } = await grants.verifyAccessToken(token);
+    const { clientId: client_id, scopes, expiresAt: exp, resource } = await grants.verify(token);
     const scope = scopes.join(" ");
     return c.json({ active: true, client_id, scope, exp, token_type: "Bearer", iss: issuer, aud: resource?.href });
   } catch (error) {
@@ -1805,7 +1805,8 @@ interface Grants {
   }): Promise<TokenResponse>;
   refresh(request: { refresh_token: string; scope: string | undefined; client: Client }): Promise<TokenResponse>;
   revokeToken(token: string, client: Client): Promise<void>;
-  verifyAccessToken: PersonalAuth["verifyAccessToken"];
+  /** The remembered answer at once: a request that waits for nothing is done before the next one begins. */
+  verify(token: string): AuthInfo | Promise<AuthInfo>;
   connections: PersonalAuth["connections"];
   revoke: PersonalAuth["revoke"];
   /** With a form: nothing if it was sent before. */
@@ -1952,16 +1953,19 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     return ended !== undefined;
   }
 
-  async function verifyAccessToken(token: string): Promise<AuthInfo> {
+  function verify(token: string): AuthInfo | Promise<AuthInfo> {
     const now = seconds();
     const version = store.version?.(); // before the record is read, or a change in between would go unseen
     const known = verified.get(token);
     // A revocation by any process changes the version, so this is never later than the store itself would be.
-    if (known && version !== undefined && known.version === version && now < known.until) return authInfo(known);
+    const fresh = known && version !== undefined && known.version === version && now < known.until;
+    return fresh ? ownCopy(known.info) : lookUp(token, version, now);
+  }
+
+  async function lookUp(token: string, version: number | undefined, now: number): Promise<AuthInfo> {
     const id = grantId("pat", token);
     const grant = id ? await read(id) : undefined;
-    // A digest costs more than all the rest of a request, so those of good tokens are remembered.
-    const hash = known?.hash ?? (grant ? await sha256(token) : "");
+    const hash = grant ? await sha256(token) : "";
     const access = grant && verifyGrant(grant, hash, resource, now);
     if (!id || !access) {
       throw new OAuthError("invalid_token", "The access token is unknown, expired or revoked", { status: 401 });
@@ -1972,23 +1976,19 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
       // What reveals a theft is written before the answer leaves, as far as a lock elsewhere lets it; a date can wait.
       if (presented.refresh !== grant.refresh) await Promise.race([marking, pause(MARKING_PATIENCE)]);
     }
-    const until = Math.min(access.expires, grant.expires, (presented.used ?? now) + MINUTE);
-    const fresh: Verified = { id, token, hash, version, until, grant, access };
-    if (verified.size >= MAX_REMEMBERED) verified.clear();
-    verified.set(token, fresh);
-    return authInfo(fresh);
-  }
-
-  function authInfo({ id, token, grant, access }: Verified): AuthInfo {
-    return {
+    const info: AuthInfo = {
       token,
       clientId: grant.client.id,
-      scopes: offered.withIncluded(access.scopes ?? grant.scopes), // a list of its own: what a handler adds is not kept
+      scopes: offered.withIncluded(access.scopes ?? grant.scopes),
       expiresAt: Math.floor(access.expires),
       resource: resourceUrl,
       ...resourceMetadata,
       extra: { connection: id, clientName: grant.client.name },
     };
+    const until = Math.min(access.expires, grant.expires, (presented.used ?? now) + MINUTE);
+    if (verified.size >= MAX_REMEMBERED) verified.clear();
+    verified.set(token, { version, until, info });
+    return ownCopy(info);
   }
 
   /** Remembers that a token was used. A store that cannot write must not keep the owner from reading. */
@@ -2044,19 +2044,20 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     emit(type, message, { connection, ...defined({ clientName: grant?.client.name }) });
   }
 
-  return { approve, redeem, refresh, revokeToken, revoke, verifyAccessToken, connections, createToken };
+  return { approve, redeem, refresh, revokeToken, revoke, verify, connections, createToken };
 }
 
-/** A good access token, and what the store said of it under which version. */
+/** What the store said of a good access token, under which version. */
 interface Verified {
-  id: string;
-  token: string;
-  hash: string;
   version: number | undefined;
   /** When something about it changes by itself. */
   until: number;
-  grant: Grant;
-  access: AccessToken;
+  info: AuthInfo;
+}
+
+/** What a handler does to it must not be remembered. */
+function ownCopy(info: AuthInfo): AuthInfo {
+  return { ...info, scopes: [...info.scopes], extra: { ...info.extra } };
 }
 
 /** How many good access tokens are remembered: more than one person's clients hold, and little memory. */
@@ -2106,7 +2107,7 @@ interface Guard {
  * Bearer token in, `c.var.auth` out. It runs before anything else looks at the request: a client that has no token yet
  * learns where to get one from the 401 alone, whatever method, body or Accept header it tried.
  */
-function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessToken"]): Guard {
+function resourceGuard(settings: Settings, verify: Grants["verify"]): Guard {
   const { mcpPath, scopes, resourceMetadataUrl } = settings;
 
   /** RFC 6750 §3 and RFC 9728 §5.1. Without `scope`, Claude asks for every scope of the authorization server. */
@@ -2118,7 +2119,7 @@ function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessTok
     ].join(", ");
   const bare = challenge(scopes.byDefault);
 
-  async function authenticate(c: Context<AuthEnv>): Promise<void> {
+  function authenticate(c: Context<AuthEnv>): AuthInfo | Promise<AuthInfo> {
     const token = c.req.header("Authorization")?.match(BEARER)?.[1];
     // No error code where no token came (RFC 6750 §3.1): the client has done nothing wrong yet.
     if (token === undefined) {
@@ -2127,7 +2128,7 @@ function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessTok
         headers: { "WWW-Authenticate": bare },
       });
     }
-    c.set("auth", await verify(token));
+    return verify(token);
   }
 
   function refusal(c: Context, error: unknown): Response {
@@ -2139,7 +2140,8 @@ function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessTok
 
   async function guarded(c: Context<AuthEnv>, next: () => Promise<void>): Promise<Response | void> {
     try {
-      await authenticate(c);
+      const auth = authenticate(c);
+      c.set("auth", auth instanceof Promise ? await auth : auth);
     } catch (error) {
       return refusal(c, error);
     }
@@ -2165,7 +2167,7 @@ function resourceGuard(settings: Settings, verify: PersonalAuth["verifyAccessTok
     return async function personalAuthScopes(c, next) {
       try {
         // On a route outside the guard there is nobody yet: the token is asked for here, and never taken on trust.
-        if (c.get("auth") === undefined) await authenticate(c);
+        if (c.get("auth") === undefined) c.set("auth", await authenticate(c));
         const granted = new Set<string>(c.var.auth.scopes);
         if (!required.every((scope) => granted.has(scope))) {
           const error = new OAuthError("insufficient_scope", "The token lacks a scope that this needs", {
@@ -3223,7 +3225,7 @@ function commitStamp(file: string): { read(): number | undefined; close(): void 
   const shared = sharedMemory.get(path) ?? { fd: fs.openSync(path, "r"), users: 0 };
   sharedMemory.set(path, shared);
   shared.users++;
-  const head = new Uint32Array(8);
+  const head = new Uint32Array(8); // 0: the format, 2: the count of commits, 7: half of the checksum
   const bytes = new Uint8Array(head.buffer);
   return {
     read() {
@@ -3232,8 +3234,7 @@ function commitStamp(file: string): { read(): number | undefined; close(): void 
       } catch {
         return undefined;
       }
-      const [format, , commits = 0, , , , , checksum = 0] = head;
-      return format === WAL_INDEX_FORMAT ? (commits % 2 ** 20) * 2 ** 32 + checksum : undefined;
+      return head[0] === WAL_INDEX_FORMAT ? (head[2]! % 2 ** 20) * 2 ** 32 + head[7]! : undefined;
     },
     close() {
       if (--shared.users > 0) return;
