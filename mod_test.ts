@@ -1830,15 +1830,13 @@ test("a code is good for five minutes", async (t) => {
   assertEquals([answer.status, answer.body.error], [400, "invalid_grant"]);
 });
 
-test("a code that is redeemed again ends the connection", async (t) => {
-  const travel = timeMachine(t);
+test("a code that is redeemed again ends the connection", async () => {
   const { app, auth, events } = world();
   const { client, code, access_token, refresh_token } = await connect(app);
   const again = { grant_type: "authorization_code", client_id: client.client_id, code, code_verifier: VERIFIER };
   // whoever has the code alone can do no harm with it
   await post(app, "/token", { ...again, code_verifier: "x".repeat(43) });
   assertEquals((await callMcp(app, access_token)).status, 200);
-  travel(0.001);
   assertEquals((await post(app, "/token", again)).body.error, "invalid_grant");
   assertEquals((await callMcp(app, access_token)).status, 401);
   assertEquals((await refreshing(app, client.client_id, refresh_token)).body.error, "invalid_grant");
