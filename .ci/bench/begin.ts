@@ -1,0 +1,83 @@
+/** How long a server takes to begin: from the start of its process to its first answer. */
+
+import { readFileSync, symlinkSync, writeFileSync } from "node:fs";
+import { stripTypeScriptTypes } from "node:module";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { discard, median, ratio, type Runtime, shown, start, type Table, temporary } from "./kit.ts";
+
+const path = (relative: string) => fileURLToPath(new URL(relative, import.meta.url));
+
+export async function begin(runtimes: Runtime[], rounds: number): Promise<Table> {
+  const rows: string[][] = [];
+  const script = temporary();
+  try {
+    for (const runtime of runtimes) {
+      rows.push([runtime.name, ...await starts(runtime, rounds)]);
+      if (runtime.name !== "Node") continue;
+      const env = { BENCH_MOD: javascript(script) };
+      rows.push(["Node, as JavaScript", ...await starts({ ...runtime, env }, rounds)]);
+    }
+  } finally {
+    discard(script);
+  }
+  return {
+    title: "Start",
+    note:
+      "From the start of the process to the first 401, against a bare Hono server's first answer. The last column " +
+      "is the import of mod.ts alone, with hono loaded already. Node takes the types out of a copied file at each start; " +
+      "what JSR hands it is JavaScript.",
+    head: ["", "of a bare server", "first 401", "bare server", "import of mod.ts"],
+    rows,
+  };
+}
+
+/** mod.ts without its types, in a folder from which it finds its imports. */
+function javascript(folder: string): string {
+  symlinkSync(path("../../node_modules"), join(folder, "node_modules"));
+  const file = join(folder, "mod.mjs");
+  writeFileSync(file, stripTypeScriptTypes(readFileSync(path("../../mod.ts"), "utf8")));
+  return file;
+}
+
+async function starts(runtime: Runtime, rounds: number): Promise<string[]> {
+  const dir = temporary();
+  const times = { "hono-guarded": [] as number[], hono: [] as number[] };
+  const imports: number[] = [];
+  try {
+    for (let round = 0; round <= rounds; round++) {
+      for (const kind of ["hono-guarded", "hono"] as const) {
+        const taken = await firstAnswer(runtime, kind, dir);
+        if (round > 0) times[kind].push(taken);
+      }
+      const loading = start(runtime, "import.ts");
+      const { milliseconds } = await loading.next();
+      await loading.stop();
+      if (round > 0) imports.push(milliseconds);
+    }
+  } finally {
+    discard(dir);
+  }
+  const { hono: bare, "hono-guarded": guarded } = times;
+  return [
+    shown(ratio(guarded, bare)),
+    `${median(guarded).toFixed(0)} ms`,
+    `${median(bare).toFixed(0)} ms`,
+    `${median(imports).toFixed(1)} ms`,
+  ];
+}
+
+async function firstAnswer(runtime: Runtime, kind: string, dir: string): Promise<number> {
+  const started = performance.now();
+  const server = start(runtime, "server.ts", kind, dir);
+  try {
+    const { port } = await server.next();
+    const response = await fetch(`http://127.0.0.1:${port}/mcp`);
+    await response.body?.cancel();
+    const taken = performance.now() - started;
+    if (response.status !== (kind === "hono" ? 200 : 401)) throw new Error(`${kind}: ${response.status}`);
+    return taken;
+  } finally {
+    await server.stop();
+  }
+}

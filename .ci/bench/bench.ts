@@ -1,0 +1,120 @@
+/**
+ * How fast it is: `deno run -A .ci/bench/bench.ts [--quick] [--only PART,…] [--readme]`. Everything is a ratio within
+ * one run, of rounds that alternate, as the median with the middle half of the rounds in brackets.
+ *
+ *     --quick           a smaller version, in under 90 seconds, without the peers
+ *     --only PART,…     some of guard, journeys, growth, start, peers
+ *     --readme          puts what matters most of it into README.md, in place of what stands there
+ *
+ * @module
+ */
+
+import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { availableParallelism, cpus, totalmem } from "node:os";
+import process from "node:process";
+import { fileURLToPath } from "node:url";
+import { parseArgs } from "node:util";
+import { begin } from "./begin.ts";
+import { growth } from "./growth.ts";
+import { guard } from "./guard.ts";
+import { journeys } from "./journeys.ts";
+import { cleanUp, firstLine, markdown, type Runtime, runtimes, startCommand, type Table } from "./kit.ts";
+import { peers } from "./peers.ts";
+
+const { values: { quick, only, readme } } = parseArgs({
+  options: { quick: { type: "boolean" }, only: { type: "string" }, readme: { type: "boolean" } },
+});
+
+const ROOT = fileURLToPath(new URL("../../", import.meta.url));
+
+type Part = (found: Runtime[], node: Runtime) => Promise<Table>;
+
+const parts: Record<string, Part> = {
+  guard: (found, node) =>
+    guard(found, node, quick ? { launches: 1, rounds: 3, seconds: 0.5 } : { launches: 7, rounds: 3, seconds: 0.5 }),
+  journeys: (found) => journeys(found, quick ? { rounds: 3, count: 30 } : { rounds: 9, count: 100 }),
+  growth: (found) =>
+    growth(
+      found,
+      quick
+        ? { rounds: 3, sizes: [10, 5_000], registrations: 2_000 }
+        : { rounds: 9, sizes: [10, 1_000, 100_000], registrations: 100_000 },
+    ),
+  start: (found) => begin(found, quick ? 3 : 11),
+  ...(!quick && { peers: (_, node) => peers(node, { rounds: 9, seconds: 0.5, count: 100 }) }),
+};
+
+/** Bun and Node look for packages in a folder; Deno puts them there. */
+async function install(): Promise<void> {
+  if (existsSync(`${ROOT}node_modules/@hono/node-server`)) return;
+  const entry = ["--entrypoint", "mod.ts", "example.ts"];
+  await startCommand(["npx", "-y", "deno", "install", "--node-modules-dir=auto", ...entry], { cwd: ROOT }).ended;
+}
+
+function machine(found: Runtime[]): string {
+  const versions = found.map(({ name, version }) => `${name} ${version}`).join(", ");
+  const memory = Math.round(totalmem() / 2 ** 30);
+  const cores = availableParallelism();
+  return `${
+    cpus()[0]?.model.trim() || "unknown processor"
+  }, ${cores} cores, ${memory} GB, ${process.platform}; ${versions}; ` +
+    new Date().toISOString().slice(0, 10);
+}
+
+async function main(): Promise<void> {
+  await install();
+  const { found, missing } = await runtimes();
+  const node = found.find(({ name }) => name === "Node");
+  if (!node) throw new Error(`The load generator needs Node. ${missing.join("; ")}`);
+  const about = machine(found);
+  console.log([about, ...missing.map((reason) => `not run: ${reason}`), ""].join("\n"));
+  const tables: Table[] = [];
+  for (const name of only?.split(",") ?? Object.keys(parts)) {
+    const part = parts[name];
+    if (!part) throw new Error(`There is no part ${name}: ${Object.keys(parts).join(", ")}`);
+    const table = await part(found, node);
+    tables.push(table);
+    console.log(`${markdown(table)}\n`);
+  }
+  if (readme) await rewriteReadme(section(about, tables));
+}
+
+async function rewriteReadme(section: string): Promise<void> {
+  const file = `${ROOT}README.md`;
+  const text = readFileSync(file, "utf8");
+  const old = text.match(/^## Performance\n[^]*?(?=^## )/m)?.[0];
+  if (old === undefined) throw new Error("README.md has no section on performance");
+  writeFileSync(file, text.replace(old, () => section));
+  await startCommand(["npx", "-y", "deno", "fmt", "README.md"], { cwd: ROOT }).ended;
+}
+
+function section(about: string, tables: Table[]): string {
+  const essentials = tables.map(({ essential = /^/, rows, ...rest }) =>
+    markdown({ ...rest, rows: rows.filter(([name = ""]) => essential.test(name)) })
+  );
+  return [
+    "## Performance",
+    "",
+    `Measured on ${about}. Ratios are medians of alternating rounds, with the middle half of the rounds in brackets. ` +
+    "To repeat it, with more rows: `deno task bench`.",
+    "",
+    essentials.join("\n\n"),
+    "",
+    "",
+  ].join("\n");
+}
+
+for (const signal of ["SIGINT", "SIGTERM"] as const) {
+  process.once(signal, () => {
+    cleanUp();
+    process.exit(1);
+  });
+}
+try {
+  await main();
+} catch (error) {
+  console.error(`broken: ${error instanceof Error ? error.stack : firstLine(error)}`);
+  process.exitCode = 1;
+} finally {
+  cleanUp();
+}
