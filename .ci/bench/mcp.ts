@@ -1,26 +1,23 @@
-/** The MCP server of example.ts: two tools, one server and one transport for each request. */
+/** A small MCP server, made anew with its transport for each request, as example.ts does. */
 
 import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 import { WebStandardStreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/webStandardStreamableHttp.js";
 import { z } from "zod";
 
-function mcpServer(): McpServer {
-  const server = new McpServer({ name: "personal-mcp", version: "1.0.0" }, {
-    instructions: "A small personal server: greet somebody, or add two numbers.",
-  });
-  server.registerTool("greet", {
-    description: "Greet a person by name",
-    inputSchema: { name: z.string().describe("Whom to greet") },
-  }, ({ name }: { name: string }) => ({ content: [{ type: "text", text: `Hello, ${name}!` }] }));
-  server.registerTool("add", {
-    description: "Add two numbers",
-    inputSchema: { a: z.number(), b: z.number() },
-  }, ({ a, b }: { a: number; b: number }) => ({ content: [{ type: "text", text: String(a + b) }] }));
-  return server;
-}
+const word = z.string().describe("Any word");
 
 export async function handleMcp(request: Request): Promise<Response> {
+  const server = new McpServer({ name: "bench", version: "1.0.0" });
+  for (const name of ["repeat", "reverse"]) {
+    server.registerTool(
+      name,
+      { description: `To ${name} a word`, inputSchema: { word } },
+      ({ word }: { word: string }) => ({
+        content: [{ type: "text", text: name === "repeat" ? word : [...word].reverse().join("") }],
+      }),
+    );
+  }
   const transport = new WebStandardStreamableHTTPServerTransport({ enableJsonResponse: true });
-  await mcpServer().connect(transport);
+  await server.connect(transport);
   return await transport.handleRequest(request);
 }
