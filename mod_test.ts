@@ -2914,6 +2914,30 @@ test("a store that is down at the start is tried again", async () => {
   assertEquals((await browse(app).approve(authorizeUrl(client_id), PASSWORD)).status, 302);
 });
 
+test("a server that has only Web Crypto shares its connections with one that has node:crypto", async (t) => {
+  const { getBuiltinModule } = process;
+  t.after(() => {
+    process.getBuiltinModule = getBuiltinModule;
+  });
+  process.getBuiltinModule =
+    ((name: string) => name === "node:crypto" ? undefined : getBuiltinModule(name)) as typeof getBuiltinModule;
+  const copy = "./mod.ts?web-crypto"; // a module of its own, which looks for node:crypto when it first needs it
+  const { personalAuth }: typeof import("./mod.ts") = await import(copy);
+  const { app, store } = world();
+  const web = new Hono<AuthEnv>();
+  web.route("/", personalAuth({ baseUrl: BASE, store, authenticateOwner: () => true, onEvent: () => {} }));
+  web.all("/mcp", (c) => c.json(c.var.auth.extra));
+  const { client, access_token, refresh_token } = await connect(web);
+  process.getBuiltinModule = getBuiltinModule;
+  assertEquals((await callMcp(app, access_token)).status, 200);
+  const [{ body: one }, { body: two }] = [
+    await refreshing(app, client.client_id, refresh_token),
+    await refreshing(web, client.client_id, refresh_token),
+  ];
+  assertEquals([one.access_token, one.refresh_token], [two.access_token, two.refresh_token]);
+  assertEquals((await callMcp(web, one.access_token)).status, 200);
+});
+
 test("two servers on one store serve one set of connections", async (t) => {
   const dir = temporaryFolder(t);
   const stores = [fileStore(dir), fileStore(dir)] as [Store, Store];

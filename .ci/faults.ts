@@ -602,7 +602,7 @@ async function clockBack(runtime: Runtime): Promise<string> {
 async function sideBySide(all: Runtime[]): Promise<string> {
   const dir = join(temporaryFolder(), "state");
   const clients = await Promise.all(all.map(async (runtime) => (await serve(runtime, dir)).client));
-  return `${all.map(({ name }) => name).join("+")}, ${await agree(clients, 10)}`;
+  return `${all.map(({ name }) => name).join("+")}, ${await agree(clients, 40)}`;
 }
 
 /** All at once on a folder that does not exist yet: they must agree on one state and one key. */

@@ -43,7 +43,10 @@ export async function agree(clients: Client[], rounds: number): Promise<string> 
     demand(given.length === 1, `a code was redeemed ${given.length} times`);
     expect(await one!.revoke(access_token), 200, "a revocation");
     for (const client of others) {
-      expect(await client.call(access_token), 401, "the revoked token, elsewhere");
+      // The one that everybody has just seen, too: what a server remembers must not outlive a revocation anywhere.
+      for (const token of [access_token, refreshes[0]!.body.access_token]) {
+        expect(await client.call(token), 401, "a revoked token, elsewhere");
+      }
       expect(await client.refresh(refreshes[0]!.body.refresh_token), 400, "the revoked refresh token, elsewhere");
     }
   }
