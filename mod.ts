@@ -2585,6 +2585,7 @@ const CHEAP_EVENTS: AuthEvent["type"][] = [
  */
 function eventLog(store: Store, onEvent: (event: AuthEvent) => void): EventLog {
   let waiting: AuthEvent[] = [];
+  let writing: Promise<unknown> = Promise.resolve();
 
   const emit: Emit = (type, message, more) => {
     const event: AuthEvent = { type, at: Math.floor(seconds()), message, ...more };
@@ -2598,7 +2599,7 @@ function eventLog(store: Store, onEvent: (event: AuthEvent) => void): EventLog {
   function keep(): void {
     const batch = waiting;
     waiting = [];
-    promised(() => store.update("events", (current) => merge(current as EventRecord | undefined, batch)))
+    writing = promised(() => store.update("events", (current) => merge(current as EventRecord | undefined, batch)))
       .catch(() => waiting = [...batch, ...waiting].slice(-100)); // the next event tries again
   }
 
@@ -2613,6 +2614,7 @@ function eventLog(store: Store, onEvent: (event: AuthEvent) => void): EventLog {
   }
 
   async function latest() {
+    await writing;
     const record = merge(await store.get("events") as EventRecord | undefined, waiting);
     const list = Object.entries(record).flatMap(([type, { count, latest }]) =>
       latest.map((event) => ({ ...event, type: type as AuthEvent["type"], count }))
@@ -3113,6 +3115,13 @@ interface Statement {
   run(...values: unknown[]): unknown;
 }
 
+/** One `update`. */
+interface Change {
+  key: string;
+  change: (current: unknown) => unknown;
+  expiresAt: number | undefined;
+}
+
 interface Row {
   key: string;
   value: string;
@@ -3125,8 +3134,8 @@ const LOCK_PATIENCE = 5;
 
 /**
  * State in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by the `node:sqlite` that Deno, Bun and Node
- * all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`). Several processes on
- * one machine may share the folder; a network file system will not do.
+ * all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`); updates that come at the
+ * same time share a commit. Several processes on one machine may share the folder; a network file system will not do.
  *
  * @throws {Error} if the folder cannot be written, or the file is damaged, newer than this code, or not ours. Such a
  * file is never changed.
@@ -3153,25 +3162,33 @@ export function fileStore(dir: string): Store {
   const live = (row: Row | undefined) => row && isLive(row.expires) ? row : undefined;
   const find = (key: string) => select.get(key) as Row | undefined;
 
-  const write = (key: string, change: (current: unknown) => unknown, expiresAt: number | undefined): unknown => {
+  /** Within a transaction: the new value, and whether that is a change. */
+  const change = ({ key, change, expiresAt }: Change): { next: unknown; changed: boolean } => {
+    const found = find(key);
+    const row = live(found);
+    const current = parse(row?.value);
+    const next = change(current);
+    // What has expired is deleted as well, or it would be there again after the clock is set back.
+    const changed = next !== current || (next === undefined && found !== undefined);
+    if (changed) {
+      if (next === undefined) remove.run(key);
+      else upsert.run(key, JSON.stringify(next), expiresAt ?? row?.expires ?? null);
+      sweep.run(seconds());
+    }
+    return { next, changed };
+  };
+
+  /** In one transaction, for a commit takes longer than all the rest: they become durable together, or none does. */
+  const write = (changes: Change[]): unknown[] => {
     begin.run();
     try {
-      const found = find(key);
-      const row = live(found);
-      const current = parse(row?.value);
-      const next = change(current);
-      // What has expired is deleted as well, or it would be there again after the clock is set back.
-      const changes = next !== current || (next === undefined && found !== undefined);
-      if (changes) {
-        if (next === undefined) remove.run(key);
-        else upsert.run(key, JSON.stringify(next), expiresAt ?? row?.expires ?? null);
-        sweep.run(seconds());
-      }
+      const results = changes.map(change);
       const before = stamp.read();
-      (changes ? commit : rollback).run();
+      const changed = results.some(({ changed }) => changed);
+      (changed ? commit : rollback).run();
       // A file system that keeps files and shared memory apart would hide every revocation: without a stamp, all is read.
-      if (changes && stamp.read() === before) stamped = false;
-      return next;
+      if (changed && stamp.read() === before) stamped = false;
+      return results.map(({ next }) => next);
     } catch (error) {
       try {
         rollback.run();
@@ -3182,9 +3199,11 @@ export function fileStore(dir: string): Store {
     }
   };
 
+  const changes = together((changes: Change[]) => patiently(() => write(changes)));
+
   return {
     get: (key) => patiently(() => parse(live(find(key))?.value)),
-    update: (key, change, options) => patiently(() => write(key, change, options?.expiresAt)),
+    update: (key, change, options) => changes.add({ key, change, expiresAt: options?.expiresAt }),
     async *list(prefix) {
       let from = prefix;
       while (true) {
@@ -3200,6 +3219,7 @@ export function fileStore(dir: string): Store {
     },
     version: () => stamped ? stamp.read() : undefined,
     close() {
+      changes.flush();
       db.close();
       stamp.close();
     },
@@ -3266,6 +3286,44 @@ async function patiently<T>(call: () => T | Promise<T>): Promise<T> {
 
 function pause(milliseconds: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, milliseconds));
+}
+
+/**
+ * Collects tasks for as long as a turn of the event loop lasts, and has them performed together. One that fails does not
+ * take the others with it: each is then tried alone.
+ */
+function together<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
+  interface Waiting {
+    task: Task;
+    resolve: (result: Result) => void;
+    reject: (error: unknown) => void;
+  }
+  let waiting: Waiting[] = [];
+
+  async function settle(batch: Waiting[]): Promise<void> {
+    try {
+      const results = await perform(batch.map(({ task }) => task));
+      batch.forEach(({ resolve }, i) => resolve(results[i]!));
+    } catch (error) {
+      // A lock concerns them all, and each has waited long enough for it.
+      if (batch.length > 1 && !isLocked(error)) batch.forEach((one) => settle([one]));
+      else batch.forEach(({ reject }) => reject(error));
+    }
+  }
+
+  function flush(): void {
+    const batch = waiting;
+    waiting = [];
+    if (batch.length > 0) settle(batch);
+  }
+
+  function add(task: Task): Promise<Result> {
+    return new Promise((resolve, reject) => {
+      if (waiting.push({ task, resolve, reject }) === 1) nodeModule("node:timers").setImmediate(flush);
+    });
+  }
+
+  return { add, flush };
 }
 
 /** A compare-and-set found that somebody else had been there. */

@@ -2655,6 +2655,31 @@ test("fileStore() tells of every commit by its stamp, whoever closes", async (t)
   assert(process.platform === "win32" || stamps.size === 3001, `${stamps.size} stamps`);
 });
 
+test("fileStore() commits together what is asked for together, and one that fails takes no other with it", async (t) => {
+  const dir = temporaryFolder(t);
+  const store = fileStore(dir);
+  await store.update("key", () => 0);
+  const commits = () => Math.floor(store.version!()! / 2 ** 32);
+  const before = commits();
+  const increments = Array.from({ length: 20 }, () => store.update("key", (current) => current as number + 1));
+  assertEquals(await Promise.all(increments), Array.from({ length: 20 }, (_, i) => i + 1));
+  assertEquals(commits(), before + 1);
+  const mixed = ["a", "b", "c"].map((key) =>
+    store.update(key, () => {
+      if (key === "b") throw new Error("not this one");
+      return key;
+    })
+  );
+  assertEquals((await Promise.allSettled(mixed)).map(({ status }) => status), ["fulfilled", "rejected", "fulfilled"]);
+  assertEquals([await store.get("a"), await store.get("b"), await store.get("c")], ["a", undefined, "c"]);
+  const last = store.update("last", () => "written before the file is closed");
+  store.close!();
+  assertEquals(await last, "written before the file is closed");
+  const again = fileStore(dir);
+  t.after(() => again.close!());
+  assertEquals(await again.get("last"), "written before the file is closed");
+});
+
 test("fileStore() trusts no stamp that its own commits do not change", async (t) => {
   const dir = temporaryFolder(t);
   const store = fileStore(dir);

@@ -33,8 +33,9 @@ export async function journeys(runtimes: Runtime[], { rounds, count }: JourneyOp
   }
   return {
     title: "A connection's life",
-    note: "One request after the other in one process, durable on fileStore: how many there are for each bare commit " +
-      "to the same disk, and for each one in memory. The times are medians.",
+    note:
+      "Ten requests at a time in one process, durable on fileStore: how many there are for each bare commit to the " +
+      "same disk, and for each one in memory. The times are medians, for one of the ten.",
     essential: /code exchange|refresh|later use|revoke/,
     head: ["", "per commit", "per one in memory", "µs durable", "µs in memory", "µs commit"],
     rows,

@@ -33,17 +33,23 @@ export function world(store: Store): World {
   const auth = mod.personalAuth({ baseUrl: BASE, store, authenticateOwner: () => true, onEvent: () => {} });
   const app = new Hono<AuthEnv>();
   app.route("/", auth);
-  let cookie = "";
+  let cookie: Promise<string> | undefined;
+
+  /** The owner's browser has its cookie from its first page. */
+  async function open(): Promise<string> {
+    const page = await app.request(`${BASE}/connections`);
+    return page.headers.getSetCookie()[0]!.split(";")[0]!;
+  }
 
   /** As a server hands it over: with the length of its body said beforehand. */
-  async function post(path: string, type: string, body: string, status: number): Promise<Response> {
-    const headers = { "Content-Type": type, "Content-Length": String(body.length), Cookie: cookie };
+  async function post(path: string, type: string, body: string, status: number, more = {}): Promise<Response> {
+    const headers = { "Content-Type": type, "Content-Length": String(body.length), ...more };
     const response = await app.request(BASE + path, { method: "POST", headers, body });
     if (response.status !== status) throw new Error(`${path}: ${response.status} ${await response.text()}`);
     return response;
   }
-  const form = (path: string, fields: Record<string, string>, status = 200) =>
-    post(path, "application/x-www-form-urlencoded", new URLSearchParams(fields).toString(), status);
+  const form = (path: string, fields: Record<string, string>, status = 200, more = {}) =>
+    post(path, "application/x-www-form-urlencoded", new URLSearchParams(fields).toString(), status, more);
 
   return {
     app,
@@ -62,10 +68,10 @@ export function world(store: Store): World {
         code_challenge_method: "S256",
         resource: `${BASE}/mcp`,
       });
-      const page = await app.request(`${BASE}/authorize?${request}`, { headers: { Cookie: cookie } });
-      cookie = page.headers.getSetCookie()[0]?.split(";")[0] ?? cookie;
+      const headers = { Cookie: await (cookie ??= open()) };
+      const page = await app.request(`${BASE}/authorize?${request}`, { headers });
       const csrf = (await page.text()).match(/name="csrf" value="([^"]*)"/)![1]!;
-      const answer = await form("/authorize", { request: request.toString(), csrf, decision: "approve" }, 302);
+      const answer = await form("/authorize", { request: request.toString(), csrf, decision: "approve" }, 302, headers);
       return new URL(answer.headers.get("Location")!).searchParams.get("code")!;
     },
     async exchange(client_id, code) {
