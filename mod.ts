@@ -3163,7 +3163,7 @@ export function fileStore(dir: string): Store {
   const find = (key: string) => select.get(key) as Row | undefined;
 
   /** Within a transaction: the new value, and whether that is a change. */
-  const change = ({ key, change, expiresAt }: Change): { next: unknown; changed: boolean } => {
+  const carryOut = ({ key, change, expiresAt }: Change): { next: unknown; changed: boolean } => {
     const found = find(key);
     const row = live(found);
     const current = parse(row?.value);
@@ -3182,7 +3182,7 @@ export function fileStore(dir: string): Store {
   const write = (changes: Change[]): unknown[] => {
     begin.run();
     try {
-      const results = changes.map(change);
+      const results = changes.map(carryOut);
       const before = stamp.read();
       const changed = results.some(({ changed }) => changed);
       (changed ? commit : rollback).run();
