@@ -630,7 +630,7 @@ const OPEN_TO_BROWSERS = cors({ origin: "*", exposeHeaders: ["WWW-Authenticate",
 
 /** The same where nothing is cached, so that only browsers, which alone send Origin, have to be told. */
 const openToBrowsers: MiddlewareHandler = (c, next) =>
-  c.req.header("Origin") === undefined ? next() as Promise<void> : OPEN_TO_BROWSERS(c, next);
+  c.req.header("Origin") === undefined ? next() : OPEN_TO_BROWSERS(c, next);
 
 /**
  * Both metadata documents at every place a client looks for them. They are built from `baseUrl` and never from the
