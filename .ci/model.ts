@@ -58,7 +58,7 @@ const HOUR = 3600;
 const DAY = 24 * HOUR;
 const ACCESS_TTL = HOUR;
 const REFRESH_TTL = 60 * DAY;
-/** `expires_in` is a whole number. */
+/** `expires_in` is a whole number, and no two moments of the server's are the same: nobody is held to a second. */
 const ROUNDING = 1;
 /** An answer that is given again is not written down again while its access token has half of its time left. */
 const SLACK = ACCESS_TTL;
@@ -182,14 +182,14 @@ class Connection {
     const { clock } = this.#world;
     const n = this.#n;
     const idle = clock - this.#refreshed;
-    if (this.ended || idle >= REFRESH_TTL) return "expired";
+    if (this.ended || idle > REFRESH_TTL + ROUNDING) return "expired";
     const alive = idle < REFRESH_TTL - SLACK ? "accept" : "open";
     if (k === n) return alive;
     const { at, peak } = this.#rotated[k]!;
-    if (peak - at <= GRACE) return alive;
+    if (peak - at <= GRACE - ROUNDING) return alive;
     const seen = this.#seen[k + 1];
     if (k === n - 1 && seen === undefined) return alive;
-    return alive === "accept" && clock - Math.max(at, seen!) > GRACE ? "end" : "open";
+    return alive === "accept" && clock - Math.max(at, seen!) > GRACE + ROUNDING ? "end" : "open";
   }
 
   /** Presents a refresh token, so many times at once; the tokens it got, if it got any. */
