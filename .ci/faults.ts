@@ -21,8 +21,6 @@ import {
   finish,
   fragileDisk,
   numberArgument,
-  oneLine,
-  pause,
   ROOT,
   Running,
   type Runtime,
@@ -31,6 +29,7 @@ import {
   temporaryFolder,
   textArgument,
 } from "./lib/checks.ts";
+import { oneLine, pause } from "./lib/limits.ts";
 import type { Answer, Client, Tokens } from "./lib/client.ts";
 import { Ledger } from "./lib/ledger.ts";
 import { agree, distinct, expect, shuffled, timed } from "./lib/together.ts";

@@ -12,7 +12,8 @@
  * @module
  */
 
-import { endGroup, NotRun, oneLine, Pen, spawn, within } from "./zoo/kit.ts";
+import { NotRun, oneLine, pause, within } from "./lib/limits.ts";
+import { endGroup, Pen, spawn } from "./zoo/kit.ts";
 import { oauth4webapi, sdk1, sdk2 } from "./zoo/libraries.ts";
 import {
   type Check,
@@ -135,7 +136,7 @@ async function leave(): Promise<void> {
     } catch (error) {
       if (error instanceof Deno.errors.NotFound) return;
       if (attempt === 10) throw error;
-      await new Promise((resolve) => setTimeout(resolve, 200));
+      await pause(200);
     }
   }
 }

@@ -6,30 +6,12 @@
  */
 
 import { join } from "node:path";
-
-/** Something this machine cannot do, as opposed to something that went wrong. */
-export class NotRun extends Error {}
+import { NotRun, oneLine, pause, within } from "./limits.ts";
 
 export const ROOT = new URL("../../", import.meta.url).pathname;
 
-export const pause = (milliseconds: number): Promise<void> =>
-  new Promise((resolve) => setTimeout(resolve, Math.max(0, milliseconds)));
-
 export function demand(condition: unknown, message: string): asserts condition {
   if (!condition) throw new Error(message);
-}
-
-/** Settles as the task does, but not later than it may. */
-export async function within<T>(seconds: number, what: string, task: Promise<T>): Promise<T> {
-  let timer: ReturnType<typeof setTimeout> | undefined;
-  const late = new Promise<never>((_, reject) => {
-    timer = setTimeout(() => reject(new Error(`${what} took longer than ${seconds} seconds`)), seconds * 1000);
-  });
-  try {
-    return await Promise.race([task, late]);
-  } finally {
-    clearTimeout(timer);
-  }
 }
 
 /** Asks until the answer is yes. */
@@ -61,12 +43,6 @@ export function textArgument(name: string): string | undefined {
 
 const counts = { ok: 0, FAILED: 0, "not run": 0 };
 
-/** Text of a program on one line, for a message: without colours and other control sequences. */
-export function oneLine(text: string, length = 600): string {
-  // deno-lint-ignore no-control-regex
-  return text.replace(/\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x1f\x7f]+/g, " ").replace(/\s+/g, " ").trim().slice(0, length);
-}
-
 /**
  * Runs one check and says how it went. `body` returns the figures to print behind the name; it has as many seconds as
  * given, and whatever it leaves behind is ended with it.
@@ -74,13 +50,13 @@ export function oneLine(text: string, length = 600): string {
 export async function check(name: string, seconds: number, body: () => Promise<string | void>): Promise<void> {
   const mark = disposals.length;
   try {
-    const figures = await within(seconds, "the check", body());
+    const figures = await within(seconds, body(), "the check");
     counts.ok++;
     console.log(`ok ${name}${figures ? `: ${figures}` : ""}`);
   } catch (error) {
     const outcome = error instanceof NotRun ? "not run" : "FAILED";
     counts[outcome]++;
-    console.log(`${outcome} ${name}: ${oneLine(error instanceof Error ? error.message : String(error))}`);
+    console.log(`${outcome} ${name}: ${oneLine(error instanceof Error ? error.message : String(error), 600)}`);
     if (outcome === "FAILED") console.error(error);
   }
   await dispose(mark);

@@ -170,16 +170,24 @@ export class Ledger {
   }
 
   async #end(client: Client, connection: Connection, tolerate?: Refusals): Promise<void> {
-    Object.assign(connection, { busy: true, touched: true, revoked: "asked" });
     const token = Math.random() < 0.5 ? connection.refresh : connection.access.at(-1)!;
-    const answer = await client.revoke(token).finally(() => {
-      connection.busy = false;
+    await this.#revoke(connection, () => client.revoke(token), tolerate);
+  }
+
+  async #endScript(client: Client, script: Script, tolerate?: Refusals): Promise<void> {
+    await this.#revoke(script, () => client.json("/test/revoke", { id: script.id }), tolerate);
+  }
+
+  async #revoke(holder: Connection | Script, ask: () => Promise<Answer>, tolerate?: Refusals): Promise<void> {
+    Object.assign(holder, { busy: true, touched: true, revoked: "asked" });
+    const answer = await ask().finally(() => {
+      holder.busy = false;
     });
     if (!this.#succeeded(answer, tolerate, "revocation")) {
-      if (answer.status === 503 && tolerate === "undone") connection.revoked = "no";
+      if (answer.status === 503 && tolerate === "undone") holder.revoked = "no";
       return;
     }
-    connection.revoked = "yes";
+    holder.revoked = "yes";
     this.acknowledged++;
   }
 
@@ -188,19 +196,6 @@ export class Ledger {
     if (!this.#succeeded(answer, tolerate, "personal access token")) return;
     this.acknowledged++;
     this.scripts.push({ id: answer.body.id, token: answer.body.token, revoked: "no", busy: false, touched: true });
-  }
-
-  async #endScript(client: Client, script: Script, tolerate?: Refusals): Promise<void> {
-    Object.assign(script, { busy: true, touched: true, revoked: "asked" });
-    const answer = await client.json("/test/revoke", { id: script.id }).finally(() => {
-      script.busy = false;
-    });
-    if (!this.#succeeded(answer, tolerate, "revocation")) {
-      if (answer.status === 503 && tolerate === "undone") script.revoked = "no";
-      return;
-    }
-    script.revoked = "yes";
-    this.acknowledged++;
   }
 
   /** Asks for everything that changed since the last time and a sample of the rest, or for all there is. */

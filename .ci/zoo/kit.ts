@@ -5,8 +5,7 @@
  * @module
  */
 
-/** Something this machine cannot do, as opposed to something that went wrong. */
-export class NotRun extends Error {}
+import { NotRun, oneLine, pause, within } from "../lib/limits.ts";
 
 /** The sum that only the server's `add` tool can come to: no model and no client is told it. */
 export const TERMS = { a: 400_000, b: 4_142 };
@@ -15,33 +14,11 @@ export const SUM = String(TERMS.a + TERMS.b);
 /** Nobody listens here: a program that is not content with loopback gets no further than its own machine. */
 const NO_WAY_OUT = "http://127.0.0.1:9";
 
-const pause = (milliseconds: number) => new Promise((resolve) => setTimeout(resolve, milliseconds));
-
-/** Settles as the task does, but not later than it may. */
-export async function within<T>(limit: number, task: Promise<T>): Promise<T> {
-  let timer: ReturnType<typeof setTimeout> | undefined;
-  const late = new Promise<never>((_, reject) => {
-    timer = setTimeout(() => reject(new Error(`it took longer than ${limit} seconds`)), limit * 1000);
-  });
-  try {
-    return await Promise.race([task, late]);
-  } finally {
-    clearTimeout(timer);
-  }
-}
-
 /** A port that was free a moment ago, for programs that must be told one. */
 export function freePort(): number {
   const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   listener.close();
   return listener.addr.port;
-}
-
-/** What a program or a page says, on one line, for a message: without colours and other control sequences. */
-export function oneLine(text: string): string {
-  // deno-lint-ignore no-control-regex
-  const sequences = /\x1b\][^\x07\x1b]*(\x07|\x1b\\)|\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x1f\x7f]/g;
-  return text.replace(sequences, " ").replace(/\s+/g, " ").trim();
 }
 
 /** The end of what a program says, where it says what went wrong. */

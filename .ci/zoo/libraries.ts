@@ -7,7 +7,8 @@
 
 // deno-lint-ignore-file no-import-prefix
 import type { OAuthClientProvider, OAuthDiscoveryState } from "npm:@modelcontextprotocol/client@2.4.0";
-import { mustShow, NotRun, type Pen, SUM, TERMS } from "./kit.ts";
+import { NotRun } from "../lib/limits.ts";
+import { mustShow, type Pen, SUM, TERMS } from "./kit.ts";
 import { type Check, life, type Program } from "./programs.ts";
 
 /** Loads a library, which may have to be fetched first. */
@@ -142,10 +143,10 @@ function sdk(name: string, connecting: () => Promise<Connect>): Program {
 
 const IMPLEMENTATION = { name: "zoo", version: "1.0.0" };
 
-export const sdk2: Program = sdk("@modelcontextprotocol/client", async () => {
-  const { Client, StreamableHTTPClientTransport, UnauthorizedError } = await load(
-    import("npm:@modelcontextprotocol/client@2.4.0"),
-  );
+/** As both generations have it, but for the form in which they take the answer. */
+// deno-lint-ignore no-explicit-any
+function connector(classes: any, taken: (answer: URLSearchParams) => unknown): Connect {
+  const { Client, StreamableHTTPClientTransport, UnauthorizedError } = classes;
   return async (url, authProvider) => {
     const client = new Client(IMPLEMENTATION);
     const transport = new StreamableHTTPClientTransport(url, { authProvider });
@@ -155,11 +156,16 @@ export const sdk2: Program = sdk("@modelcontextprotocol/client", async () => {
     } catch (error) {
       if (!(error instanceof UnauthorizedError)) throw error;
     }
-    await transport.finishAuth(await authProvider.answer());
+    await transport.finishAuth(taken(await authProvider.answer()));
     const authorized = new Client(IMPLEMENTATION);
     await authorized.connect(new StreamableHTTPClientTransport(url, { authProvider }));
     return authorized;
   };
+}
+
+export const sdk2: Program = sdk("@modelcontextprotocol/client", async () => {
+  const classes = await load(import("npm:@modelcontextprotocol/client@2.4.0"));
+  return connector(classes, (answer) => answer);
 });
 
 export const sdk1: Program = sdk("@modelcontextprotocol/sdk", async () => {
@@ -168,20 +174,8 @@ export const sdk1: Program = sdk("@modelcontextprotocol/sdk", async () => {
     import("npm:@modelcontextprotocol/sdk@1.32.2/client/streamableHttp.js"),
   );
   const { UnauthorizedError } = await load(import("npm:@modelcontextprotocol/sdk@1.32.2/client/auth.js"));
-  return async (url, authProvider) => {
-    const client = new Client(IMPLEMENTATION);
-    const transport = new StreamableHTTPClientTransport(url, { authProvider });
-    try {
-      await client.connect(transport);
-      return client;
-    } catch (error) {
-      if (!(error instanceof UnauthorizedError)) throw error;
-    }
-    await transport.finishAuth((await authProvider.answer()).get("code") ?? "");
-    const authorized = new Client(IMPLEMENTATION);
-    await authorized.connect(new StreamableHTTPClientTransport(url, { authProvider }));
-    return authorized;
-  };
+  const classes = { Client, StreamableHTTPClientTransport, UnauthorizedError };
+  return connector(classes, (answer) => answer.get("code") ?? "");
 });
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,8 @@
  * @module
  */
 
-import { finished, freePort, mustShow, NotRun, type Pen, type Running, SUM, TERMS } from "./kit.ts";
+import { NotRun } from "../lib/limits.ts";
+import { finished, freePort, mustShow, type Pen, type Running, SUM, TERMS } from "./kit.ts";
 import { startModel } from "./model.ts";
 
 export type Check = [what: string, run: () => Promise<void>];
