@@ -586,7 +586,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   const withSlash = (path: string) => [basePath + path, `${basePath}${path}/`];
   const post = (path: string, handler: Handler) => {
     for (const route of withSlash(path)) {
-      app.use(route, openToBrowsers);
+      app.use(route, openToBrowsers(async (_c, next) => void await next()));
       app.post(route, answering(handler, settings));
       app.all(route, answering(() => methodNotAllowed("POST"), settings));
     }
@@ -628,9 +628,19 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
  */
 const OPEN_TO_BROWSERS = cors({ origin: "*", exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"] });
 
-/** The same where nothing is cached, so that only browsers, which alone send Origin, have to be told. */
-const openToBrowsers: MiddlewareHandler = (c, next) =>
-  c.req.header("Origin") === undefined ? next() : OPEN_TO_BROWSERS(c, next);
+/**
+ * The same around what is never cached, so that only browsers, which alone send Origin, have to be told. A preflight
+ * carries no token by design: it is answered before the handler is asked.
+ */
+function openToBrowsers(handler: MiddlewareHandler<AuthEnv>): MiddlewareHandler<AuthEnv> {
+  return (c, next) => {
+    if (c.req.header("Origin") === undefined) return handler(c, next);
+    return OPEN_TO_BROWSERS(c, async () => {
+      const answer = await handler(c, next);
+      if (answer) c.res = answer;
+    });
+  };
+}
 
 /**
  * Both metadata documents at every place a client looks for them. They are built from `baseUrl` and never from the
@@ -1958,7 +1968,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     const version = store.version?.(); // before the record is read, or a change in between would go unseen
     const known = verified.get(token);
     // A revocation by any process changes the version, so this is never later than the store itself would be.
-    const fresh = known && version !== undefined && known.version === version && now < known.until;
+    const fresh = known && known.version === version && now < known.until;
     return fresh ? ownCopy(known.info) : lookUp(token, version, now);
   }
 
@@ -1985,6 +1995,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
       ...resourceMetadata,
       extra: { connection: id, clientName: grant.client.name },
     };
+    if (version === undefined) return info; // nothing would tell that it has changed
     const until = Math.min(access.expires, grant.expires, (presented.used ?? now) + MINUTE);
     if (verified.size >= MAX_REMEMBERED) verified.clear();
     verified.set(token, { version, until, info });
@@ -2049,7 +2060,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
 
 /** What the store said of a good access token, under which version. */
 interface Verified {
-  version: number | undefined;
+  version: number;
   /** When something about it changes by itself. */
   until: number;
   info: AuthInfo;
@@ -2150,15 +2161,6 @@ function resourceGuard(settings: Settings, verify: Grants["verify"]): Guard {
     if (c.req.path === `${mcpPath}/` && c.res.status === 404) c.res = c.redirect(mcpPath, 308);
   }
 
-  const middleware: MiddlewareHandler<AuthEnv> = function personalAuthGuard(c, next) {
-    // Only browsers send Origin. A preflight carries no token by design, so it is answered before the guard.
-    if (c.req.header("Origin") === undefined) return guarded(c, next);
-    return OPEN_TO_BROWSERS(c, async () => {
-      const refused = await guarded(c, next);
-      if (refused) c.res = refused;
-    });
-  };
-
   const requireScopes: PersonalAuth["requireScopes"] = (...required) => {
     demand(
       required.length > 0 && required.every((scope) => scopes.all.includes(scope)),
@@ -2185,7 +2187,7 @@ function resourceGuard(settings: Settings, verify: Grants["verify"]): Guard {
     };
   };
 
-  return { middleware, requireScopes };
+  return { middleware: openToBrowsers(guarded), requireScopes };
 }
 
 /** RFC 6750 §2.1, case-insensitive scheme (RFC 9110 §11.1). Never from the query or the body, where URLs are logged. */
@@ -3064,7 +3066,7 @@ export function memoryStore(): Store {
     const entry = read(key);
     const current = parse(entry?.value);
     const next = change(current);
-    if (next === current && !(next === undefined && entries.has(key))) return next;
+    if (!isChange(current, next, entries.has(key))) return next;
     changes++;
     if (next === undefined) entries.delete(key);
     else entries.set(key, { value: JSON.stringify(next), expires: expiresAt ?? entry?.expires ?? null });
@@ -3094,6 +3096,14 @@ function isLive(expires: number | null | undefined): boolean {
 
 function parse(json: string | undefined): unknown {
   return json === undefined ? undefined : JSON.parse(json);
+}
+
+/**
+ * Whether there is anything to write. What is still there, though expired, is deleted as well, or it would be there again
+ * after the clock is set back.
+ */
+function isChange(current: unknown, next: unknown, isThere: boolean): boolean {
+  return next !== current || (next === undefined && isThere);
 }
 
 /**
@@ -3168,8 +3178,7 @@ export function fileStore(dir: string): Store {
     const row = live(found);
     const current = parse(row?.value);
     const next = change(current);
-    // What has expired is deleted as well, or it would be there again after the clock is set back.
-    const changed = next !== current || (next === undefined && found !== undefined);
+    const changed = isChange(current, next, found !== undefined);
     if (changed) {
       if (next === undefined) remove.run(key);
       else upsert.run(key, JSON.stringify(next), expiresAt ?? row?.expires ?? null);
@@ -3298,6 +3307,7 @@ function together<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
     resolve: (result: Result) => void;
     reject: (error: unknown) => void;
   }
+  const { setImmediate } = nodeModule("node:timers");
   let waiting: Waiting[] = [];
 
   async function settle(batch: Waiting[]): Promise<void> {
@@ -3319,7 +3329,7 @@ function together<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
 
   function add(task: Task): Promise<Result> {
     return new Promise((resolve, reject) => {
-      if (waiting.push({ task, resolve, reject }) === 1) nodeModule("node:timers").setImmediate(flush);
+      if (waiting.push({ task, resolve, reject }) === 1) setImmediate(flush);
     });
   }
 
@@ -3519,7 +3529,7 @@ export function kvStore(kv: KvLike): Store {
     const entry = await kv.get(path(key));
     const { current, expires } = decode(entry);
     const next = change(current);
-    if (next === current && !(next === undefined && entry.versionstamp !== null)) return next;
+    if (!isChange(current, next, entry.versionstamp !== null)) return next;
     const atomic = kv.atomic().check({ key: path(key), versionstamp: entry.versionstamp });
     const until = expiresAt ?? expires ?? null;
     const expireIn = until === null
@@ -3762,15 +3772,9 @@ async function readJson(c: Context): Promise<unknown> {
 
 /** The body, and never more of it than may be. */
 async function readBody(c: Context): Promise<string> {
-  // What is left of a body that is too large would be taken for the next request: the connection ends with the answer.
-  const tooLarge = () =>
-    new OAuthError("invalid_request", `The body is larger than ${MAX_BODY_BYTES} bytes`, {
-      status: 413,
-      headers: { Connection: "close" },
-    });
   const announced = Number(c.req.header("Content-Length") ?? NaN);
-  if (announced > MAX_BODY_BYTES) throw tooLarge();
   try {
+    if (announced > MAX_BODY_BYTES) throw new TooLarge();
     // A server takes no more from the wire than was announced, unless it comes in chunks (RFC 9112 §6.3): then it is
     // counted as it comes, which is slower.
     if (announced <= MAX_BODY_BYTES && c.req.header("Transfer-Encoding") === undefined) {
@@ -3780,8 +3784,14 @@ async function readBody(c: Context): Promise<string> {
     }
     return await readLimited(c.req.raw.body, MAX_BODY_BYTES);
   } catch (cause) {
-    if (cause instanceof TooLarge) throw tooLarge();
-    throw new OAuthError("invalid_request", "The body did not arrive whole", { cause });
+    if (!(cause instanceof TooLarge)) {
+      throw new OAuthError("invalid_request", "The body did not arrive whole", { cause });
+    }
+    // What is left of it would be taken for the next request: the connection ends with the answer.
+    throw new OAuthError("invalid_request", `The body is larger than ${MAX_BODY_BYTES} bytes`, {
+      status: 413,
+      headers: { Connection: "close" },
+    });
   }
 }
 

@@ -16,8 +16,9 @@
 
 import { type Browser, chromium } from "npm:playwright-core@1.65.1";
 import { attacks } from "./browser/attacks.ts";
-import { apart, NotRun, type Part, pause, ROOT, SCREENSHOTS, within } from "./browser/kit.ts";
+import { apart, type Part, ROOT, SCREENSHOTS } from "./browser/kit.ts";
 import { keyboard, walks } from "./browser/paths.ts";
+import { NotRun, pause, within } from "./lib/limits.ts";
 
 const CHROMIUM = "/usr/bin/chromium";
 const INSTALL_SECONDS = 240;

@@ -15,7 +15,6 @@ import {
   listen,
   type Listener,
   looks,
-  NotRun,
   type Part,
   PASSWORD,
   Site,
@@ -24,6 +23,7 @@ import {
   View,
   Visitor,
 } from "./kit.ts";
+import { NotRun } from "../lib/limits.ts";
 
 interface World {
   browser: Browser;

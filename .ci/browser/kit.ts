@@ -13,10 +13,8 @@ import axe from "npm:axe-core@4.14.1";
 import type { Browser, BrowserContext, Page } from "npm:playwright-core@1.65.1";
 import { generate } from "npm:selfsigned@5.5.0";
 import { Hono } from "hono";
+import { pause } from "../lib/limits.ts";
 import { type AuthEnv, fileStore, type PersonalAuth, personalAuth, type Store } from "../../mod.ts";
-
-/** Something this machine cannot do, as opposed to something that went wrong. */
-export class NotRun extends Error {}
 
 /** A group of checks in one world, made before the first and unmade after the last of them. */
 export interface Part<World> {
@@ -39,22 +37,6 @@ export function assertEquals(actual: unknown, expected: unknown, what: string): 
   const [a, b] = [JSON.stringify(actual), JSON.stringify(expected)];
   assert(a === b, `${what} is ${a}, not ${b}`);
 }
-
-/** Settles as the task does, but not later than it may. */
-export async function within<T>(seconds: number, task: Promise<T>): Promise<T> {
-  let timer: ReturnType<typeof setTimeout> | undefined;
-  const late = new Promise<never>((_, reject) => {
-    timer = setTimeout(() => reject(new Error(`it took longer than ${Math.round(seconds)} seconds`)), seconds * 1000);
-  });
-  try {
-    return await Promise.race([task, late]);
-  } finally {
-    clearTimeout(timer);
-  }
-}
-
-export const pause = (milliseconds: number): Promise<void> =>
-  new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 /** Looks again and again until there is something to see. */
 export async function until<T>(look: () => T | undefined | false, what: string, seconds = 5): Promise<T> {

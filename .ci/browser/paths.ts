@@ -15,12 +15,12 @@ import {
   type Look,
   type Part,
   PASSWORD,
-  pause,
   Site,
   travel,
   View,
   Visitor,
 } from "./kit.ts";
+import { pause } from "../lib/limits.ts";
 
 interface Walk {
   browser: Browser;
