@@ -1369,6 +1369,10 @@ function authorizeEndpoint(
     return consentPage(c, settings, request, { who, encoded, csrf, vouched, ...(again && { problem: again.problem }) });
   }
 
+  function answered(c: Context, request: AuthorizationRequest, { code }: { code?: string | undefined }) {
+    return answeredPage(c, settings, request.client.name, code && answerUri(request, { code }));
+  }
+
   const show: Handler = (c) => {
     const encoded = c.req.url.split("?").slice(1).join("?").split("#")[0]!; // not by URL: a hostile Host is none
     return withRequest(c, encoded, async (request) => {
@@ -1388,9 +1392,13 @@ function authorizeEndpoint(
     const decision = form.get("decision");
     if (!await owner.sealed(visit.browser, encoded, csrf) || (decision !== "approve" && decision !== "deny")) {
       if (encoded === "" || !visit.known) return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
-      // A form left open too long, or in a second tab while the first one signed in: asked again, and nothing lost.
-      const problem: Problem = { status: 403, message: wording.expiredAgain };
       return withRequest(c, encoded, async (request) => {
+        // Of two clicks, the first may have been answered before the second: that signed the owner in, and the browser's
+        // secret is no longer the form's. What the form is then cannot prove, the session does: only the owner is told.
+        const answer = visit.who === "owner" ? await grants.answered(csrf, request) : undefined;
+        if (answer) return answered(c, request, answer);
+        // A form left open too long, or in a second tab while the first one signed in: asked again, and nothing lost.
+        const problem: Problem = { status: 403, message: wording.expiredAgain };
         return await ask(c, request, encoded, visit, { csrf: await owner.seal(visit.browser, encoded), problem });
       });
     }
@@ -1403,7 +1411,7 @@ function authorizeEndpoint(
       const problem = await owner.prove(c, visit, form.get("password") ?? "");
       if (problem) return await ask(c, request, encoded, visit, { csrf, problem });
       const { code, repeated } = await grants.approve(csrf, request);
-      if (repeated) return answeredPage(c, settings, client.name, code && answerUri(request, { code }));
+      if (repeated) return answered(c, request, { code });
       emit("connection_approved", `approved for ${redirect_uri}`, { clientName: client.name });
       return redirectBack(c, request, { code: code! });
     });
@@ -1806,6 +1814,8 @@ interface TokenResponse {
 interface Grants {
   /** `repeated`: this form was sent before; its code is there for as long as it can be redeemed. */
   approve(form: string, request: AuthorizationRequest): Promise<{ code?: string; repeated: boolean }>;
+  /** The same of a form that was sent before; nothing if it was not, or not with this request. */
+  answered(form: string, request: AuthorizationRequest): Promise<{ code?: string } | undefined>;
   redeem(request: {
     code: string;
     code_verifier: string;
@@ -1861,22 +1871,30 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
   }
 
   const idOf = async (form: string) => (await mac("grant", form)).slice(0, 32);
+  const codeOf = async (form: string) => `pac_${await idOf(form)}${await mac("code", form)}`;
 
   const approve: Grants["approve"] = async (form, request) => {
-    const id = await idOf(form);
-    const code = `pac_${id}${await mac("code", form)}`;
-    const now = seconds();
+    const code = await codeOf(form);
     const { client, redirect_uri, scopes, code_challenge: challenge } = request;
     const grant = approveGrant(
       { client: { id: client.id, name: client.name }, redirect_uri, scopes, resource },
       { hash: await sha256(code), challenge, refreshes: client.refreshes },
-      now,
+      seconds(),
     );
-    const before = await insert(id, grant);
-    // Of an impatient double click, the browser follows the second answer: the code is still there for it to go on with.
-    const open = !before || (before.code && before.code.redeemed === undefined && before.code.expires > now);
-    return { repeated: before !== undefined, ...(open && { code }) };
+    const before = await insert(await idOf(form), grant);
+    return { repeated: before !== undefined, ...(isOpen(before ?? grant) && { code }) };
   };
+
+  const answered: Grants["answered"] = async (form, { client, redirect_uri }) => {
+    const grant = await read(await idOf(form));
+    if (grant?.client.id !== client.id || grant.redirect_uri !== redirect_uri) return undefined;
+    return isOpen(grant) ? { code: await codeOf(form) } : {};
+  };
+
+  /** Of an impatient double click, the browser follows the second answer: it goes on with the code of the first. */
+  function isOpen({ code }: Grant): boolean {
+    return code !== undefined && code.redeemed === undefined && code.expires > seconds();
+  }
 
   const redeem: Grants["redeem"] = async ({ code, code_verifier, redirect_uri, client, arrived }) => {
     const id = grantId("pac", code);
@@ -2055,7 +2073,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     emit(type, message, { connection, ...defined({ clientName: grant?.client.name }) });
   }
 
-  return { approve, redeem, refresh, revokeToken, revoke, verify, connections, createToken };
+  return { approve, answered, redeem, refresh, revokeToken, revoke, verify, connections, createToken };
 }
 
 /** What the store said of a good access token, under which version. */

@@ -1341,7 +1341,7 @@ test("an approval counts once", async () => {
   for (const [name, value] of cookies) replay.cookies.set(name, value);
   for (let i = 0; i < 2; i++) {
     const again = await replay.submit(page, { decision: "approve", password: PASSWORD });
-    assertEquals([again.status, again.location], [i === 0 ? 409 : 403, undefined]); // then the form's browser is gone
+    assertEquals([again.status, again.location], [409, undefined]);
   }
   assertEquals((await auth.connections()).length, 1);
 });
@@ -3189,6 +3189,36 @@ test("an impatient second click finds the way on, until the code is used", async
   const code = first.location!.searchParams.get("code")!;
   await post(app, "/token", { grant_type: "authorization_code", client_id, code, code_verifier: VERIFIER });
   const third = await browser.submit(page, { decision: "approve" });
+  assert(third.status === 409 && !third.text.includes(code));
+  assertEquals((await auth.connections()).length, 1);
+});
+
+test("a second click finds the way on although the answer to the first one signed the owner in", async () => {
+  const { app, auth } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  const browser = browse(app);
+  const page = await browser.open(authorizeUrl(client_id));
+  const before = new Map(browser.cookies);
+  const first = await browser.submit(page, { decision: "approve", password: PASSWORD });
+  assert(before.size === 1 && [...before].every(([name, value]) => browser.cookies.get(name) !== value));
+  const second = await browser.submit(page, { decision: "approve", password: PASSWORD });
+  assertEquals([second.status, second.location], [409, undefined]);
+  assert(unescapeHtml(second.text).includes(`href="${first.headers.get("Location")}"`));
+
+  // Only the owner is told, and only where the form leads: anybody else is asked, and finds out nothing.
+  const code = first.location!.searchParams.get("code")!;
+  const stranger = browse(app);
+  await stranger.open(authorizeUrl(client_id));
+  const elsewhere = await register(app, { redirect_uris: ["https://claude.com/api/mcp/auth_callback"] });
+  const other = authorizeUrl(elsewhere.client_id, { redirect_uri: "https://claude.com/api/mcp/auth_callback" });
+  const forged = { ...page, fields: { ...page.fields, request: new URL(other).search.slice(1) } };
+  for (const [who, form] of [[stranger, page], [browser, forged]] as const) {
+    const asked = await who.submit(form, { decision: "approve", password: PASSWORD });
+    assertEquals([asked.status, asked.location], [403, undefined]);
+    assert(!asked.text.includes(code));
+  }
+  await post(app, "/token", { grant_type: "authorization_code", client_id, code, code_verifier: VERIFIER });
+  const third = await browser.submit(page, { decision: "approve", password: PASSWORD });
   assert(third.status === 409 && !third.text.includes(code));
   assertEquals((await auth.connections()).length, 1);
 });

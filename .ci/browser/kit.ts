@@ -133,6 +133,8 @@ export interface Callback {
 /** The apps that ask to be connected: one on this computer, one on the web that goes on to a scheme of its own. */
 export class Apps {
   readonly callbacks: Callback[] = [];
+  /** Answers are under way for so long. */
+  gate: Promise<void> | undefined;
   readonly #local: Listener;
   readonly #web: Listener;
 
@@ -166,10 +168,11 @@ export class Apps {
     return `https://${labels.join(".")}.test:${this.#web.port}/callback`;
   }
 
-  #answer(request: Request): Response {
+  async #answer(request: Request): Promise<Response> {
     const url = new URL(request.url);
     if (!/^\/(callback|onward)$/.test(url.pathname)) return new Response(null, { status: 204 }); // an icon, for example
     this.callbacks.push({ url, headers: new Headers(request.headers) });
+    await this.gate;
     if (url.pathname === "/onward") {
       return new Response(null, { status: 307, headers: { Location: `claude://claude.ai/connected${url.search}` } });
     }
@@ -211,8 +214,8 @@ export class Site {
   ownPage = "";
   /** What the store does while this is set: fail. */
   storeFails = false;
-  /** While this is set, answers are long under way, as they are to a phone on a train. */
-  slow = false;
+  /** Answers are under way for so long, as they are to a phone on a train. */
+  gate: Promise<void> | undefined;
   /** All requests that have been answered, as "GET /path". */
   readonly answered: string[] = [];
   readonly #listener: Listener;
@@ -245,7 +248,7 @@ export class Site {
     listener.handler = async (request) => {
       const response = await this.app.fetch(request);
       this.answered.push(`${request.method} ${new URL(request.url).pathname}`);
-      if (this.slow) await pause(500);
+      await this.gate;
       return response;
     };
   }
