@@ -266,16 +266,20 @@ async function powerCuts(runtime: Runtime): Promise<string> {
   let server: Server = await serve(runtime, dir, ledger);
   await warmUp(server.client, ledger);
   for (let cut = 1; cut <= cuts; cut++) {
+    const spare = await server.client.connect();
     const load = ledger.load(server.client, 8, "open");
     await pause(100 + Math.random() * 200);
+    // While ext4 is being cut off, it answers an fsync with success for a moment and drops what was to be synced: a loop
+    // of nothing but write and fsync on a busy machine sees that, too. Only what was answered before is a promise.
+    ledger.doubtful = true;
     await disk.cut();
     await pause(100);
     load.stop();
     await load.done;
+    ledger.doubtful = false;
     demand(ledger.faults === "", `when the disk failed: ${ledger.faults}`);
-    const [connection] = ledger.connections.filter(({ revoked }) => revoked === "no");
-    expect(await server.client.call(connection!.access.at(-1)!), 200, "a call with the disk read-only");
-    expect(await server.client.refresh(connection!.refresh), 503, "a refresh with the disk read-only");
+    expect(await server.client.call(spare.access_token), 200, "a call with the disk read-only");
+    expect(await server.client.refresh(spare.refresh_token), 503, "a refresh with the disk read-only");
     await server.process.kill();
     await disk.revive();
     server = await serve(runtime, dir, ledger);

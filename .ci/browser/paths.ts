@@ -21,7 +21,6 @@ import {
   View,
   Visitor,
 } from "./kit.ts";
-import { pause } from "../lib/limits.ts";
 
 interface Walk {
   browser: Browser;

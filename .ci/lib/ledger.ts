@@ -52,6 +52,8 @@ export class Ledger {
   readonly alive: string[] = [];
   readonly wrong: string[] = [];
   acknowledged = 0;
+  /** While this is set, a success is no promise: what was asked for may have happened or not. */
+  doubtful = false;
   #client_id: string | undefined;
 
   /** All that is amiss, or nothing. */
@@ -124,7 +126,7 @@ export class Ledger {
       if (!(Number(answer.headers.get("Retry-After")) > 0)) this.wrong.push(`${what}: 503 without Retry-After`);
       return false;
     }
-    return this.#expect(answer, wanted, this.wrong, what);
+    return this.#expect(answer, wanted, this.wrong, what) && !this.doubtful;
   }
 
   async #approve(client: Client, tolerate?: Refusals): Promise<void> {
