@@ -1486,10 +1486,9 @@ function unanswerable(c: Context, error: unknown, settings: Settings): Response 
  * audience is always the canonical URL.
  */
 function checkResource(params: URLSearchParams, { issuer, resource }: Settings): void {
-  const ours = [resource, issuer].map(normalizeResource);
   for (const asked of params.getAll("resource")) {
     const normal = normalizeResource(asked);
-    if (normal === undefined || !ours.includes(normal)) {
+    if (normal === undefined || ![resource, issuer].map(normalizeResource).includes(normal)) {
       throw new OAuthError("invalid_target", `This server grants access to ${resource} only`);
     }
   }
@@ -3683,13 +3682,21 @@ async function sha256(text: string): Promise<string> {
   return base64url(new Uint8Array(await crypto.subtle.digest("SHA-256", utf8.encode(text))));
 }
 
-/** HMAC-SHA-256 in hex. */
-async function hmac(key: string, text: string): Promise<string> {
-  const { createHmac } = nodeCrypto();
-  if (createHmac) return createHmac("sha256", key).update(text).digest("hex");
+/**
+ * HMAC-SHA-256 (RFC 2104) in hex, under a key of 64 hex digits: as long as a block of SHA-256, so it needs no padding. It
+ * is put together from its two digests, because on Deno `createHmac` takes three times as long as they do.
+ */
+async function hmac(key: string): Promise<(text: string) => Promise<string>> {
+  const { createHash } = nodeCrypto();
+  if (createHash) {
+    const masked = (mask: number) => String.fromCharCode(...[...key].map((digit) => digit.charCodeAt(0) ^ mask));
+    const [inner, outer] = [masked(0x36), masked(0x5c)];
+    const digest = (text: string) => createHash("sha256").update(inner).update(text).digest();
+    return (text) => Promise.resolve(createHash("sha256").update(outer).update(digest(text)).digest("hex"));
+  }
   const algorithm = { name: "HMAC", hash: "SHA-256" };
   const imported = await crypto.subtle.importKey("raw", utf8.encode(key), algorithm, false, ["sign"]);
-  return hex(new Uint8Array(await crypto.subtle.sign("HMAC", imported, utf8.encode(text))));
+  return async (text) => hex(new Uint8Array(await crypto.subtle.sign("HMAC", imported, utf8.encode(text))));
 }
 
 /** HMAC-SHA-256 under the server's key, in hex. The purpose keeps one use from standing in for another. */
@@ -3697,12 +3704,12 @@ type Mac = (purpose: string, ...parts: string[]) => Promise<string>;
 
 /** The key is drawn at the first start. It opens nothing by itself: what it signs is checked against the store. */
 function serverMac(store: Store): Mac {
-  const key = once(async () => {
+  const keyed = once(async () => {
     const { key } = await store.update("server", (current) => current ?? { key: random(32) }) as { key: string };
-    return key;
+    return hmac(key);
   });
   // JSON, so that no two lists of parts come out as the same bytes.
-  return async (purpose, ...parts) => hmac(await key(), JSON.stringify([purpose, ...parts]));
+  return async (purpose, ...parts) => (await keyed())(JSON.stringify([purpose, ...parts]));
 }
 
 /** Whether two strings are equal, in a time that tells only their lengths. */
