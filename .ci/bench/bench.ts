@@ -31,7 +31,7 @@ type Part = (found: Runtime[], node: Runtime) => Promise<Table>;
 
 const parts: Record<string, Part> = {
   guard: (found, node) =>
-    guard(found, node, quick ? { launches: 1, rounds: 3, seconds: 0.5 } : { launches: 7, rounds: 3, seconds: 0.5 }),
+    guard(found, node, quick ? { launches: 1, rounds: 15, seconds: 0.1 } : { launches: 5, rounds: 30, seconds: 0.1 }),
   journeys: (found) => journeys(found, quick ? { rounds: 3, count: 30 } : { rounds: 9, count: 100 }),
   growth: (found) =>
     growth(

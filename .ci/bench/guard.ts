@@ -1,4 +1,4 @@
-/** What the guard costs: the same app on the same server, with and without it, in alternating rounds. */
+/** What the guard costs: the same handler on the same server, with and without it, in alternating rounds. */
 
 import {
   type Child,
@@ -18,10 +18,10 @@ import type { Driven } from "./load.ts";
 const LIST = JSON.stringify({ jsonrpc: "2.0", id: 1, method: "tools/list", params: {} });
 
 /** Every server gets the token: reading a header off the wire is not the guard's work. */
-export function request(method: "GET" | "POST", token: string | undefined): string {
+export function request(method: "GET" | "POST", token: string | undefined, path = "/mcp"): string {
   const body = method === "POST" ? LIST : "";
   return [
-    `${method} /mcp HTTP/1.1`,
+    `${method} ${path} HTTP/1.1`,
     "Host: localhost:8050",
     "User-Agent: bench",
     "Accept: application/json, text/event-stream",
@@ -33,12 +33,15 @@ export function request(method: "GET" | "POST", token: string | undefined): stri
 }
 
 export interface GuardOptions {
-  /** How often the servers are started anew: two processes of the same program differ by more than the guard costs. */
   launches: number;
-  /** In each launch, after one that warms up. */
+  /** In each launch. Short ones: the machine must not become another one between two sides. */
   rounds: number;
   seconds: number;
 }
+
+const WARM_UP_SECONDS = 0.7;
+
+const PATHS = { guarded: "/mcp", middleware: "/middleware", unguarded: "/unguarded" };
 
 export async function guard(runtimes: Runtime[], node: Runtime, options: GuardOptions): Promise<Table> {
   const rows: string[][] = [];
@@ -53,8 +56,9 @@ export async function guard(runtimes: Runtime[], node: Runtime, options: GuardOp
   return {
     title: "The guard",
     note:
-      "Requests through the guard against the same Hono app without it, ten connections at a time. *Middleware* is " +
-      "any Hono middleware that reads the Authorization header and does nothing else: the least that a guard can cost.",
+      "Requests through the guard against those to the same handler in the same server without it, ten connections at " +
+      "a time. *Middleware* is any Hono middleware that reads the Authorization header and does nothing else: the least " +
+      "that a guard can cost.",
     essential: /, (guarded|middleware)$/,
     head: ["", "requests/s", "of unguarded", "by processor time", "µs of processor", "p50 ms", "p99 ms"],
     rows,
@@ -63,6 +67,7 @@ export async function guard(runtimes: Runtime[], node: Runtime, options: GuardOp
 
 interface Side {
   name: string;
+  path: string;
   rates: number[];
   /** Microseconds of the server's processor time for each request. */
   cost: number[];
@@ -70,36 +75,26 @@ interface Side {
   p99: number[];
 }
 
-interface Running {
-  side: Side;
-  server: Child;
-  port: number;
-}
-
 async function compare(runtime: Runtime, kind: string, load: Child, options: GuardOptions): Promise<string[][]> {
-  const sides = ["-guarded", "-middleware", ""].map((name): Side => ({ name, rates: [], cost: [], p50: [], p99: [] }));
+  const sides = Object.entries(PATHS).map(([name, path]): Side => {
+    return { name, path, rates: [], cost: [], p50: [], p99: [] };
+  });
   const dir = temporary();
   try {
     for (let launch = 0; launch < options.launches; launch++) {
-      const running: Running[] = [];
+      const server = start(runtime, "server.ts", kind, dir);
       try {
-        for (const side of sides) {
-          const server = start(runtime, "server.ts", kind + side.name, dir);
-          running.push({ side, server, port: 0 });
-          running.at(-1)!.port = (await server.next()).port;
-        }
-        await alternate(running, kind, load, options);
+        await alternate(sides, server, kind, load, options);
       } finally {
-        for (const { server } of running) await server.stop();
+        await server.stop();
       }
     }
   } finally {
     discard(dir);
   }
   const bare = sides.at(-1)!;
-  const names: Record<string, string> = { "-guarded": "guarded", "-middleware": "middleware", "": "unguarded" };
   return sides.map((side) => [
-    `${runtime.name}, ${kind === "mcp" ? "tools/list" : "trivial"}, ${names[side.name]}`,
+    `${runtime.name}, ${kind === "mcp" ? "tools/list" : "trivial"}, ${side.name}`,
     figure(median(side.rates)),
     side === bare ? "1" : shown(ratio(side.rates, bare.rates)),
     side === bare ? "1" : shown(ratio(bare.cost, side.cost)),
@@ -109,16 +104,26 @@ async function compare(runtime: Runtime, kind: string, load: Child, options: Gua
   ]);
 }
 
-/** Rounds that alternate between the servers; the first warms up and is not counted. */
-async function alternate(running: Running[], kind: string, load: Child, { rounds, seconds }: GuardOptions) {
-  const { token } = await running[0]!.server.ask("token");
-  const sent = request(kind === "mcp" ? "POST" : "GET", token);
-  for (let round = 0; round <= rounds; round++) {
-    for (const { side, server, port } of round % 2 ? running : running.toReversed()) {
+/** Rounds that alternate between the sides, which share a process: two of them would differ by more than a guard costs. */
+async function alternate(
+  sides: Side[],
+  server: Child,
+  kind: string,
+  load: Child,
+  { rounds, seconds }: GuardOptions,
+): Promise<void> {
+  const { port } = await server.next();
+  const { token } = await server.ask("token");
+  const drive = (path: string, seconds: number): Promise<Driven> => {
+    const sent = request(kind === "mcp" ? "POST" : "GET", token, path);
+    return load.ask({ port, request: sent, connections: 10, seconds });
+  };
+  for (const { path } of sides) await drive(path, WARM_UP_SECONDS);
+  for (let round = 0; round < rounds; round++) {
+    for (const side of round % 2 ? sides : sides.toReversed()) {
       const before: Json = await server.ask("usage");
-      const driven: Driven = await load.ask({ port, request: sent, connections: 10, seconds });
+      const driven = await drive(side.path, seconds);
       const after: Json = await server.ask("usage");
-      if (round === 0) continue;
       side.rates.push(driven.requests / driven.seconds);
       side.cost.push((after.cpu - before.cpu) / driven.requests * 1e6);
       side.p50.push(driven.p50);

@@ -3,10 +3,11 @@
  * listens, and another with a token if there is one; answers each line on its standard input with the processor time
  * and memory it has used; and ends when its standard input does, so that none is ever left over.
  *
- *     hono             a bare Hono app with a trivial handler
- *     hono-middleware  the same behind a middleware that reads the Authorization header and does nothing
- *     hono-guarded     the same behind the guard, on the state folder DIR
- *     mcp, mcp-middleware, mcp-guarded   the same three around the MCP server of example.ts
+ *     hono   a Hono app with a trivial handler
+ *     mcp    one with the MCP server of example.ts
+ *
+ * The handler is at /unguarded, at /middleware behind a middleware that reads the Authorization header and does nothing,
+ * and at /mcp: behind the guard, on the state folder DIR, if there is one. Without it the program never hears of mod.ts.
  *
  * @module
  */
@@ -14,7 +15,7 @@
 import process from "node:process";
 import { createInterface } from "node:readline";
 import { serve } from "@hono/node-server";
-import { Hono, type MiddlewareHandler } from "hono";
+import { type Handler, Hono, type MiddlewareHandler } from "hono";
 import type { AuthEnv, PersonalAuth } from "../../mod.ts";
 
 const [kind = "hono", dir = ""] = process.argv.slice(2);
@@ -27,19 +28,21 @@ const readsHeader: MiddlewareHandler<AuthEnv> = async (c, next) => {
 
 const app = new Hono<AuthEnv>();
 let auth: PersonalAuth | undefined;
-if (kind.endsWith("-guarded")) {
-  // Only here, so that the others start as a program does that has never heard of it.
+if (dir) {
   const { fileStore, personalAuth }: typeof import("../../mod.ts") = await import(
     process.env.BENCH_MOD ?? "../../mod.ts"
   );
   const store = fileStore(dir);
   auth = personalAuth({ baseUrl: "http://localhost:8050", store, authenticateOwner: () => true, onEvent: () => {} });
   app.route("/", auth);
-} else if (kind.endsWith("-middleware")) app.use("/mcp/*", readsHeader);
-if (kind.startsWith("mcp")) {
+}
+app.use("/middleware", readsHeader);
+let handler: Handler<AuthEnv> = (c) => c.text("hello");
+if (kind === "mcp") {
   const { handleMcp } = await import("./mcp.ts");
-  app.post("/mcp", (c) => handleMcp(c.req.raw));
-} else app.all("/mcp", (c) => c.text("hello"));
+  handler = (c) => handleMcp(c.req.raw);
+}
+for (const path of ["/mcp", "/middleware", "/unguarded"]) app.all(path, handler);
 
 const write = (answer: unknown) => console.log(JSON.stringify(answer));
 
