@@ -13,7 +13,8 @@ import { join } from "node:path";
 import process from "node:process";
 import type { Grant } from "../../mod.ts";
 import { median } from "./kit.ts";
-import { mod, type Tokens, world } from "./world.ts";
+import type { Client } from "../lib/client.ts";
+import { good, mod, type Tokens, world } from "./world.ts";
 
 const [mode, dir = "", ...rest] = process.argv.slice(2);
 const { DatabaseSync } = createRequire(import.meta.url)("node:sqlite");
@@ -51,10 +52,10 @@ async function prepared(size: number) {
   mkdirSync(folder);
   const store = mod.fileStore(folder);
   const w = world(store);
-  const samples: { client_id: string; tokens: Tokens }[] = [];
+  const samples: { client: Client; tokens: Tokens }[] = [];
   for (let i = 0; i < SAMPLES; i++) {
-    const client_id = await w.register(`client ${i}`);
-    samples.push({ client_id, tokens: await w.exchange(client_id, await w.authorize(client_id)) });
+    const client = w.client();
+    samples.push({ client, tokens: await client.connect() });
   }
   const keys = fill(folder, size - SAMPLES);
   let at = 0;
@@ -71,9 +72,9 @@ async function times(rounds: number, sizes: number[]): Promise<Growth> {
   const steps: Record<string, (on: Prepared, sample: Sample) => Promise<unknown>> = {
     verify: ({ w }, { tokens }) => w.auth.verifyAccessToken(tokens.access_token),
     "read of any record": ({ readAny }) => readAny(),
-    refresh: async ({ w }, sample) => sample.tokens = await w.refresh(sample.client_id, sample.tokens.refresh_token),
-    register: ({ w }) => w.register("another client"),
-    connect: async ({ w }, { client_id }) => await w.exchange(client_id, await w.authorize(client_id)),
+    refresh: async (_, sample) => sample.tokens = await good(sample.client.refresh(sample.tokens.refresh_token)),
+    register: (_, { client }) => good(client.register()),
+    connect: (_, { client }) => client.connect(),
   };
   const results: Growth["times"] = {};
   for (const [step, task] of Object.entries(steps)) {
@@ -97,7 +98,7 @@ async function times(rounds: number, sizes: number[]): Promise<Growth> {
 async function memory(): Promise<{ memory: number }> {
   const store = mod.fileStore(dir);
   const w = world(store);
-  await w.register("a client");
+  await good(w.client().register());
   await w.auth.verifyAccessToken(`pat_${"0".repeat(96)}`).catch(() => {});
   await new Promise((resolve) => setTimeout(resolve, 200));
   const { Bun, gc } = globalThis as { Bun?: { gc(force: boolean): void }; gc?: () => void };
@@ -114,11 +115,11 @@ function contents(): string {
 }
 
 async function register(count: number): Promise<{ unchanged: boolean; seconds: number }> {
-  const w = world(mod.fileStore(dir));
-  await w.register("the first, for which the server's key is drawn");
+  const client = world(mod.fileStore(dir)).client();
+  await good(client.register("the first, for which the server's key is drawn"));
   const before = contents();
   const started = performance.now();
-  for (let i = 0; i < count; i++) await w.register(`client ${i}`);
+  for (let i = 0; i < count; i++) await good(client.register(`client ${i}`));
   return { unchanged: contents() === before, seconds: (performance.now() - started) / 1000 };
 }
 

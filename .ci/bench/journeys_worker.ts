@@ -9,7 +9,8 @@ import { createRequire } from "node:module";
 import { join } from "node:path";
 import process from "node:process";
 import { median } from "./kit.ts";
-import { mod, type Tokens, type World, world } from "./world.ts";
+import type { Client } from "../lib/client.ts";
+import { good, mod, type Tokens, type World, world } from "./world.ts";
 
 const [dir = "", rounds = "7", count = "100"] = process.argv.slice(2);
 const { DatabaseSync } = createRequire(import.meta.url)("node:sqlite");
@@ -28,21 +29,20 @@ export interface Lives {
 /** A connection on its way: what the steps so far have left. */
 interface Life {
   w: World;
-  name: string;
-  client_id: string;
+  client: Client;
   code: string;
   tokens: Tokens;
 }
 
 const STEPS: Record<string, (life: Life) => Promise<unknown>> = {
-  register: async (life) => life.client_id = await life.w.register(life.name),
-  authorize: async (life) => life.code = await life.w.authorize(life.client_id),
-  "code exchange": async (life) => life.tokens = await life.w.exchange(life.client_id, life.code),
-  "first use": (life) => life.w.auth.verifyAccessToken(life.tokens.access_token),
-  refresh: async (life) => life.tokens = await life.w.refresh(life.client_id, life.tokens.refresh_token),
-  "first use of the new": (life) => life.w.auth.verifyAccessToken(life.tokens.access_token),
-  "later use": (life) => life.w.auth.verifyAccessToken(life.tokens.access_token),
-  revoke: (life) => life.w.revoke(life.client_id, life.tokens.refresh_token),
+  register: ({ client }) => client.id(),
+  authorize: async (life) => life.code = (await life.client.approve()).code!,
+  "code exchange": async (life) => life.tokens = await good(life.client.redeem(life.code)),
+  "first use": ({ w, tokens }) => w.auth.verifyAccessToken(tokens.access_token),
+  refresh: async (life) => life.tokens = await good(life.client.refresh(life.tokens.refresh_token)),
+  "first use of the new": ({ w, tokens }) => w.auth.verifyAccessToken(tokens.access_token),
+  "later use": ({ w, tokens }) => w.auth.verifyAccessToken(tokens.access_token),
+  revoke: ({ client, tokens }) => good(client.revoke(tokens.refresh_token)),
 };
 
 /** What the disk and SQLite can do: one record of a grant's size, made durable before the next. */
@@ -61,14 +61,13 @@ const commit = committer();
 const times: Lives = { file: {}, memory: {}, commit: {} };
 
 for (let round = 0; round <= Number(rounds); round++) {
-  const lives = Array.from({ length: Number(count) }, (_, i) => ({ name: `client ${round} ${i}` }));
-  const of = (w: World) => lives.map(({ name }) => ({ w, name } as Life));
+  const of = (w: World) => Array.from({ length: Number(count) }, () => ({ w, client: w.client() } as Life));
   const files = of(stores.file);
   const memories = of(stores.memory);
   for (const [step, task] of Object.entries(STEPS)) {
     const taken = { file: [] as number[], memory: [] as number[], commit: [] as number[] };
     // Ten at once of each in turn, so that whatever else the machine and the disk are doing hits all three.
-    for (let from = 0; from < lives.length; from += BATCH) {
+    for (let from = 0; from < Number(count); from += BATCH) {
       for (const side of ["file", "memory", "commit"] as const) {
         const some = { file: files, memory: memories, commit: [] }[side].slice(from, from + BATCH);
         const started = performance.now();

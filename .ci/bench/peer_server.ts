@@ -255,12 +255,13 @@ const peers: Record<string, () => Promise<Peer>> = {
     const [, world = "", dir = ""] = process.argv.slice(2);
     const { mod, world: make }: typeof import("./world.ts") = await load(world);
     const { getRequestListener } = await load("@hono/node-server");
-    const { app, register, authorize } = make(dir ? mod.fileStore(dir) : mod.memoryStore());
-    app.all("/mcp", (c) => c.text("hello"));
-    const client_id = await register("Client");
+    const w = make(dir ? mod.fileStore(dir) : mod.memoryStore());
+    w.app.all("/mcp", (c) => c.text("hello"));
+    const client = w.client();
+    const client_id = await client.id();
     return {
-      port: await listen(getRequestListener(app.fetch)),
-      code: async () => ({ client_id, code: await authorize(client_id) }),
+      port: await listen(getRequestListener(w.app.fetch)),
+      code: async () => ({ client_id, code: (await client.approve()).code! }),
     };
   },
 };

@@ -5,6 +5,7 @@ import { copyFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
+import { REDIRECT, VERIFIER } from "../lib/client.ts";
 import { request } from "./guard.ts";
 import {
   type Child,
@@ -46,9 +47,6 @@ const NAMES: Record<string, string> = {
   "workers-oauth-provider": "@cloudflare/workers-oauth-provider on workerd",
   fastmcp: "fastmcp InMemoryOAuthProvider on Python",
 };
-
-const VERIFIER = "dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk";
-const REDIRECT = "https://claude.ai/api/mcp/auth_callback";
 
 interface Peer {
   name: string;

@@ -5,13 +5,12 @@
  * @module
  */
 
-import { createHash } from "node:crypto";
-
 /** What the server believes to be its address, wherever it listens. */
 export const BASE = "https://mcp.example.com";
 export const REDIRECT = "https://claude.ai/api/mcp/auth_callback";
-const VERIFIER = "a-verifier.with_every~kind-of-character.0123456789";
-const CHALLENGE = createHash("sha256").update(VERIFIER).digest("base64url");
+/** The pair of RFC 7636 appendix B. */
+export const VERIFIER = "dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk";
+const CHALLENGE = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM";
 
 // deno-lint-ignore no-explicit-any
 export type Json = any;
