@@ -19,6 +19,7 @@ import { attacks } from "./browser/attacks.ts";
 import { apart, type Part, ROOT, SCREENSHOTS } from "./browser/kit.ts";
 import { keyboard, walks } from "./browser/paths.ts";
 import { NotRun, pause, within } from "./lib/limits.ts";
+import { outcome, report, sum } from "./lib/tally.ts";
 
 const CHROMIUM = "/usr/bin/chromium";
 const INSTALL_SECONDS = 240;
@@ -43,15 +44,7 @@ const FLAGS = [
 // deno-lint-ignore no-explicit-any
 const PARTS: Part<any>[] = [...walks, keyboard, ...attacks];
 
-const counts = { ok: 0, FAILED: 0, "not run": 0 };
 let deadline = Infinity;
-
-function report(outcome: keyof typeof counts, name: string, error?: unknown): void {
-  counts[outcome]++;
-  // deno-lint-ignore no-control-regex
-  const why = (error instanceof Error ? error.message : String(error)).replace(/\x1b\[[0-9;]*m/g, "");
-  console.log(`${outcome} ${name}${error === undefined ? "" : `: ${why.replace(/\s+/g, " ").slice(0, 1200)}`}`);
-}
 
 async function install(): Promise<void> {
   const there = async (path: string) => await Deno.stat(path).then(() => true, () => false);
@@ -88,7 +81,7 @@ async function run<World>(browser: Browser, { name, open, close, before, checks 
       report("ok", `${check} (${name})`);
     } catch (error) {
       if (stopped) return;
-      report(error instanceof NotRun ? "not run" : "FAILED", `${check} (${name})`, error);
+      report(outcome(error), `${check} (${name})`, error);
     }
   }
   await within(CHECK_SECONDS, close(world)).catch((error) => console.error(`${name} cannot be closed`, error));
@@ -130,9 +123,8 @@ try {
   const launch = { executablePath: CHROMIUM, args: FLAGS, handleSIGINT: false, handleSIGTERM: false };
   browser = await chromium.launch(launch);
 } catch (error) {
-  const outcome = error instanceof NotRun ? "not run" : "FAILED";
   for (const { name, checks } of wanted) {
-    for (const check of Object.keys(checks)) report(outcome, `${check} (${name})`, error);
+    for (const check of Object.keys(checks)) report(outcome(error), `${check} (${name})`, error);
   }
 }
 if (browser) {
@@ -145,5 +137,4 @@ if (browser) {
   await Promise.all(team);
 }
 if (stopped) await new Promise(() => {}); // whoever stopped it sees to the end
-console.log(`${counts.ok} passed, ${counts.FAILED} failed, ${counts["not run"]} skipped`);
-await end(counts.FAILED > 0 ? 1 : 0);
+await end(sum());

@@ -21,17 +21,16 @@ import {
   finish,
   fragileDisk,
   numberArgument,
-  ROOT,
   Running,
-  type Runtime,
-  runtimes,
   smallDisk,
   temporaryFolder,
   textArgument,
+  wantedRuntimes,
 } from "./lib/checks.ts";
 import { oneLine, pause } from "./lib/limits.ts";
 import type { Answer, Client, Tokens } from "./lib/client.ts";
 import { Ledger } from "./lib/ledger.ts";
+import { ROOT, type Runtime } from "./lib/runtimes.ts";
 import { agree, distinct, expect, shuffled, timed } from "./lib/together.ts";
 
 const CYCLES = numberArgument("cycles", 300);
@@ -50,8 +49,9 @@ interface Server {
   client: Client;
 }
 
-function launch({ command, args }: Runtime, mode: string, dir: string, env: Record<string, string> = {}): Running {
-  return new Running(command, [...args, SERVER, mode, dir], env);
+function launch({ command }: Runtime, mode: string, dir: string, env: Record<string, string> = {}): Running {
+  const [executable, ...before] = command;
+  return new Running(executable!, [...before, SERVER, mode, dir], env);
 }
 
 async function serve(runtime: Runtime, dir: string, ledger = new Ledger(), env?: Record<string, string>) {
@@ -700,7 +700,7 @@ function measure(dir: string): { entries: number; bytes: number } {
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-const all = await runtimes(textArgument("runtime"));
+const all = await wantedRuntimes(textArgument("runtime"));
 const several = all.length > 1 ? all : [all[0]!, all[0]!];
 const everywhere = async (body: (runtime: Runtime) => Promise<string>) => (await Promise.all(all.map(body))).join("; ");
 

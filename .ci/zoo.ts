@@ -12,7 +12,8 @@
  * @module
  */
 
-import { NotRun, oneLine, pause, within } from "./lib/limits.ts";
+import { NotRun, pause, within } from "./lib/limits.ts";
+import { outcome, reason, report, sum } from "./lib/tally.ts";
 import { endGroup, Pen, spawn } from "./zoo/kit.ts";
 import { oauth4webapi, sdk1, sdk2 } from "./zoo/libraries.ts";
 import {
@@ -46,22 +47,9 @@ const INSTALL_SECONDS = 240;
 const CHECK_SECONDS = 90;
 
 const root = await Deno.makeTempDir({ prefix: "zoo-" });
-const counts = { ok: 0, FAILED: 0, "not run": 0 };
 const pens = new Set<Pen>();
 const installs = new Set<Deno.ChildProcess>();
 let interrupted = false;
-
-function report(outcome: keyof typeof counts, name: string, error?: unknown): void {
-  if (interrupted) return;
-  counts[outcome]++;
-  console.log(`${outcome} ${name}${error === undefined ? "" : `: ${reason(error)}`}`);
-}
-
-function reason(error: unknown): string {
-  if (!(error instanceof Error)) return oneLine(String(error));
-  const { message, cause } = error;
-  return oneLine(cause === undefined ? message : `${message} (${Deno.inspect(cause)})`).slice(0, 700);
-}
 
 /** Installs one package into a folder of its own, which it returns. */
 async function install(spec: string): Promise<string> {
@@ -94,9 +82,9 @@ async function install(spec: string): Promise<string> {
 async function visit(program: Program, installed: Promise<string> | undefined, node: Promise<string>): Promise<void> {
   let pen: Pen | undefined;
   const fault = (name: string, error: unknown): void => {
-    if (error instanceof NotRun) return report("not run", name, error);
-    report("FAILED", name, error);
-    if (!interrupted) console.error(`\n${name}\n${pen?.log}\n`);
+    if (interrupted) return;
+    report(outcome(error), name, error);
+    if (outcome(error) === "FAILED") console.error(`\n${name}\n${pen?.log}\n`);
   };
   let checks: Check[] = [];
   try {
@@ -115,7 +103,7 @@ async function visit(program: Program, installed: Promise<string> | undefined, n
     try {
       if (failed) throw new NotRun(`not after what came before it (${failed})`);
       await within(CHECK_SECONDS, run());
-      report("ok", name);
+      if (!interrupted) report("ok", name);
     } catch (error) {
       fault(name, error);
       if (!program.independent) failed ??= what;
@@ -161,5 +149,4 @@ try {
   await leave();
 }
 if (interrupted) Deno.exit(130);
-console.log(`${counts.ok} passed, ${counts.FAILED} failed, ${counts["not run"]} skipped`);
-Deno.exit(counts.FAILED > 0 ? 1 : 0);
+Deno.exit(sum());

@@ -4,7 +4,8 @@ import { readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { stripTypeScriptTypes } from "node:module";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { discard, median, ratio, type Runtime, shown, start, type Table, temporary } from "./kit.ts";
+import { discard, median, ratio, shown, start, type Table, temporary } from "./kit.ts";
+import type { Runtime } from "../lib/runtimes.ts";
 
 const path = (relative: string) => fileURLToPath(new URL(relative, import.meta.url));
 

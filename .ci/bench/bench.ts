@@ -9,23 +9,21 @@
  * @module
  */
 
-import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { availableParallelism, cpus, totalmem } from "node:os";
 import process from "node:process";
-import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import { begin } from "./begin.ts";
 import { growth } from "./growth.ts";
 import { guard } from "./guard.ts";
 import { journeys } from "./journeys.ts";
-import { cleanUp, firstLine, markdown, type Runtime, runtimes, startCommand, type Table } from "./kit.ts";
+import { cleanUp, firstLine, markdown, startCommand, type Table } from "./kit.ts";
 import { peers } from "./peers.ts";
+import { ROOT, type Runtime, runtimes } from "../lib/runtimes.ts";
 
 const { values: { quick, only, readme } } = parseArgs({
   options: { quick: { type: "boolean" }, only: { type: "string" }, readme: { type: "boolean" } },
 });
-
-const ROOT = fileURLToPath(new URL("../../", import.meta.url));
 
 type Part = (found: Runtime[], node: Runtime) => Promise<Table>;
 
@@ -44,13 +42,6 @@ const parts: Record<string, Part> = {
   ...(!quick && { peers: (_, node) => peers(node, { rounds: 9, seconds: 0.5, count: 100 }) }),
 };
 
-/** Bun and Node look for packages in a folder; Deno puts them there. */
-async function install(): Promise<void> {
-  if (existsSync(`${ROOT}node_modules/@hono/node-server`)) return;
-  const entry = ["--entrypoint", "mod.ts", "example.ts"];
-  await startCommand(["npx", "-y", "deno", "install", "--node-modules-dir=auto", ...entry], { cwd: ROOT }).ended;
-}
-
 function machine(found: Runtime[]): string {
   const versions = found.map(({ name, version }) => `${name} ${version}`).join(", ");
   const memory = Math.round(totalmem() / 2 ** 30);
@@ -62,7 +53,6 @@ function machine(found: Runtime[]): string {
 }
 
 async function main(): Promise<void> {
-  await install();
   const { found, missing } = await runtimes();
   const node = found.find(({ name }) => name === "Node");
   if (!node) throw new Error(`The load generator needs Node. ${missing.join("; ")}`);

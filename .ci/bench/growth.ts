@@ -1,7 +1,8 @@
 /** Whether anything grows: the same requests at ten connections and at very many; memory; disk; registrations. */
 
 import { join } from "node:path";
-import { discard, figure, median, ratio, type Runtime, shown, start, type Table, temporary } from "./kit.ts";
+import { discard, figure, median, ratio, shown, start, type Table, temporary } from "./kit.ts";
+import type { Runtime } from "../lib/runtimes.ts";
 import type { Growth } from "./growth_worker.ts";
 
 export interface GrowthOptions {

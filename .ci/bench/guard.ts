@@ -1,18 +1,7 @@
 /** What the guard costs: the same handler on the same server, with and without it, in alternating rounds. */
 
-import {
-  type Child,
-  discard,
-  figure,
-  type Json,
-  median,
-  ratio,
-  type Runtime,
-  shown,
-  start,
-  type Table,
-  temporary,
-} from "./kit.ts";
+import { type Child, discard, figure, type Json, median, ratio, shown, start, type Table, temporary } from "./kit.ts";
+import type { Runtime } from "../lib/runtimes.ts";
 import type { Driven } from "./load.ts";
 
 const LIST = JSON.stringify({ jsonrpc: "2.0", id: 1, method: "tools/list", params: {} });

@@ -1,6 +1,7 @@
 /** What a connection's life costs, durable and in memory, against what the disk can do. */
 
-import { discard, figure, median, ratio, type Runtime, shown, start, type Table, temporary } from "./kit.ts";
+import { discard, figure, median, ratio, shown, start, type Table, temporary } from "./kit.ts";
+import type { Runtime } from "../lib/runtimes.ts";
 import type { Lives } from "./journeys_worker.ts";
 
 export interface JourneyOptions {

@@ -1,13 +1,12 @@
-/** What all the benchmarks stand on: the runtimes, children that speak in lines of JSON, statistics, tables. */
+/** What all the benchmarks stand on: children that speak in lines of JSON, statistics, tables. */
 
-import { type ChildProcess, execFile, spawn } from "node:child_process";
+import { type ChildProcess, spawn } from "node:child_process";
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import process from "node:process";
 import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
-import { promisify } from "node:util";
+import { ENVIRONMENT, type Runtime } from "../lib/runtimes.ts";
 
 // ─── What has to be gone at the end ────────────────────────────────────────────────────────────────────────────────
 
@@ -29,41 +28,6 @@ export function discard(folder: string): void {
 export function cleanUp(): void {
   for (const child of children) child.kill("SIGKILL");
   for (const folder of folders) discard(folder);
-}
-
-// ─── Runtimes ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-export interface Runtime {
-  name: "Deno" | "Bun" | "Node";
-  version: string;
-  /** The executable itself, so that no launcher's start is measured, and what goes before a script. */
-  command: string[];
-  env?: Record<string, string>;
-}
-
-const run = promisify(execFile);
-const quiet = { ...process.env, NO_COLOR: "1", NODE_NO_WARNINGS: "1", DENO_NO_UPDATE_CHECK: "1" };
-
-/** A runtime that cannot be had is left out, and said to be. */
-export async function runtimes(): Promise<{ found: Runtime[]; missing: string[] }> {
-  const executable = "console.log(process.execPath)";
-  const wanted: [Runtime["name"], string[], string[]][] = [
-    ["Deno", ["-y", "deno", "eval", executable], ["run", "-A", "--quiet"]],
-    ["Bun", ["-y", "bun@1", "-e", executable], ["run"]],
-    ["Node", ["-y", "-p", "node@24", "--", "node", "-e", executable], ["--expose-gc"]],
-  ];
-  const found: Runtime[] = [];
-  const missing: string[] = [];
-  for (const [name, ask, before] of wanted) {
-    try {
-      const path = (await run("npx", ask, { env: quiet })).stdout.trim();
-      const version = (await run(path, ["--version"], { env: quiet })).stdout.match(/\d+\.\d+\.\d+/)![0];
-      found.push({ name, version, command: [path, ...before] });
-    } catch (error) {
-      missing.push(`${name}: ${firstLine(error)}`);
-    }
-  }
-  return { found, missing };
 }
 
 export function firstLine(error: unknown): string {
@@ -97,7 +61,7 @@ export function startCommand(
   const child = spawn(command!, args, {
     stdio: ["pipe", "pipe", "pipe"],
     ...options,
-    env: { ...quiet, ...options.env },
+    env: { ...ENVIRONMENT, ...options.env },
   });
   children.add(child);
   let complaints = "";

@@ -14,13 +14,13 @@ import {
   firstLine,
   median,
   ratio,
-  type Runtime,
   shown,
   start,
   startCommand,
   type Table,
   temporary,
 } from "./kit.ts";
+import type { Runtime } from "../lib/runtimes.ts";
 import type { Driven } from "./load.ts";
 
 const PACKAGES = [

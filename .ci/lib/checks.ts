@@ -1,14 +1,14 @@
 /**
  * What the checks share: a line for each of them and the sum at the end, processes and folders that are gone when the
- * program is, and the three runtimes.
+ * program is.
  *
  * @module
  */
 
 import { join } from "node:path";
 import { NotRun, oneLine, pause, within } from "./limits.ts";
-
-export const ROOT = new URL("../../", import.meta.url).pathname;
+import { ROOT, type Runtime, runtimes } from "./runtimes.ts";
+import { outcome, report, sum } from "./tally.ts";
 
 export function demand(condition: unknown, message: string): asserts condition {
   if (!condition) throw new Error(message);
@@ -38,10 +38,8 @@ export function textArgument(name: string): string | undefined {
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Lines and their sum
+// One after the other
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-const counts = { ok: 0, FAILED: 0, "not run": 0 };
 
 /**
  * Runs one check and says how it went. `body` returns the figures to print behind the name; it has as many seconds as
@@ -50,14 +48,10 @@ const counts = { ok: 0, FAILED: 0, "not run": 0 };
 export async function check(name: string, seconds: number, body: () => Promise<string | void>): Promise<void> {
   const mark = disposals.length;
   try {
-    const figures = await within(seconds, body(), "the check");
-    counts.ok++;
-    console.log(`ok ${name}${figures ? `: ${figures}` : ""}`);
+    report("ok", name, await within(seconds, body(), "the check"));
   } catch (error) {
-    const outcome = error instanceof NotRun ? "not run" : "FAILED";
-    counts[outcome]++;
-    console.log(`${outcome} ${name}: ${oneLine(error instanceof Error ? error.message : String(error), 600)}`);
-    if (outcome === "FAILED") console.error(error);
+    report(outcome(error), name, error);
+    if (outcome(error) === "FAILED") console.error(error);
   }
   await dispose(mark);
 }
@@ -65,8 +59,7 @@ export async function check(name: string, seconds: number, body: () => Promise<s
 /** Ends and removes everything, prints the sum and leaves. */
 export async function finish(): Promise<never> {
   await dispose(0);
-  console.log(`${counts.ok} passed, ${counts.FAILED} failed, ${counts["not run"]} skipped`);
-  Deno.exit(counts.FAILED > 0 ? 1 : 0);
+  Deno.exit(sum());
 }
 
 const disposals: (() => unknown)[] = [];
@@ -164,31 +157,14 @@ export async function fragileDisk(): Promise<FragileDisk> {
 // Processes
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-export interface Runtime {
-  name: string;
-  command: string;
-  args: string[];
-}
-
-/** The binaries themselves, so that a start is fast and `kill` meets the process that holds the state. */
-export async function runtimes(wanted?: string): Promise<Runtime[]> {
-  const npx: Record<string, string[]> = {
-    bun: ["bun@1", "-e", "console.log(process.execPath)"],
-    node: ["-p", "node@24", "--", "node", "-p", "process.execPath"],
-  };
-  const found: Runtime[] = [];
-  for (const name of ["deno", "bun", "node"]) {
-    if (wanted !== undefined && wanted !== name) continue;
-    const command = name === "deno" ? Deno.execPath() : (await run("npx", "-y", ...npx[name]!)).split("\n").at(-1)!;
-    found.push({ name, command, args: name === "deno" ? ["run", "-A"] : [] });
-  }
+/** All runtimes, or the one that is wanted. */
+export async function wantedRuntimes(wanted?: string): Promise<Runtime[]> {
+  const all = await runtimes();
+  const isWanted = (name: string) => wanted === undefined || name.toLowerCase().startsWith(wanted);
+  const missing = all.missing.filter(isWanted);
+  demand(missing.length === 0, missing.join("; "));
+  const found = all.found.filter(({ name }) => isWanted(name));
   demand(found.length > 0, "--runtime takes deno, bun or node");
-  // Bun and Node look for packages where Deno can put them.
-  const present = await Deno.stat(join(ROOT, "node_modules", "hono")).then(() => true, () => false);
-  if (!present) {
-    const entries = ["--entrypoint", "mod.ts", "example.ts", "mod_test.ts"];
-    await run(Deno.execPath(), "install", "--node-modules-dir=auto", ...entries);
-  }
   return found;
 }
 
