@@ -71,8 +71,7 @@ export interface PersonalAuthOptions {
   /** The path that is guarded, relative to `baseUrl`; both together are the resource identifier. Default: `/mcp`. */
   mcpPath?: string | undefined;
   /**
-   * The scopes on offer: names, or names with what they allow in words or as a {@linkcode ScopeOption}.
-   * Default: `mcp`,
+   * The scopes on offer: names, or names with what they allow in words or as a {@linkcode ScopeOption}. Default: `mcp`,
    * every tool of the server.
    */
   scopes?: string[] | Record<string, string | ScopeOption> | undefined;
@@ -1828,7 +1827,7 @@ interface Grants {
   verify(token: string): AuthInfo | Promise<AuthInfo>;
   connections: PersonalAuth["connections"];
   revoke: PersonalAuth["revoke"];
-  /** With a form: nothing if it was sent before. */
+  /** With a form: nothing if it was sent before, and what it made is in use. */
   createToken(request: TokenRequest, form?: string): Promise<NewToken | undefined>;
 }
 
@@ -1869,7 +1868,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     return before;
   }
 
-  const idOf = async (form: string) => (await mac("grant", form)).slice(0, 32);
+  const idOf = async (...form: string[]) => (await mac("grant", ...form)).slice(0, 32);
   const codeOf = async (form: string) => `pac_${await idOf(form)}${await mac("code", form)}`;
 
   const approve: Grants["approve"] = async (form, request) => {
@@ -2056,16 +2055,20 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
       Array.isArray(granted) && granted.length > 0 && granted.every((scope) => offered.all.includes(scope)),
       `createToken: scopes must be some of ${offered.all.join(", ")}, not ${show(scopes)}`,
     );
-    const id = form === undefined ? random(16) : await idOf(form);
-    const token = `pat_${id}${random(32)}`;
+    // Sent twice, the form makes the same token, and not a second one; sent with other fields, as after the way back, it
+    // makes another. Of a double click the browser shows the second answer, so that one has the token as well, unless
+    // somebody has used it already.
+    const parts = [form ?? random(32), name, String(lifetime), ...granted];
+    const id = await idOf(...parts);
+    const token = `pat_${id}${await mac("token", ...parts)}`;
     const created = seconds();
-    const expires = created + lifetime;
     const client = { id: PERSONAL, name: printable(name) };
-    const access = [{ hash: await sha256(token), n: 0, expires }];
-    const grant: Grant = { client, scopes: granted, resource, created, expires, access };
-    if (await insert(id, grant)) return undefined;
-    report("token_created", "a personal access token was made", id, grant);
-    return { id, token, expiresAt: Math.floor(expires) };
+    const access = [{ hash: await sha256(token), n: 0, expires: created + lifetime }];
+    const grant: Grant = { client, scopes: granted, resource, created, expires: created + lifetime, access };
+    const before = await insert(id, grant);
+    if (before?.used !== undefined || before?.revoked !== undefined) return undefined;
+    if (!before) report("token_created", "a personal access token was made", id, grant);
+    return { id, token, expiresAt: Math.floor((before ?? grant).expires) };
   }
 
   function report(type: AuthEvent["type"], message: string, connection: string, grant: Grant | undefined): void {
@@ -2533,6 +2536,8 @@ function connectionsEndpoint(
     const csrf = form.get("csrf") ?? "";
     if (!await owner.sealed(visit.browser, path, csrf)) {
       if (!visit.known) return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
+      // The second of two clicks, after the answer to the first one has signed the owner in.
+      if (visit.who === "owner" && !form.has("action")) return c.redirect(path, 303);
       return await render(c, visit, { status: 403, message: wording.expiredAgain });
     }
     const problem = await owner.prove(c, visit, form.get("password") ?? "");

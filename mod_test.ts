@@ -1611,6 +1611,38 @@ test("/connections shows what is connected, and revokes one or all", async () =>
   assert((await browser.open(PAGE)).text.includes("Nothing is connected yet."));
 });
 
+test("/connections shows the token of a double click, and makes it once", async () => {
+  const { app, auth, events } = world({ password: PASSWORD });
+  const { browser, page } = await signedIn(app);
+  const create = formsOf(page).find(({ action }) => action === "create_token")!;
+  const made = async (more: Record<string, string> = {}) => {
+    const { status, text } = await browser.open(PAGE, form({ ...create, name: "x", days: "30", ...more }));
+    return [status, text.match(/pat_[0-9a-f]{96}/)?.[0]] as const;
+  };
+  const [first, second] = [await made(), await made()];
+  assertEquals(second, first);
+  assertEquals([first[0], (await auth.connections()).length], [200, 1]);
+  const others = [await made({ name: "y" }), await made({ days: "31" })];
+  assertEquals(new Set([first, ...others].map(([, token]) => token)).size, 3);
+  assertEquals(events.filter(({ type }) => type === "token_created").length, 3);
+
+  // Whoever finds the form in the history of a browser gets nothing that is in use, or was ended.
+  await auth.verifyAccessToken(first[1]!);
+  await auth.revoke((await auth.connections()).find(({ clientName }) => clientName === "y")!.id);
+  assertEquals([await made(), await made({ name: "y" })], [[303, undefined], [303, undefined]]);
+  assertEquals((await auth.connections()).length, 2);
+});
+
+test("/connections signs in by a double click, too", async () => {
+  const { app } = world({ password: PASSWORD });
+  const browser = browse(app);
+  const door = await browser.open(PAGE);
+  for (let i = 0; i < 2; i++) { // the first one's answer has brought another cookie
+    const { status, location } = await browser.submit(door, { password: PASSWORD }, PAGE);
+    assertEquals([status, location?.href], [303, PAGE]);
+  }
+});
+
 test("/connections makes a personal access token, shown once and made once", async () => {
   const { app, auth } = world({ password: PASSWORD, scopes: ["read", "write"] });
   const { browser, page } = await signedIn(app);

@@ -74,23 +74,24 @@ async function signIn(view: View, { site }: Walk): Promise<void> {
   assertEquals(await view.title(), "Connections", "the page after signing in");
 }
 
-/** Presses Approve again when `held`, which lets nobody on, is reached; the browser drops the first answer for the second. */
+/**
+ * Presses a button, and again when `held`, which lets nobody on, is reached: the browser drops the first answer for the
+ * second.
+ */
 async function pressTwice(
-  walk: Walk,
+  view: View,
+  name: string,
+  { site }: Walk,
   held: { gate: Promise<void> | undefined },
-  isReached: (forms: number) => boolean,
+  isReached = (forms: number): boolean => forms === 1,
 ): Promise<void> {
-  const { site, web, apps } = walk;
-  const stranger = await another(walk);
-  await stranger.open(web);
-  await stranger.page.fill("#password", PASSWORD);
   site.answered.length = 0;
-  const forms = () => site.answered.filter((request) => request === "POST /authorize").length;
+  const forms = () => site.answered.filter((request) => request.startsWith("POST ")).length;
   const { promise, resolve } = Promise.withResolvers<void>();
   held.gate = promise;
-  await stranger.leads(async () => {
-    const { mouse } = stranger.page;
-    const button = stranger.page.getByRole("button", { name: "Approve" });
+  await view.leads(async () => {
+    const { mouse } = view.page;
+    const button = view.page.getByRole("button", { name });
     await button.scrollIntoViewIfNeeded();
     const { x, y } = (await button.boundingBox())!;
     await mouse.click(x + 20, y + 20);
@@ -99,6 +100,14 @@ async function pressTwice(
     await until(() => forms() === 2, "second form");
     resolve();
   });
+}
+
+async function approveTwice(walk: Walk, held: Site | Apps, isReached?: () => boolean): Promise<void> {
+  const { site, web, apps } = walk;
+  const stranger = await another(walk);
+  await stranger.open(web);
+  await stranger.page.fill("#password", PASSWORD);
+  await pressTwice(stranger, "Approve", walk, held, isReached);
   const [dropped] = apps.callbacks.splice(0);
   assertEquals(await stranger.title(), "Already answered", "the page");
   await stranger.inspect("answered-twice");
@@ -157,12 +166,11 @@ const authorize: Checks<Walk> = {
     assertEquals(apps.callbacks.length, 0, "the number of callbacks");
   },
 
-  "Approve pressed again before the first answer came: the app is connected": (walk) =>
-    pressTwice(walk, walk.site, (forms) => forms === 1),
+  "Approve pressed again before the first answer came: the app is connected": (walk) => approveTwice(walk, walk.site),
 
   // By then the first answer has signed the owner in.
   "Approve pressed again while the app is slow: it is connected": (walk) =>
-    pressTwice(walk, walk.apps, () => walk.apps.callbacks.length === 1),
+    approveTwice(walk, walk.apps, () => walk.apps.callbacks.length === 1),
 
   "wrong password: said so, asked again, and the right one goes through": async (walk) => {
     const { site, local, apps } = walk;
@@ -362,6 +370,16 @@ const connections: Checks<Walk> = {
     assert(!(await owner.page.content()).includes(token), "the back button shows the token again");
     const made = (await site.auth.connections()).filter(({ clientName }) => clientName === "Backup script");
     assertEquals(made.map(({ scopes }) => scopes), [["notes"]], "what was made");
+  },
+
+  "/connections: Create token pressed twice: one token, and it is shown": async (walk) => {
+    const { owner, site } = walk;
+    await signIn(owner, walk);
+    await owner.page.fill("#name", "Impatient");
+    await pressTwice(owner, "Create token", walk, site);
+    assertEquals(await site.call(await owner.page.locator("pre").first().innerText()), 200, "the answer to a call");
+    const made = (await site.auth.connections()).filter(({ clientName }) => clientName === "Impatient");
+    assertEquals(made.length, 1, "the number of tokens");
   },
 
   "/connections: an expired page leads back to itself": async (walk) => {
