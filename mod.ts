@@ -1393,7 +1393,7 @@ function authorizeEndpoint(
       if (encoded === "" || !visit.known) return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
       return withRequest(c, encoded, async (request) => {
         // Of two clicks, the first may have been answered before the second: that signed the owner in, and the browser's
-        // secret is no longer the form's. What the form is then cannot prove, the session does: only the owner is told.
+        // secret is no longer the form's. The form proves nothing then, but the session does: only the owner is told.
         const answer = visit.who === "owner" ? await grants.answered(csrf, request) : undefined;
         if (answer) return answered(c, request, answer);
         // A form left open too long, or in a second tab while the first one signed in: asked again, and nothing lost.
