@@ -2057,7 +2057,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     );
     // Sent twice, the form makes the same token, and not a second one; sent with other fields, as after the way back, it
     // makes another. Of a double click the browser shows the second answer, so that one has the token as well, unless
-    // somebody has used it already.
+    // somebody has used it already. Whoever copies the store cannot make it: the form is sealed with the browser's secret.
     const parts = [form ?? random(32), name, String(lifetime), ...granted];
     const id = await idOf(...parts);
     const token = `pat_${id}${await mac("token", ...parts)}`;

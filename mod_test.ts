@@ -2879,7 +2879,10 @@ test("a copy of the store, with this source, lets nobody in", async () => {
   const { access_token, refresh_token } = (await redeem(approval.location!.searchParams.get("code")!)).body;
   await refreshing(app, client_id, refresh_token);
   await callMcp(app, access_token);
-  await auth.createToken({ name: "script" });
+  const script = await auth.createToken({ name: "script" });
+  const create = formsOf(await owner.open(PAGE)).find(({ action }) => action === "create_token")!;
+  const made = (await owner.open(PAGE, form({ ...create, name: "script", days: "365" }))).text;
+  const scripts = [script.token, made.match(/pat_[0-9a-f]{96}/)![0]].map((token) => token.slice(4, 36));
 
   // every string there is, and what can be made of it with the server's key, which is one of them
   const found = new Set<string>();
@@ -2897,6 +2900,10 @@ test("a copy of the store, with this source, lets nobody in", async () => {
     for (const secret of [hex, mac("access", text, "mcp"), mac("refresh", text), mac("code", text)]) {
       assertEquals((await callMcp(app, `pat_${id}${secret}`)).status, 401, text);
       assertEquals((await redeem(`pac_${id}${secret}`)).status, 400, text);
+    }
+    for (const id of scripts) {
+      const secret = mac("token", text, "script", String(365 * 86400), "mcp");
+      assertEquals((await callMcp(app, `pat_${id}${secret}`)).status, 401, text);
     }
     const browser = browse(app);
     for (const name of owner.cookies.keys()) browser.cookies.set(name, /^[0-9a-f]{64}$/.test(text) ? text : hex);
