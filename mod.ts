@@ -278,6 +278,8 @@ interface Settings {
   mcpPath: string;
   /** The one resource identifier (RFC 8707) that tokens are issued for, and its URL form for `AuthInfo`. */
   resource: string;
+  /** What a client may ask for instead, in the form that `normalizeResource` gives them. */
+  resourceNames: (string | undefined)[];
   /** Where its metadata is (RFC 9728 §3.1). */
   resourceMetadataUrl: string;
   scopes: Scopes;
@@ -354,6 +356,7 @@ function readOptions(options: PersonalAuthOptions): Omit<Settings, "emit"> {
     basePath,
     mcpPath: basePath + mcpPath,
     resource: options.baseUrl + mcpPath,
+    resourceNames: [options.baseUrl + mcpPath, options.baseUrl].map(normalizeResource),
     resourceMetadataUrl: `${url.origin}/.well-known/oauth-protected-resource${basePath}${mcpPath}`,
     scopes: readScopes(options.scopes ?? { mcp: "use every tool of this server" }),
     accessTokenTtl: readSeconds("accessTokenTtl", options.accessTokenTtl ?? 30 * DAY),
@@ -584,11 +587,9 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
 
   const withSlash = (path: string) => [basePath + path, `${basePath}${path}/`];
   const post = (path: string, handler: Handler) => {
-    for (const route of withSlash(path)) {
-      app.use(route, openToBrowsers(async (_c, next) => void await next()));
-      app.post(route, answering(handler, settings));
-      app.all(route, answering(() => methodNotAllowed("POST"), settings));
-    }
+    const onlyPost: Handler = (c) => c.req.method === "POST" ? handler(c) : methodNotAllowed("POST");
+    const endpoint = openToBrowsers(answering(onlyPost, settings));
+    for (const route of withSlash(path)) app.all(route, endpoint);
   };
   const pages = (path: string, { show, decide }: { show: Handler; decide: Handler }) => {
     for (const route of withSlash(path)) {
@@ -1484,10 +1485,10 @@ function unanswerable(c: Context, error: unknown, settings: Settings): Response 
  * send the base URL, which on a server with one resource can mean nothing else. What is stored and checked as the
  * audience is always the canonical URL.
  */
-function checkResource(params: URLSearchParams, { issuer, resource }: Settings): void {
+function checkResource(params: URLSearchParams, { resource, resourceNames }: Settings): void {
   for (const asked of params.getAll("resource")) {
     const normal = normalizeResource(asked);
-    if (normal === undefined || ![resource, issuer].map(normalizeResource).includes(normal)) {
+    if (normal === undefined || !resourceNames.includes(normal)) {
       throw new OAuthError("invalid_target", `This server grants access to ${resource} only`);
     }
   }
@@ -1869,24 +1870,26 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
   }
 
   const idOf = async (...form: string[]) => (await mac("grant", ...form)).slice(0, 32);
-  const codeOf = async (form: string) => `pac_${await idOf(form)}${await mac("code", form)}`;
+  const codeOf = async (id: string, form: string) => `pac_${id}${await mac("code", form)}`;
 
   const approve: Grants["approve"] = async (form, request) => {
-    const code = await codeOf(form);
+    const id = await idOf(form);
+    const code = await codeOf(id, form);
     const { client, redirect_uri, scopes, code_challenge: challenge } = request;
     const grant = approveGrant(
       { client: { id: client.id, name: client.name }, redirect_uri, scopes, resource },
       { hash: await sha256(code), challenge, refreshes: client.refreshes },
       seconds(),
     );
-    const before = await insert(await idOf(form), grant);
+    const before = await insert(id, grant);
     return { repeated: before !== undefined, ...(isOpen(before ?? grant) && { code }) };
   };
 
   const answered: Grants["answered"] = async (form, { client, redirect_uri }) => {
-    const grant = await read(await idOf(form));
+    const id = await idOf(form);
+    const grant = await read(id);
     if (grant?.client.id !== client.id || grant.redirect_uri !== redirect_uri) return undefined;
-    return isOpen(grant) ? { code: await codeOf(form) } : {};
+    return isOpen(grant) ? { code: await codeOf(id, form) } : {};
   };
 
   /** Of an impatient double click, the browser follows the second answer: it goes on with the code of the first. */
@@ -2062,9 +2065,10 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     const id = await idOf(...parts);
     const token = `pat_${id}${await mac("token", ...parts)}`;
     const created = seconds();
+    const expires = created + lifetime;
     const client = { id: PERSONAL, name: printable(name) };
-    const access = [{ hash: await sha256(token), n: 0, expires: created + lifetime }];
-    const grant: Grant = { client, scopes: granted, resource, created, expires: created + lifetime, access };
+    const access = [{ hash: await sha256(token), n: 0, expires }];
+    const grant: Grant = { client, scopes: granted, resource, created, expires, access };
     const before = await insert(id, grant);
     if (before?.used !== undefined || before?.revoked !== undefined) return undefined;
     if (!before) report("token_created", "a personal access token was made", id, grant);
@@ -3926,8 +3930,8 @@ function errorPage(c: Context, thrown: unknown, settings: Settings): Response | 
 type Handler = (c: Context) => Response | Promise<Response>;
 
 /** A handler that answers what it throws. */
-function answering(handler: Handler, settings: Settings, answer: typeof errorPage = errorResponse): Handler {
-  return async (c) => {
+function answering(handler: Handler, settings: Settings, answer: typeof errorPage = errorResponse) {
+  return async (c: Context): Promise<Response> => {
     try {
       return await handler(c);
     } catch (error) {
