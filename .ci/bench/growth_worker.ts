@@ -13,8 +13,8 @@ import { join } from "node:path";
 import process from "node:process";
 import type { Grant } from "../../mod.ts";
 import { median } from "./kit.ts";
-import type { Client } from "../lib/client.ts";
-import { good, mod, type Tokens, world } from "./world.ts";
+import type { Client, Tokens } from "../lib/client.ts";
+import { good, mod, world } from "./world.ts";
 
 const [mode, dir = "", ...rest] = process.argv.slice(2);
 const { DatabaseSync } = createRequire(import.meta.url)("node:sqlite");

@@ -9,8 +9,8 @@ import { createRequire } from "node:module";
 import { join } from "node:path";
 import process from "node:process";
 import { median } from "./kit.ts";
-import type { Client } from "../lib/client.ts";
-import { good, mod, type Tokens, type World, world } from "./world.ts";
+import type { Client, Tokens } from "../lib/client.ts";
+import { good, mod, type World, world } from "./world.ts";
 
 const [dir = "", rounds = "7", count = "100"] = process.argv.slice(2);
 const { DatabaseSync } = createRequire(import.meta.url)("node:sqlite");

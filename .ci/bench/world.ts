@@ -5,8 +5,6 @@ import { Hono } from "hono";
 import { type Answer, BASE, Client, type Json } from "../lib/client.ts";
 import type { AuthEnv, PersonalAuth, Store } from "../../mod.ts";
 
-export type { Tokens } from "../lib/client.ts";
-
 /** `BENCH_MOD`: another copy of mod.ts to be measured in its place, as an absolute path. */
 export const mod: typeof import("../../mod.ts") = await import(process.env.BENCH_MOD ?? "../../mod.ts");
 
