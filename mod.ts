@@ -308,7 +308,7 @@ interface Scopes {
 
 type Emit = (type: AuthEvent["type"], message: string, more?: Partial<AuthEvent>) => void;
 
-function demand(condition: unknown, message: string): asserts condition {
+function assert(condition: unknown, message: string): asserts condition {
   if (!condition) throw new TypeError(message);
 }
 
@@ -316,36 +316,36 @@ function readOptions(options: PersonalAuthOptions): Omit<Settings, "emit"> {
   const url = readBaseUrl(options?.baseUrl);
   // A misspelt password would be no password, and a misspelt list the default one.
   for (const name of Object.keys(options)) {
-    demand(OPTIONS.has(name), `${show(name)} is not an option of personalAuth()`);
+    assert(OPTIONS.has(name), `${quote(name)} is not an option of personalAuth()`);
   }
   const { store } = options;
-  demand(
+  assert(
     store === undefined || [store?.get, store?.update, store?.list].every((method) => typeof method === "function"),
-    `store must be a store, such as fileStore(".oauth-state"), not ${show(store)}`,
+    `store must be a store, such as fileStore(".oauth-state"), not ${quote(store)}`,
   );
   const mcpPath = options.mcpPath ?? "/mcp";
-  demand(
+  assert(
     typeof mcpPath === "string" && PATH.test(mcpPath) && !OUR_PATHS.has(mcpPath),
-    `mcpPath must be a path of its own without a trailing slash, such as "/mcp", not ${show(mcpPath)}`,
+    `mcpPath must be a path of its own without a trailing slash, such as "/mcp", not ${quote(mcpPath)}`,
   );
   const { password, authenticateOwner, onEvent } = options;
-  demand(
+  assert(
     password === undefined || password === false ||
       (typeof password === "string" && normalize(password) !== ""),
     `password must be a non-empty string; leave it out to have one generated`,
   );
-  demand(
+  assert(
     authenticateOwner === undefined || (typeof authenticateOwner === "function" && password === undefined),
     "authenticateOwner must be a function, and stands instead of password: give one of the two",
   );
   const { fetchClientMetadata } = options;
-  demand(
+  assert(
     fetchClientMetadata === undefined || typeof fetchClientMetadata === "function",
     "fetchClientMetadata must be a function (url, signal) => Promise<Response>",
   );
-  demand(onEvent === undefined || typeof onEvent === "function", "onEvent must be a function");
+  assert(onEvent === undefined || typeof onEvent === "function", "onEvent must be a function");
   const basePath = url.pathname === "/" ? "" : url.pathname;
-  demand(
+  assert(
     !basePath.endsWith(mcpPath),
     `baseUrl must not hold mcpPath as well: write "${options.baseUrl.slice(0, -mcpPath.length)}"`,
   );
@@ -393,34 +393,34 @@ const OUR_PATHS = new Set(["/authorize", "/token", "/register", "/revoke", "/int
 
 function readBaseUrl(baseUrl: unknown): URL {
   const url = typeof baseUrl === "string" ? URL.parse(baseUrl) : null;
-  demand(url, `baseUrl must be a URL such as "https://your-domain.com", not ${show(baseUrl)}`);
-  demand(
+  assert(url, `baseUrl must be a URL such as "https://your-domain.com", not ${quote(baseUrl)}`);
+  assert(
     url.protocol === "https:" || (url.protocol === "http:" && isLoopback(url.hostname)),
     `baseUrl must be https, or http on localhost: tokens would travel readable; write "https://${url.host}"`,
   );
   // Clients compare the issuer byte for byte (RFC 8414 §3.3), so whatever a URL parser would change is refused here.
   const canonical = url.origin + (url.pathname === "/" ? "" : url.pathname.replace(/\/+$/, ""));
-  demand(baseUrl === canonical, `baseUrl must be written without a trailing slash or extras: "${canonical}"`);
-  demand(
+  assert(baseUrl === canonical, `baseUrl must be written without a trailing slash or extras: "${canonical}"`);
+  assert(
     url.pathname === "/" || PATH.test(url.pathname),
-    `baseUrl's path may hold letters, digits and ._~- only, not ${show(url.pathname)}`,
+    `baseUrl's path may hold letters, digits and ._~- only, not ${quote(url.pathname)}`,
   );
   return url;
 }
 
 function readSeconds(name: string, value: unknown): number {
-  demand(
+  assert(
     typeof value === "number" && value >= 1 && value <= 100 * 365 * DAY,
-    `${name} must be a number of seconds, from 1 to 100 years, not ${show(value)}`,
+    `${name} must be a number of seconds, from 1 to 100 years, not ${quote(value)}`,
   );
   return value;
 }
 
 function readScopes(scopes: string[] | Record<string, string | ScopeOption>): Scopes {
   const names = Array.isArray(scopes) && scopes.every((name) => typeof name === "string");
-  demand(
+  assert(
     names || isObject(scopes),
-    `scopes must be a list of names or an object, such as ["mcp"], not ${show(scopes)}`,
+    `scopes must be a list of names or an object, such as ["mcp"], not ${quote(scopes)}`,
   );
   const options = new Map<string, ScopeOption>(
     Array.isArray(scopes)
@@ -429,16 +429,16 @@ function readScopes(scopes: string[] | Record<string, string | ScopeOption>): Sc
   );
   const all = [...options.keys()];
   const byDefault = all.filter((name) => !options.get(name)?.onRequest);
-  demand(byDefault.length > 0, `scopes must name a scope that is granted by default, such as ["mcp"]`);
+  assert(byDefault.length > 0, `scopes must name a scope that is granted by default, such as ["mcp"]`);
   for (const [name, { description = "", includes = [] }] of options) {
-    demand(
+    assert(
       SCOPE.test(name) && name !== OFFLINE_ACCESS && name !== "openid",
-      `scopes holds ${show(name)}: a scope is printable ASCII without spaces and quotes; ` +
+      `scopes holds ${quote(name)}: a scope is printable ASCII without spaces and quotes; ` +
         "openid and offline_access are not for the owner to offer",
     );
-    demand(typeof description === "string", `scopes: the description of ${show(name)} must be a string`);
+    assert(typeof description === "string", `scopes: the description of ${quote(name)} must be a string`);
     const unknown = includes.filter((scope) => !options.has(scope));
-    demand(unknown.length === 0, `scopes: ${show(name)} includes ${show(unknown[0])}, which is not on offer`);
+    assert(unknown.length === 0, `scopes: ${quote(name)} includes ${quote(unknown[0])}, which is not on offer`);
   }
   const withIncluded = (scopes: string[]) => {
     const reached = new Set(scopes);
@@ -447,7 +447,8 @@ function readScopes(scopes: string[] | Record<string, string | ScopeOption>): Sc
     }
     return [...reached];
   };
-  const words = (scope: string, otherwise = "{scope}") => options.get(scope)?.description || say(otherwise, { scope });
+  const words = (scope: string, otherwise = "{scope}") =>
+    options.get(scope)?.description || format(otherwise, { scope });
   return { all, byDefault, words, withIncluded };
 }
 
@@ -460,19 +461,19 @@ const SCOPE = /^[\x21\x23-\x5b\x5d-\x7e]+$/;
 function readAllowed(allowed: string[] | null | undefined): string[] | null {
   if (allowed === null) return null;
   const entries = allowed ?? [...redirects.claude, ...redirects.local];
-  demand(Array.isArray(entries), "allowedRedirectDomains must be a list of domains, or null to allow all");
+  assert(Array.isArray(entries), "allowedRedirectDomains must be a list of domains, or null to allow all");
   for (const entry of entries) {
-    demand(
+    assert(
       entry !== "127.0.0.1" && entry !== "[::1]",
       `allowedRedirectDomains: write "localhost" for every loopback address`,
     );
-    demand(
+    assert(
       !String(entry).endsWith(":443"),
-      `allowedRedirectDomains holds ${show(entry)}: leave out the port, it is the default`,
+      `allowedRedirectDomains holds ${quote(entry)}: leave out the port, it is the default`,
     );
-    demand(
+    assert(
       typeof entry === "string" && ALLOW_ENTRY.test(entry),
-      `allowedRedirectDomains holds ${show(entry)}: write "example.com", "*.example.com", "localhost" or, for an ` +
+      `allowedRedirectDomains holds ${quote(entry)}: write "example.com", "*.example.com", "localhost" or, for an ` +
         `app's own scheme, "scheme://host"`,
     );
   }
@@ -482,31 +483,31 @@ function readAllowed(allowed: string[] | null | undefined): string[] | null {
 const ALLOW_ENTRY = /^((\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)*(:\d{1,5})?|(?!https?:)[a-z][a-z0-9+.-]*:\/\/[^\s/?#@\\]*)$/;
 
 function readClients(clients: PreregisteredClient[]): PreregisteredClient[] {
-  demand(Array.isArray(clients), "clients must be a list of { client_id, client_secret?, redirect_uris }");
+  assert(Array.isArray(clients), "clients must be a list of { client_id, client_secret?, redirect_uris }");
   const ids = new Set<string>();
   for (const client of clients) {
-    demand(
+    assert(
       isObject(client),
-      `clients holds ${show(client)}, which is not { client_id, client_secret?, redirect_uris }`,
+      `clients holds ${quote(client)}, which is not { client_id, client_secret?, redirect_uris }`,
     );
     const { client_id, client_secret, redirect_uris } = client;
-    demand(!ids.has(client_id), `clients: two have the client_id ${show(client_id)}`);
+    assert(!ids.has(client_id), `clients: two have the client_id ${quote(client_id)}`);
     ids.add(client_id);
-    demand(
+    assert(
       typeof client_id === "string" && /^[\x20-\x7e]+$/.test(client_id),
       "clients: every client needs a client_id of printable ASCII",
     );
-    demand(
+    assert(
       client_secret === undefined || (typeof client_secret === "string" && client_secret.length >= 16),
-      `clients: the client_secret of ${show(client_id)} must have at least 16 characters`,
+      `clients: the client_secret of ${quote(client_id)} must have at least 16 characters`,
     );
-    demand(
+    assert(
       Array.isArray(redirect_uris) && redirect_uris.length > 0,
-      `clients: ${show(client_id)} needs a list of redirect_uris`,
+      `clients: ${quote(client_id)} needs a list of redirect_uris`,
     );
     for (const uri of redirect_uris) {
       const fault = unsafeRedirect(uri);
-      demand(!fault, `clients: redirect_uri ${show(uri)} of ${show(client_id)} ${fault}`);
+      assert(!fault, `clients: redirect_uri ${quote(uri)} of ${quote(client_id)} ${fault}`);
     }
   }
   return clients;
@@ -514,18 +515,18 @@ function readClients(clients: PreregisteredClient[]): PreregisteredClient[] {
 
 function readPages(pages: PageOptions): PageOptions {
   const { title, accent, wording = {} } = pages;
-  demand(title === undefined || typeof title === "string", "pages.title must be a string");
+  assert(title === undefined || typeof title === "string", "pages.title must be a string");
   // It becomes part of a style sheet, where nothing is escaped.
-  demand(accent === undefined || /^#[0-9a-f]{6}$/i.test(accent), `pages.accent must be a colour such as "#7a3cff"`);
+  assert(accent === undefined || /^#[0-9a-f]{6}$/i.test(accent), `pages.accent must be a colour such as "#7a3cff"`);
   for (const [name, text] of Object.entries(wording)) {
-    demand(Object.hasOwn(WORDING, name), `pages.wording has no text ${show(name)}`);
-    demand(typeof text === "string", `pages.wording.${name} must be a string`);
+    assert(Object.hasOwn(WORDING, name), `pages.wording has no text ${quote(name)}`);
+    assert(typeof text === "string", `pages.wording.${name} must be a string`);
   }
   return pages;
 }
 
 /** An unknown value for a message: short, on one line, and in plain ASCII, so that it can neither forge nor garble it. */
-function show(value: unknown): string {
+function quote(value: unknown): string {
   const json = JSON.stringify(value) ?? String(value);
   return json.slice(0, 200).replace(
     /[^\x20-\x7e]/g,
@@ -534,16 +535,16 @@ function show(value: unknown): string {
 }
 
 /** The characters that RFC 6749 §5.2 allows in an error_description. */
-function wireText(message: string): string {
+function errorDescription(message: string): string {
   return message.replaceAll('"', "'").replace(/[^\x20-\x21\x23-\x5b\x5d-\x7e]/g, "?");
 }
 
 /** Registrations are anybody's to make: they are told to `onEvent`, but the console is spared them. */
 function logEvent({ type, message, connection, clientName, cause }: AuthEvent): void {
   if (type === "client_registered") return;
-  // show() keeps what a client controls on its own line, so that no name can forge a second log entry.
-  const why = cause instanceof Error ? show(cause.message) : undefined;
-  const parts = [clientName && `client ${show(clientName)}`, connection && `connection ${connection}`, why];
+  // quote() keeps what a client controls on its own line, so that no name can forge a second log entry.
+  const why = cause instanceof Error ? quote(cause.message) : undefined;
+  const parts = [clientName && `client ${quote(clientName)}`, connection && `connection ${connection}`, why];
   console.log(["personal-auth", type, message, ...parts.filter(Boolean)].join(" | "));
   if (type === "server_error") console.error(cause); // in full only what no stranger can cause at will
 }
@@ -577,7 +578,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
 
   for (const [place, document] of discoveryDocuments(settings)) {
     for (const path of [place, `${place}/`]) {
-      app.use(path, OPEN_TO_BROWSERS);
+      app.use(path, CORS);
       app.get(path, (c) => c.json(document, 200, { "Cache-Control": "public, max-age=300" }));
       app.all(path, answering(() => methodNotAllowed("GET, HEAD"), settings));
     }
@@ -588,7 +589,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   const withSlash = (path: string) => [basePath + path, `${basePath}${path}/`];
   const post = (path: string, handler: Handler) => {
     const onlyPost: Handler = (c) => c.req.method === "POST" ? handler(c) : methodNotAllowed("POST");
-    const endpoint = openToBrowsers(answering(onlyPost, settings));
+    const endpoint = withCors(answering(onlyPost, settings));
     for (const route of withSlash(path)) app.all(route, endpoint);
   };
   const pages = (path: string, { show, decide }: { show: Handler; decide: Handler }) => {
@@ -626,16 +627,16 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
  * Browser-based clients (MCP Inspector, playgrounds) read these endpoints from another origin. `*` is safe: nothing
  * here looks at a cookie. The owner's pages, which do, are never opened this way.
  */
-const OPEN_TO_BROWSERS = cors({ origin: "*", exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"] });
+const CORS = cors({ origin: "*", exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"] });
 
 /**
  * The same around what is never cached, so that only browsers, which alone send Origin, have to be told. A preflight
  * carries no token by design: it is answered before the handler is asked.
  */
-function openToBrowsers(handler: MiddlewareHandler<AuthEnv>): MiddlewareHandler<AuthEnv> {
+function withCors(handler: MiddlewareHandler<AuthEnv>): MiddlewareHandler<AuthEnv> {
   return (c, next) => {
     if (c.req.header("Origin") === undefined) return handler(c, next);
-    return OPEN_TO_BROWSERS(c, async () => {
+    return CORS(c, async () => {
       const answer = await handler(c, next);
       if (answer) c.res = answer;
     });
@@ -1070,7 +1071,7 @@ async function fetchDocument(client_id: string, fetcher: MetadataFetcher): Promi
   // A published document can hold no secret. One that can sign says so, and is taken as public if it offers that too.
   if (client_secret !== undefined || method.startsWith("client_secret")) throw unusable("relies on a shared secret");
   if (method !== "none" && !(Array.isArray(offered) && offered.includes("none"))) {
-    throw unusable(`asks for ${show(method)}, which this server does not offer`);
+    throw unusable(`asks for ${quote(method)}, which this server does not offer`);
   }
   const { client_name: name, redirect_uris, grant_types } = metadata;
   const refreshes = grant_types?.includes("refresh_token") ?? true;
@@ -1151,7 +1152,7 @@ const PRIVATE_IPV4 =
 /** Of IPv6 only 2000::/3 is global; inside it, what is special, for documentation, or carries an IPv4 address (6to4, Teredo). */
 const PRIVATE_IPV6 = "2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
 
-const addressLists = lazily(() => {
+const addressLists = lazy(() => {
   const { BlockList } = nodeModule("node:net");
   const [inside, outside] = [new BlockList(), new BlockList()];
   for (const range of PRIVATE_IPV4.split(" ")) {
@@ -1237,11 +1238,11 @@ function redirectPolicy(allowed: string[] | null): RedirectPolicy {
   return {
     refusal(uri) {
       const fault = unsafeRedirect(uri);
-      if (fault) return `redirect_uri ${show(uri)} ${fault}`;
+      if (fault) return `redirect_uri ${quote(uri)} ${fault}`;
       const url = new URL(uri);
       if (allowed === null || listed(url)) return undefined;
-      const entry = show(allowEntry(url));
-      return `redirect_uri ${show(uri)} is not allowed here; the owner can add ${entry} to allowedRedirectDomains`;
+      const entry = quote(allowEntry(url));
+      return `redirect_uri ${quote(uri)} is not allowed here; the owner can add ${entry} to allowedRedirectDomains`;
     },
     vouchesFor: (url) => url.protocol === "https:" && !isLoopback(url.hostname) && listed(url),
   };
@@ -1339,7 +1340,7 @@ function authorizeEndpoint(
       request = authorizationRequest(params, target, settings);
     } catch (error) {
       if (!(error instanceof OAuthError)) throw error;
-      return redirectBack(c, target, { error: error.code, error_description: wireText(error.message) });
+      return redirectBack(c, target, { error: error.code, error_description: errorDescription(error.message) });
     }
     return then(request);
   }
@@ -1434,7 +1435,10 @@ async function authorizationTarget(params: URLSearchParams, clients: Clients, po
     throw new OAuthError("invalid_request", "The request names no redirect_uri");
   }
   if (!client.redirect_uris.some((registered) => sameRedirect(registered, redirect_uri))) {
-    throw new OAuthError("invalid_request", `redirect_uri ${show(redirect_uri)} is not one that the client registered`);
+    throw new OAuthError(
+      "invalid_request",
+      `redirect_uri ${quote(redirect_uri)} is not one that the client registered`,
+    );
   }
   // Again, although registration asked: the owner may have shortened the list since, and a signed client_id stays.
   const refused = client.source === "preregistered" ? unsafeRedirect(redirect_uri) : policy.refusal(redirect_uri);
@@ -2003,7 +2007,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     if (presented !== grant) {
       const marking = markPresented(id, hash, now);
       // What reveals a theft is written before the answer leaves, as far as a lock elsewhere lets it; a date can wait.
-      if (presented.refresh !== grant.refresh) await Promise.race([marking, pause(MARKING_PATIENCE)]);
+      if (presented.refresh !== grant.refresh) await Promise.race([marking, delay(MARKING_PATIENCE)]);
     }
     const info: AuthInfo = {
       token,
@@ -2051,12 +2055,12 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
   }
 
   async function createToken({ name, scopes, expiresIn }: TokenRequest, form?: string): Promise<NewToken | undefined> {
-    demand(typeof name === "string" && printable(name) !== "", "createToken: name must say what the token is for");
+    assert(typeof name === "string" && printable(name) !== "", "createToken: name must say what the token is for");
     const lifetime = readSeconds("createToken: expiresIn", expiresIn ?? 365 * DAY);
     const granted = scopes ?? offered.all;
-    demand(
+    assert(
       Array.isArray(granted) && granted.length > 0 && granted.every((scope) => offered.all.includes(scope)),
-      `createToken: scopes must be some of ${offered.all.join(", ")}, not ${show(scopes)}`,
+      `createToken: scopes must be some of ${offered.all.join(", ")}, not ${quote(scopes)}`,
     );
     // Sent twice, the form makes the same token, and not a second one; sent with other fields, as after the way back, it
     // makes another. Of a double click the browser shows the second answer, so that one has the token as well, unless
@@ -2186,9 +2190,9 @@ function resourceGuard(settings: Settings, verify: Grants["verify"]): Guard {
   }
 
   const requireScopes: PersonalAuth["requireScopes"] = (...required) => {
-    demand(
+    assert(
       required.length > 0 && required.every((scope) => scopes.all.includes(scope)),
-      `requireScopes: ${show(required)} must be among the scopes on offer: ${scopes.all.join(", ")}`,
+      `requireScopes: ${quote(required)} must be among the scopes on offer: ${scopes.all.join(", ")}`,
     );
     return async function personalAuthScopes(c, next) {
       try {
@@ -2211,7 +2215,7 @@ function resourceGuard(settings: Settings, verify: Grants["verify"]): Guard {
     };
   };
 
-  return { middleware: openToBrowsers(guarded), requireScopes };
+  return { middleware: withCors(guarded), requireScopes };
 }
 
 /** RFC 6750 §2.1, case-insensitive scheme (RFC 9110 §11.1). Never from the query or the body, where URLs are logged. */
@@ -2377,7 +2381,7 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
     if (!right && wait > 0) {
       emit("sign_in_throttled", "too many wrong passwords");
       c.header("Retry-After", String(wait));
-      return { status: 429, message: say(wording.throttled, { seconds: wait }) };
+      return { status: 429, message: format(wording.throttled, { seconds: wait }) };
     }
     if (!right) {
       emit("sign_in_failed", "a wrong password was entered");
@@ -2618,7 +2622,7 @@ function eventLog(store: Store, onEvent: (event: AuthEvent) => void): EventLog {
   const emit: Emit = (type, message, more) => {
     const event: AuthEvent = { type, at: Math.floor(seconds()), message, ...more };
     // A broken alarm must break neither the request it reports nor, if it is asynchronous, the process.
-    promised(() => onEvent(event)).catch((error) => console.error("personal-auth: onEvent threw", error));
+    promiseTry(() => onEvent(event)).catch((error) => console.error("personal-auth: onEvent threw", error));
     if (type === "client_registered") return; // anybody's, any number of times, and nothing the owner could act on
     waiting = [...waiting, event].slice(-100);
     if (!CHEAP_EVENTS.includes(type)) keep();
@@ -2627,7 +2631,7 @@ function eventLog(store: Store, onEvent: (event: AuthEvent) => void): EventLog {
   function keep(): void {
     const batch = waiting;
     waiting = [];
-    writing = promised(() => store.update("events", (current) => merge(current as EventRecord | undefined, batch)))
+    writing = promiseTry(() => store.update("events", (current) => merge(current as EventRecord | undefined, batch)))
       .catch(() => waiting = [...batch, ...waiting].slice(-100)); // the next event tries again
   }
 
@@ -2781,7 +2785,7 @@ a{color:var(--link)}
 `;
 
 /** A text with its braces filled in; the page escapes the result as a whole. */
-function say(text: string, values: Record<string, string | number>): string {
+function format(text: string, values: Record<string, string | number>): string {
   return text.replace(/\{(\w+)\}/g, (braces, name) => String(values[name] ?? braces));
 }
 
@@ -2797,10 +2801,10 @@ function consentPage(
   const target = new URL(redirect_uri);
   const here = isLoopback(target.hostname);
   const name = client.name || wording.unnamed;
-  const title = say(wording.connect, { client: name });
+  const title = format(wording.connect, { client: name });
   const origin =
     { registered: wording.registered, preregistered: wording.preregistered, document: "" }[client.source] ||
-    say(wording.published, { host: new URL(client.id).host });
+    format(wording.published, { host: new URL(client.id).host });
   const allowed = request.scopes.filter((scope) => scope !== OFFLINE_ACCESS);
   // Beside what it vouches for: the site of the document, or else the one that the answer goes to; never a mere name.
   const mark = form.vouched && html`<br><small class="mark">✓ ${wording.vouched}</small>`;
@@ -2914,8 +2918,8 @@ function connectionsPage(
           <div>${clientName && html`
             <strong>${clientName}</strong>:
           `}${message}<br>
-          <small>${moment(at)}${count > 1 && html`
-            · ${say(wording.times, { count })}
+          <small>${formatTime(at)}${count > 1 && html`
+            · ${format(wording.times, { count })}
           `}</small></div>
         </li>
       `
@@ -2935,7 +2939,7 @@ function connectionItem(
   form: (name: string, content: Html) => Html,
 ): Html {
   const target = redirectUri && new URL(redirectUri);
-  const used = lastUsedAt ? say(wording.lastUsed, { time: moment(lastUsedAt) }) : wording.neverUsed;
+  const used = lastUsedAt ? format(wording.lastUsed, { time: formatTime(lastUsedAt) }) : wording.neverUsed;
   const name = clientName || wording.unnamed;
   return html`<li>
     <div><strong>${name}</strong> <small>${
@@ -2944,10 +2948,10 @@ function connectionItem(
       <small>${
     granted.filter((scope) => scope !== OFFLINE_ACCESS).map((scope) => scopes.words(scope)).join(", ")
   }</small><br>
-      <small>${say(wording.since, { time: moment(createdAt) })} · ${used}
+      <small>${format(wording.since, { time: formatTime(createdAt) })} · ${used}
         ${
     kind === "token" && html`
-      · ${say(wording.until, { time: moment(expiresAt) })}
+      · ${format(wording.until, { time: formatTime(expiresAt) })}
     `
   }</small></div>
     ${
@@ -2968,7 +2972,7 @@ function tokenFields({ wording, scopes }: Settings): Html {
     <input id="name" name="name" required maxlength="200" autocomplete="off">
     <label for="days">${wording.tokenDays}</label>
     <select id="days" name="days">${[30, 90, 365].map((days) =>
-      html`<option value="${days}">${say(wording.days, { days })}</option>`
+      html`<option value="${days}">${format(wording.days, { days })}</option>`
     )}</select>
     ${scopes.all.length > 1 && html`<fieldset><legend>${wording.allows}</legend>${
       scopes.all.map((scope) =>
@@ -3003,7 +3007,7 @@ function tokenPage(
 }
 
 /** In UTC: without script, a page cannot know the owner's own time. */
-function moment(at: number): string {
+function formatTime(at: number): string {
   return `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
 }
 
@@ -3012,7 +3016,7 @@ function answeredPage(c: Context, settings: Settings, client: string, uri?: stri
   const { answered, answeredAdvice, goOn, unnamed } = settings.wording;
   const body = html`
     <h1>${answered}</h1><p>${answeredAdvice}</p>
-    ${uri && html`<p><a href="${uri}">${say(goOn, { client: client || unnamed })}</a></p>`}
+    ${uri && html`<p><a href="${uri}">${format(goOn, { client: client || unnamed })}</a></p>`}
   `;
   return page(c, settings, { status: 409, title: answered, body });
 }
@@ -3099,8 +3103,8 @@ export function memoryStore(): Store {
     return next;
   };
   return {
-    get: (key) => promised(() => parse(read(key)?.value)),
-    update: (key, change, options) => promised(() => write(key, change, options?.expiresAt)),
+    get: (key) => promiseTry(() => parse(read(key)?.value)),
+    update: (key, change, options) => promiseTry(() => write(key, change, options?.expiresAt)),
     async *list(prefix) {
       for (const key of [...entries.keys()].filter((key) => key.startsWith(prefix)).sort()) {
         const entry = read(key);
@@ -3112,7 +3116,7 @@ export function memoryStore(): Store {
 }
 
 /** What a function returns or throws, as a promise. */
-function promised<T>(call: () => T | Promise<T>): Promise<T> {
+function promiseTry<T>(call: () => T | Promise<T>): Promise<T> {
   return new Promise((resolve) => resolve(call()));
 }
 
@@ -3177,7 +3181,7 @@ const LOCK_PATIENCE = 5;
  * file is never changed.
  */
 export function fileStore(dir: string): Store {
-  demand(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
+  assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
   const db = openDatabase(dir);
   const select = db.prepare("SELECT value, expires FROM entries WHERE key = ?");
   const upsert = db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
@@ -3199,7 +3203,7 @@ export function fileStore(dir: string): Store {
   const find = (key: string) => select.get(key) as Row | undefined;
 
   /** Within a transaction: the new value, and whether that is a change. */
-  const carryOut = ({ key, change, expiresAt }: Change): { next: unknown; changed: boolean } => {
+  const applyChange = ({ key, change, expiresAt }: Change): { next: unknown; changed: boolean } => {
     const found = find(key);
     const row = live(found);
     const current = parse(row?.value);
@@ -3217,7 +3221,7 @@ export function fileStore(dir: string): Store {
   const write = (changes: Change[]): unknown[] => {
     begin.run();
     try {
-      const results = changes.map(carryOut);
+      const results = changes.map(applyChange);
       const before = stamp.read();
       const changed = results.some(({ changed }) => changed);
       (changed ? commit : rollback).run();
@@ -3234,15 +3238,15 @@ export function fileStore(dir: string): Store {
     }
   };
 
-  const changes = together((changes: Change[]) => patiently(() => write(changes)));
+  const changes = batch((changes: Change[]) => retry(() => write(changes)));
 
   return {
-    get: (key) => patiently(() => parse(live(find(key))?.value)),
+    get: (key) => retry(() => parse(live(find(key))?.value)),
     update: (key, change, options) => changes.add({ key, change, expiresAt: options?.expiresAt }),
     async *list(prefix) {
       let from = prefix;
       while (true) {
-        const rows = await patiently(() => scan.all(from) as Row[]);
+        const rows = await retry(() => scan.all(from) as Row[]);
         for (const { key, value, expires } of rows) {
           if (!key.startsWith(prefix)) return;
           if (isLive(expires)) yield [key, parse(value)];
@@ -3307,19 +3311,19 @@ function commitStamp(file: string): { read(): number | undefined; close(): void 
  * Runs a database call, again and again while another process holds the lock or wins the race. SQLite itself is told
  * not to wait: it would do so with the whole server standing still.
  */
-async function patiently<T>(call: () => T | Promise<T>): Promise<T> {
+async function retry<T>(call: () => T | Promise<T>): Promise<T> {
   const deadline = performance.now() + LOCK_PATIENCE * 1000;
   for (let wait = 1;; wait = Math.min(wait * 2, 50)) {
     try {
       return await call();
     } catch (error) {
       if (!isLocked(error) || performance.now() > deadline) throw error;
-      await pause(wait * (0.5 + Math.random()));
+      await delay(wait * (0.5 + Math.random()));
     }
   }
 }
 
-function pause(milliseconds: number): Promise<void> {
+function delay(milliseconds: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
@@ -3327,7 +3331,7 @@ function pause(milliseconds: number): Promise<void> {
  * Collects tasks for as long as a turn of the event loop lasts, and has them performed together. One that fails does not
  * take the others with it: each is then tried alone.
  */
-function together<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
+function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
   interface Waiting {
     task: Task;
     resolve: (result: Result) => void;
@@ -3378,14 +3382,14 @@ function openDatabase(dir: string): Sqlite {
   const { DatabaseSync } = nodeModule("node:sqlite");
   const file = stateFile(dir);
   try {
-    placeDatabase(dir, file);
+    ensureDatabase(dir, file);
   } catch (cause) {
     if (cause instanceof StateFileError) throw cause;
     const advice = "make it writable for this user and see that there is room, or give fileStore() another folder";
-    throw new Error(`Cannot write the state folder ${show(dir)}: ${advice}`, { cause });
+    throw new Error(`Cannot write the state folder ${quote(dir)}: ${advice}`, { cause });
   }
   try {
-    inspect(file);
+    checkFile(file);
     const db = new DatabaseSync(file) as Sqlite;
     migrate(db);
     db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
@@ -3393,7 +3397,7 @@ function openDatabase(dir: string): Sqlite {
   } catch (cause) {
     if (cause instanceof StateFileError) throw cause;
     throw new StateFileError(
-      `The state file ${show(file)} cannot be read and was left as it is. Move it away, with its -wal and -shm ` +
+      `The state file ${quote(file)} cannot be read and was left as it is. Move it away, with its -wal and -shm ` +
         "beside it, and put a backup in its place, or start anew, which ends all connections",
       { cause },
     );
@@ -3401,7 +3405,7 @@ function openDatabase(dir: string): Sqlite {
 }
 
 /** Sees to it that the file is there and can be written. */
-function placeDatabase(dir: string, file: string): void {
+function ensureDatabase(dir: string, file: string): void {
   const fs = nodeModule("node:fs");
   fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
   clearLeftovers(dir);
@@ -3410,7 +3414,7 @@ function placeDatabase(dir: string, file: string): void {
     // process may be making the file, and then its log, at this moment.
     if (fs.existsSync(`${file}-wal`) && !fs.existsSync(file)) {
       throw new StateFileError(
-        `${show(`${file}-wal`)} is there without the state file it belongs to: put oauth.sqlite back, or move the ` +
+        `${quote(`${file}-wal`)} is there without the state file it belongs to: put oauth.sqlite back, or move the ` +
           "-wal and -shm away as well to start anew, which ends all connections",
       );
     }
@@ -3486,7 +3490,7 @@ class StateFileError extends Error {}
  * in its log, as soon as it may write. And by SQLite, because what is in the log counts, and because to close a file that
  * was opened in any other way takes away the locks that another store in this process has on it (POSIX).
  */
-function inspect(file: string): void {
+function checkFile(file: string): void {
   const { DatabaseSync } = nodeModule("node:sqlite");
   if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
   const db = new DatabaseSync(file, { readOnly: true }) as Sqlite;
@@ -3495,13 +3499,13 @@ function inspect(file: string): void {
     db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
     if (pragma("application_id") !== APPLICATION_ID) {
       throw new StateFileError(
-        `${show(file)} is not a state file of this program and was left as it is: give fileStore() another folder`,
+        `${quote(file)} is not a state file of this program and was left as it is: give fileStore() another folder`,
       );
     }
     const version = Number(pragma("user_version"));
     if (version > MIGRATIONS.length) {
       throw new StateFileError(
-        `${show(file)} was written by a newer version of personal-auth (format ${version}, this one knows ` +
+        `${quote(file)} was written by a newer version of personal-auth (format ${version}, this one knows ` +
           `${MIGRATIONS.length}) and was left as it is: update mod.ts`,
       );
     }
@@ -3543,7 +3547,7 @@ const EXPIRED_KV_KEPT = 30 * DAY;
  * `@deno/kv` does on Node.
  */
 export function kvStore(kv: KvLike): Store {
-  demand(typeof kv?.atomic === "function", "kvStore needs an open Deno.Kv: kvStore(await Deno.openKv())");
+  assert(typeof kv?.atomic === "function", "kvStore needs an open Deno.Kv: kvStore(await Deno.openKv())");
   const path = (key: string) => ["personal-auth", key];
   // Kept as text with its expiry: KV's own may take a minute longer, and its values may outlive a change of V8.
   const decode = ({ value }: KvEntryLike) => {
@@ -3567,12 +3571,11 @@ export function kvStore(kv: KvLike): Store {
     return next;
   }
 
-  const inTurn = turns();
+  const inTurn = queue();
   return {
-    get: (key) => patiently(async () => decode(await kv.get(path(key))).current),
+    get: (key) => retry(async () => decode(await kv.get(path(key))).current),
     // One after the other within this process, so that only other processes are raced against.
-    update: (key, change, options) =>
-      inTurn(key, () => patiently(() => compareAndSet(key, change, options?.expiresAt))),
+    update: (key, change, options) => inTurn(key, () => retry(() => compareAndSet(key, change, options?.expiresAt))),
     async *list(prefix) {
       for await (const entry of kv.list({ start: path(prefix), end: path(`${prefix}\u{10ffff}`) })) {
         const { current } = decode(entry);
@@ -3584,7 +3587,7 @@ export function kvStore(kv: KvLike): Store {
 }
 
 /** Lets tasks of one key run one after the other, and forgets a key that has none. */
-function turns(): <T>(key: string, task: () => Promise<T>) => Promise<T> {
+function queue(): <T>(key: string, task: () => Promise<T>) => Promise<T> {
   const last = new Map<string, Promise<unknown>>();
   return (key, task) => {
     const turn = (last.get(key) ?? Promise.resolve()).then(task, task);
@@ -3682,7 +3685,7 @@ function decodeBase64(text: string): string | undefined {
  * forty times as long as the digest itself.
  */
 // deno-lint-ignore no-explicit-any
-const nodeCrypto = lazily((): any => builtinModule("node:crypto") ?? {});
+const nodeCrypto = lazy((): any => builtinModule("node:crypto") ?? {});
 
 /** SHA-256 in base64url: how secrets are kept, and the S256 transformation of RFC 7636 §4.2. */
 async function sha256(text: string): Promise<string> {
@@ -3739,7 +3742,7 @@ function once<T>(compute: () => Promise<T>): () => Promise<T> {
 }
 
 /** The same for a value that is computed at once. */
-function lazily<T>(compute: () => T): () => T {
+function lazy<T>(compute: () => T): () => T {
   let value: T | undefined;
   return () => value ??= compute();
 }
@@ -3777,7 +3780,7 @@ function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
   for (const [name, value] of params) {
     if (value === "") continue;
     if (seen.has(name) && name !== repeatable) {
-      throw new OAuthError("invalid_request", `The parameter ${show(name)} is given more than once`);
+      throw new OAuthError("invalid_request", `The parameter ${quote(name)} is given more than once`);
     }
     if (seen.size >= MAX_PARAMETERS) throw new OAuthError("invalid_request", "The request has too many parameters");
     seen.add(name);
@@ -3790,12 +3793,12 @@ function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
 const MAX_PARAMETERS = 100;
 
 async function readForm(c: Context, repeatable?: string): Promise<URLSearchParams> {
-  demandType(c, "application/x-www-form-urlencoded");
+  assertContentType(c, "application/x-www-form-urlencoded");
   return parameters(await readBody(c), repeatable);
 }
 
 async function readJson(c: Context): Promise<unknown> {
-  demandType(c, "application/json");
+  assertContentType(c, "application/json");
   const body = await readBody(c);
   try {
     return JSON.parse(body);
@@ -3850,7 +3853,7 @@ async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: num
   return text + decoder.decode();
 }
 
-function demandType(c: Context, type: string): void {
+function assertContentType(c: Context, type: string): void {
   if (c.req.header("Content-Type")?.split(";")[0]?.trim().toLowerCase() !== type) {
     throw new OAuthError("invalid_request", `The Content-Type must be ${type}`, { status: 415 });
   }
@@ -3911,7 +3914,7 @@ function errorResponse(c: Context, thrown: unknown, { emit }: Settings): Respons
   // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own says it by itself.
   const all: Record<string, string> = { ...headers, "Cache-Control": "no-store" };
   if (status === 401) all["WWW-Authenticate"] ??= 'Basic realm="token"';
-  return c.json({ error: code, error_description: wireText(message) }, status, all);
+  return c.json({ error: code, error_description: errorDescription(message) }, status, all);
 }
 
 /** The same for an endpoint that people see. */
@@ -4015,7 +4018,7 @@ class Unreachable extends Error {}
  */
 export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Promise<SetupReport> {
   const url = URL.parse(mcpUrl);
-  demand(
+  assert(
     url && /^https?:$/.test(url.protocol),
     `Give the URL that you type into Claude, such as "https://your-domain.com/mcp"`,
   );
@@ -4170,7 +4173,7 @@ async function checkChallenge(checkup: Checkup): Promise<void> {
   const redirects = answer.status >= 300 && answer.status < 400;
   const advice = redirects
     ? `It redirects to ${
-      show(answer.headers.get("Location"))
+      quote(answer.headers.get("Location"))
     }: clients lose the method or the token on the way; type the final address, or serve it here.`
     : fix[answer.status] ?? "The server must answer 401 to a request without a token, whatever else is in it.";
   if (
@@ -4270,7 +4273,7 @@ async function readDocument({ ask, expect }: Checkup, what: string, place: strin
   const { status, json, headers } = await ask(what, place);
   const served = `Serve it at ${place}, without a redirect (RFC 8414 §3, RFC 9728 §3); it must pass every firewall.`;
   if (!expect(status === 200, `${what} is answered ${status}`, served)) return undefined;
-  const type = show(headers.get("Content-Type"));
+  const type = quote(headers.get("Content-Type"));
   return expect(isObject(json), "it is JSON", `It is ${type}: serve application/json, not a page of the app.`)
     ? json
     : undefined;
@@ -4296,8 +4299,8 @@ async function checkResourceMetadata(checkup: Checkup): Promise<void> {
   const same = String(json.resource).replace(/\/$/, "") === typed;
   expect(
     same,
-    `resource is ${show(json.resource)}`,
-    `It must be what is typed into the client, ${show(typed)}, byte for byte.`,
+    `resource is ${quote(json.resource)}`,
+    `It must be what is typed into the client, ${quote(typed)}, byte for byte.`,
   );
   if (same) {
     expect(
@@ -4340,16 +4343,16 @@ async function checkResourceMetadata(checkup: Checkup): Promise<void> {
 async function checkServerMetadata(checkup: Checkup): Promise<void> {
   const { url, resource, expect, note, ask } = checkup;
   const issuer = resource?.authorization_servers?.[0] ?? url.origin;
-  if (!URL.canParse(issuer)) return note("failed", `authorization_servers names ${show(issuer)}`, "It must be a URL.");
+  if (!URL.canParse(issuer)) return note("failed", `authorization_servers names ${quote(issuer)}`, "It must be a URL.");
   const place = wellKnown("oauth-authorization-server", new URL(issuer));
   const json = await readDocument(checkup, "the authorization server's metadata", place);
   if (!json) return;
   checkup.server = json;
   expect(
     json.issuer === issuer,
-    `issuer is ${show(json.issuer)}`,
+    `issuer is ${quote(json.issuer)}`,
     `It must be ${
-      show(issuer)
+      quote(issuer)
     }, byte for byte, as authorization_servers has it; mind a slash at the end and http behind a proxy.`,
   );
   const endpoints = ["authorization_endpoint", "token_endpoint", "registration_endpoint", "revocation_endpoint"].filter(
@@ -4365,7 +4368,7 @@ async function checkServerMetadata(checkup: Checkup): Promise<void> {
       secure,
       `${name} is https`,
       `It is ${
-        show(json[name])
+        quote(json[name])
       }: build it from the public https address, not from what the request says behind the proxy.`,
     );
   }
@@ -4628,8 +4631,8 @@ async function checkDenial({ expect, ask, server }: Checkup, page: URL, shown: A
   if (server?.authorization_response_iss_parameter_supported) {
     expect(
       back.get("iss") === server.issuer,
-      `the answer's iss is ${show(back.get("iss"))}`,
-      `It must be the issuer, ${show(server.issuer)}, on errors too (RFC 9207 §2).`,
+      `the answer's iss is ${quote(back.get("iss"))}`,
+      `It must be the issuer, ${quote(server.issuer)}, on errors too (RFC 9207 §2).`,
     );
   }
 }
@@ -4651,7 +4654,7 @@ async function checkToken({ url, server, client_id, expect, ask }: Checkup): Pro
     isObject(unknown.json) && typeof unknown.json.error === "string",
     "the token endpoint answers errors in JSON",
     `It answered ${unknown.status} ${
-      show(unknown.headers.get("Content-Type"))
+      quote(unknown.headers.get("Content-Type"))
     }: clients take anything but JSON for a broken server.`,
   );
   if (!client_id) return;
