@@ -3989,8 +3989,8 @@ const CHECK_REDIRECT = "https://claude.ai/api/mcp/auth_callback";
  */
 const EXPECTED = {
   "The address is https": "The address is http → Type https://{host}{pathname}: clients send no token over http.",
-  "The address is on the internet":
-    "{} is this computer or in its private network → For claude.ai, put a tunnel with https in front.",
+  "The address is no local one":
+    "{} is this computer or in its private network → For claude.ai, put a tunnel with https in front, and use its address.",
   "The port is 443": "The port is {} → Serve it on port 443: claude.ai reaches no other.",
   "The address has a path": "The address has no path → Type the whole address, with /mcp at the end.",
   "The address has no slash at its end": "The address ends with a slash → Leave it out: clients compare addresses.",
@@ -4004,7 +4004,7 @@ const EXPECTED = {
     "The MCP endpoint is open to everybody: it answers {} → Check the token before the MCP handler runs.",
   "The MCP endpoint does not redirect":
     "The MCP endpoint redirects to {} → Type the final address: a redirect loses the method or the token.",
-  "No firewall keeps requests away":
+  "The first request is not answered 403":
     "A request without a token is answered 403 → Let it through the firewall, login or Host check in front.",
   "Something is served at the path":
     "Nothing is served at {pathname}: it answers 404 → Check the address, and the routes of the proxy.",
@@ -4123,7 +4123,6 @@ const ROUTES = 'app.route("/", auth) serves it: let the proxy send its path ther
 
 /** The same fixes on a server with `personalAuth()`, where an option or a line can be named. */
 const WITH_PERSONAL_AUTH: Partial<Record<Expectation, string>> = {
-  "The address is on the internet": "then set baseUrl to the https address of the tunnel",
   "The server names public URLs": PUBLIC_URL,
   "The MCP endpoint is closed": GUARD_FIRST,
   "Something is served at the path": "type the path of the option mcpPath, /mcp by default",
@@ -4144,29 +4143,7 @@ const WITH_PERSONAL_AUTH: Partial<Record<Expectation, string>> = {
 /** Records a finding; tells whether it is good. */
 type Judge = (good: unknown, expected: Expectation, found?: unknown) => boolean;
 
-interface Checkup {
-  url: URL;
-  token: string | undefined;
-  heading: SetupFinding["heading"];
-  findings: SetupFinding[];
-  /** Without this, everything after it would fail as well: the check ends here. */
-  need: Judge;
-  /** Without this, some client cannot connect. */
-  must: Judge;
-  /** Without this, some clients stumble. */
-  should: Judge;
-  ask(what: string, place: string | URL, question?: Question): Promise<Answer>;
-  hasAnswered?: boolean;
-  isUnreachable?: boolean;
-  /** What the challenge says; empty where it says nothing. */
-  metadataUrl?: string;
-  issuer?: string;
-  // deno-lint-ignore no-explicit-any
-  server?: any;
-  client_id?: string | undefined;
-  /** How long the calls with a token took. */
-  calls?: string;
-}
+type Checkup = ReturnType<typeof startCheckup>;
 
 interface Question {
   method?: string;
@@ -4176,15 +4153,7 @@ interface Question {
   events?: boolean;
 }
 
-interface Answer {
-  status: number;
-  headers: Headers;
-  text: string;
-  /** The body, if it is JSON and says so. */
-  // deno-lint-ignore no-explicit-any
-  json: any;
-  seconds: number;
-}
+type Answer = Awaited<ReturnType<typeof exchange>>;
 
 /** The user agents of hosted Claude: the first for discovery, registration and tokens, the second for MCP itself. */
 const OAUTH_AGENT = "python-httpx/0.28.1";
@@ -4239,17 +4208,13 @@ export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Pr
   return { url: url.href, verdict: checkup.isUnreachable ? "unreachable" : first ? "broken" : "ready", findings, next };
 }
 
-function startCheckup(url: URL, options: SetupOptions): Checkup {
+/** What the stages of a check share: how to ask and to judge, and what was found on the way. */
+function startCheckup(url: URL, options: SetupOptions) {
+  const { href, host, origin, pathname } = url;
+  const address = { href, host, origin, pathname, metadata: wellKnown("oauth-protected-resource", url) };
   const judge = (otherwise: "warning" | "failed"): Judge => (good, expected, found) => {
-    const parts: Record<string, unknown> = {
-      "": show(found, options.token),
-      href: url.href,
-      host: url.host,
-      origin: url.origin,
-      pathname: url.pathname,
-      metadata: wellKnown("oauth-protected-resource", url),
-    };
-    const fill = (text: string) => text.replace(/\{(\w*)\}/g, (_, part) => String(parts[part]));
+    const parts: Record<string, string> = { ...address, "": show(found, options.token) };
+    const fill = (text: string) => text.replace(/\{(\w*)\}/g, (_, part) => parts[part]!);
     const [what = "", fix = ""] = EXPECTED[expected].split(" → ").map(fill);
     const own = WITH_PERSONAL_AUTH[expected];
     const { heading } = checkup;
@@ -4258,18 +4223,29 @@ function startCheckup(url: URL, options: SetupOptions): Checkup {
     return Boolean(good);
   };
   const must = judge("failed");
-  const checkup: Checkup = {
+  const checkup = {
     url,
-    token: options.token,
-    heading: "Address",
-    findings: [],
-    need(good, expected, found) {
-      if (must(good, expected, found)) return true;
-      throw new RootCause();
+    options,
+    heading: "Address" as SetupFinding["heading"],
+    findings: [] as SetupFinding[],
+    hasAnswered: false,
+    isUnreachable: false,
+    /** Without this, everything after it would fail as well: the check ends here. */
+    need(good: unknown, expected: Expectation, found?: unknown): void {
+      if (!must(good, expected, found)) throw new RootCause();
     },
+    /** Without this, some client cannot connect. */
     must,
+    /** Without this, some clients stumble. */
     should: judge("warning"),
-    ask: (what, place, question = {}) => ask(checkup, options, what, place, question),
+    /** What the challenge says; empty where it says nothing. */
+    metadataUrl: "",
+    issuer: "",
+    // deno-lint-ignore no-explicit-any
+    server: {} as any,
+    client_id: "",
+    /** How long the calls with a token took. */
+    calls: "",
   };
   return checkup;
 }
@@ -4313,13 +4289,13 @@ async function mayAsk(target: URL, typed: URL): Promise<boolean> {
   return addresses.length > 0 && addresses.every(({ address }) => isPublicAddress(address));
 }
 
-async function ask(
-  checkup: Checkup,
-  options: SetupOptions,
-  what: string,
-  place: string | URL,
-  question: Question,
-): Promise<Answer> {
+/**
+ * Asks one question, bounded in time and size.
+ *
+ * @throws {RootCause} if nothing usable answers, or the server refers to where it may not be asked.
+ */
+async function ask(checkup: Checkup, what: string, place: string | URL, question: Question = {}): Promise<Answer> {
+  const { options } = checkup;
   options.onProgress?.(what);
   const target = webUrl(String(place));
   const limit = new AbortController(); // not AbortSignal.timeout(): with a listener it keeps the process alive
@@ -4360,20 +4336,18 @@ const REASONS: [RegExp, string, string][] = [
 ];
 
 /** Sends one request. Never follows a redirect: it could lead to an inside address. */
-async function exchange(
-  url: URL,
-  { method = "GET", headers, body, events }: Question,
-  signal: AbortSignal,
-  fetch: NonNullable<SetupOptions["fetch"]>,
-): Promise<Answer> {
+async function exchange(url: URL, question: Question, signal: AbortSignal, fetch: NonNullable<SetupOptions["fetch"]>) {
   const start = performance.now();
-  const init = { method, headers: { "User-Agent": OAUTH_AGENT, Accept: "*/*", ...headers }, ...defined({ body }) };
-  const response = await fetch(new Request(url.href, { ...init, redirect: "manual", signal }));
+  const { events, ...init } = question;
+  const headers = { "User-Agent": OAUTH_AGENT, Accept: "*/*", ...init.headers };
+  const response = await fetch(new Request(url.href, { ...init, headers, redirect: "manual", signal }));
+  const type = response.headers.get("Content-Type") ?? "";
   let text = "";
-  let json: unknown;
-  if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) {
+  // deno-lint-ignore no-explicit-any
+  let json: any;
+  if (!type.startsWith("text/event-stream")) {
     text = await readLimited(response.body, MAX_ANSWER_BYTES);
-    if (/^application\/([a-z.-]+\+)?json/i.test(response.headers.get("Content-Type") ?? "")) json = parseJson(text);
+    if (/^application\/([a-z.-]+\+)?json/i.test(type)) json = parseJson(text);
   } else if (events) json = await readMessage(response.body);
   else response.body?.cancel().catch(() => {}); // it may stay open for ever, and has said enough with its headers
   return {
@@ -4424,7 +4398,7 @@ function checkAddress({ url, need, must, should }: Checkup): void {
     need(url.protocol === "https:", "The address is https");
     must(url.port === "", "The port is 443", Number(url.port));
   }
-  should(!isInside(url.hostname), "The address is on the internet", url.host);
+  should(!isInside(url.hostname), "The address is no local one", url.host);
   if (should(url.pathname !== "/", "The address has a path")) {
     should(!url.pathname.endsWith("/"), "The address has no slash at its end");
   }
@@ -4450,11 +4424,16 @@ const NO_TOKEN =
 
 /** The 401 is the beginning of everything: from it a client learns that, and where, it has to sign in. */
 async function checkGuard(checkup: Checkup): Promise<void> {
-  const { url, need, must, should, ask } = checkup;
-  const { status, headers, seconds } = await ask("the MCP endpoint, without a token", url, mcpRequest(OAUTH_AGENT));
+  const { url, need, must, should } = checkup;
+  const { status, headers, seconds } = await ask(
+    checkup,
+    "the MCP endpoint, without a token",
+    url,
+    mcpRequest(OAUTH_AGENT),
+  );
   need(status < 200 || status > 299, "The MCP endpoint is closed", status);
   need(status < 300 || status > 399, "The MCP endpoint does not redirect", headers.get("Location"));
-  need(status !== 403, "No firewall keeps requests away");
+  need(status !== 403, "The first request is not answered 403");
   need(status !== 404, "Something is served at the path");
   need(![405, 406, 415].includes(status), "The guard comes first", status);
   need(status === 401, "A request without a token is answered 401", status);
@@ -4468,25 +4447,30 @@ async function checkGuard(checkup: Checkup): Promise<void> {
     should(/scope="[^"]+"/.test(challenge), "The challenge names the scope");
     should(!/error=/.test(challenge), "The challenge has no error");
   }
-  const get = await ask("the MCP endpoint by GET", url, { headers: { Accept: "text/event-stream" } });
+  const get = await ask(checkup, "the MCP endpoint by GET", url, { headers: { Accept: "text/event-stream" } });
   must(get.status === 401, "GET without a token is answered 401", get.status);
-  const agent = await ask(`the MCP endpoint as ${MCP_AGENT}`, url, mcpRequest(MCP_AGENT));
+  const agent = await ask(checkup, `the MCP endpoint as ${MCP_AGENT}`, url, mcpRequest(MCP_AGENT));
   need(agent.status === 401, "Claude-User is let through", agent.status);
   const made = mcpRequest(MCP_AGENT, { Authorization: "Bearer made-up" });
-  const bad = await ask("the MCP endpoint, with a made-up token", url, made);
+  const bad = await ask(checkup, "the MCP endpoint, with a made-up token", url, made);
   if (must(bad.status === 401, "A made-up token is answered 401", bad.status)) {
     const said = bad.headers.get("WWW-Authenticate") ?? "";
     if (NO_TOKEN.test(`${said} ${bad.text}`.slice(0, 8192))) need(false, "The Authorization header arrives");
     if (hasChallenge) should(/error="?invalid_token/.test(said), "A made-up token is called invalid_token");
   }
   if (url.pathname.endsWith("/")) return;
-  const slashed = await ask("the address with a slash", `${url.origin}${url.pathname}/`, mcpRequest(OAUTH_AGENT));
+  const slashed = await ask(
+    checkup,
+    "the address with a slash",
+    `${url.origin}${url.pathname}/`,
+    mcpRequest(OAUTH_AGENT),
+  );
   should([401, 308].includes(slashed.status), "The address with a slash is served", slashed.status);
 }
 
 /** Goes where only a token leads. It is sent to the address that was typed, and to no other. */
 async function checkCalls(checkup: Checkup): Promise<void> {
-  const { url, token, need, should, ask } = checkup;
+  const { url, options: { token }, need, should } = checkup;
   if (!token) return;
   const headers: Record<string, string> = {
     "User-Agent": MCP_AGENT,
@@ -4494,7 +4478,7 @@ async function checkCalls(checkup: Checkup): Promise<void> {
     Accept: "application/json, text/event-stream",
   };
   const call = (message: { method: string; id?: number; params?: object }) =>
-    ask(message.method, url, { ...mcpRequest(MCP_AGENT, headers, message), events: true });
+    ask(checkup, message.method, url, { ...mcpRequest(MCP_AGENT, headers, message), events: true });
   const hello = await call(INITIALIZE);
   need(hello.status !== 401 && hello.status !== 403, "The token is accepted", hello.status);
   need(isObject(hello.json?.result), "{} is answered with a result", "initialize");
@@ -4513,7 +4497,7 @@ async function checkCalls(checkup: Checkup): Promise<void> {
     }
     [seconds, count, cursor] = [seconds + answer.seconds, count + tools.length, nextCursor];
   }
-  if (session) await ask("the end of the session", url, { method: "DELETE", headers });
+  if (session) await ask(checkup, "the end of the session", url, { method: "DELETE", headers });
   should(refused.length === 0, "Every tool has a name that Claude accepts", refused.join(", "));
   const [first, list] = [hello.seconds.toFixed(2), seconds.toFixed(2)];
   checkup.calls = `initialize took ${first} s, tools/list ${list} s: ${count} tools`;
@@ -4532,11 +4516,11 @@ const emptyMembers = (json: object): string =>
   Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name).join(", ");
 
 async function checkResourceMetadata(checkup: Checkup): Promise<void> {
-  const { url, metadataUrl, need, must, should, ask } = checkup;
+  const { url, metadataUrl, need, must, should } = checkup;
   const guessed = wellKnown("oauth-protected-resource", url);
   const place = metadataUrl || guessed;
   need(webUrl(place)?.origin === url.origin, "resource_metadata is on this server", place);
-  const answer = await ask("the resource's metadata", place);
+  const answer = await ask(checkup, "the resource's metadata", place);
   const { status, json } = answer;
   need(status === 200 && isObject(json), "The resource's metadata is served", inShort(answer));
   const typed = url.href.replace(/\/$/, "");
@@ -4546,28 +4530,25 @@ async function checkResourceMetadata(checkup: Checkup): Promise<void> {
   need(webUrl(checkup.issuer), "An authorization server is named");
   should(!lists(json.scopes_supported, "offline_access"), "The resource does not list offline_access");
   if (place !== guessed) {
-    const other = await ask("the metadata where clients guess it", guessed);
+    const other = await ask(checkup, "the metadata where clients guess it", guessed);
     should(other.status === 200, "The metadata is where clients guess it", other.status);
   }
-  const root = await ask("the metadata at the root", `${url.origin}/.well-known/oauth-protected-resource`);
+  const root = await ask(checkup, "the metadata at the root", `${url.origin}/.well-known/oauth-protected-resource`);
   should(root.status === 200 && isObject(root.json), "The metadata is at the root", inShort(root));
 }
 
 async function checkServerMetadata(checkup: Checkup): Promise<void> {
-  const { issuer = "", need, must, should, ask } = checkup;
-  const [oauth, openid] = ["oauth-authorization-server", "openid-configuration"].map((name) =>
-    wellKnown(name, new URL(issuer))
-  ) as [string, string];
-  const [answer, other] = [
-    await ask("the authorization server's metadata", oauth),
-    await ask("the OpenID configuration", openid),
-  ];
+  const { issuer, need, must, should } = checkup;
+  const oauth = wellKnown("oauth-authorization-server", new URL(issuer));
+  const openid = wellKnown("openid-configuration", new URL(issuer));
+  const answer = await ask(checkup, "the authorization server's metadata", oauth);
+  const other = await ask(checkup, "the OpenID configuration", openid);
   const isServed = answer.status === 200 && isObject(answer.json);
-  const isWhole = other.status === 200 && isObject(other.json) &&
+  const isFound = other.status === 200 && isObject(other.json);
+  const isWhole = isFound &&
     ["jwks_uri", "subject_types_supported", "id_token_signing_alg_values_supported"].every((name) => other.json[name]);
   // Clients take either document (RFC 8414 §5), and stumble over half of one.
-  const level = !isServed && other.status === 200 && isObject(other.json) ? need : should;
-  if (level === need) need(isWhole, "The OpenID configuration is whole or absent", other.status);
+  if (!isServed && isFound) need(isWhole, "The OpenID configuration is whole or absent", other.status);
   need(isServed || isWhole, "The authorization server's metadata is served", inShort(answer));
   should(isWhole || other.status === 404, "The OpenID configuration is whole or absent", other.status);
   const json = checkup.server = isServed ? answer.json : other.json;
@@ -4575,12 +4556,11 @@ async function checkServerMetadata(checkup: Checkup): Promise<void> {
   const needed = ["authorization_endpoint", "token_endpoint"];
   const missing = needed.find((name) => !json[name]);
   need(!missing, "The endpoints are named", missing);
-  const unsafe = [...needed, "registration_endpoint", "revocation_endpoint"].filter((name) => json[name]).find(
-    (name) => {
-      const endpoint = webUrl(json[name]);
-      return !endpoint || endpoint.protocol === "http:" && !isLoopback(endpoint.hostname);
-    },
-  );
+  const given = [...needed, "registration_endpoint", "revocation_endpoint"].filter((name) => json[name]);
+  const unsafe = given.find((name) => {
+    const endpoint = webUrl(json[name]);
+    return !endpoint || endpoint.protocol === "http:" && !isLoopback(endpoint.hostname);
+  });
   need(!unsafe, "Every endpoint is https or on this computer", unsafe);
   must(lists(json.code_challenge_methods_supported, "S256"), "PKCE with S256 is on offer");
   must(lists(json.response_types_supported, "code"), "The response type code is on offer");
@@ -4593,12 +4573,12 @@ async function checkServerMetadata(checkup: Checkup): Promise<void> {
   should(json.authorization_response_iss_parameter_supported, "Answers carry iss");
   const empty = emptyMembers(json);
   must(!empty, "No member is null or empty", empty);
-  const head = await ask("the metadata by HEAD", isServed ? oauth : openid, { method: "HEAD" });
+  const head = await ask(checkup, "the metadata by HEAD", isServed ? oauth : openid, { method: "HEAD" });
   should(head.status === 200, "HEAD is answered like GET", head.status);
 }
 
 async function checkRegistration(checkup: Checkup): Promise<void> {
-  const { server, must, should, ask } = checkup;
+  const { server, must, should } = checkup;
   if (!server.registration_endpoint) {
     checkup.client_id = "https://claude.ai/oauth/mcp-oauth-client-metadata";
     return;
@@ -4611,7 +4591,7 @@ async function checkRegistration(checkup: Checkup): Promise<void> {
     token_endpoint_auth_method: "none",
   });
   const headers = { "Content-Type": "application/json" };
-  const answer = await ask("registration", server.registration_endpoint, { method: "POST", headers, body });
+  const answer = await ask(checkup, "registration", server.registration_endpoint, { method: "POST", headers, body });
   const { status, json, text } = answer;
   const accepted = status === 201 || status === 200;
   if (!must(accepted, "A client can register", `${status} ${text}`)) return;
@@ -4624,7 +4604,7 @@ async function checkRegistration(checkup: Checkup): Promise<void> {
   should(status === 201, "Registration is answered 201", status);
 }
 
-function authorizationUrl({ url, server, client_id = "" }: Checkup, change: Record<string, string> = {}): URL {
+function authorizationUrl({ url, server, client_id }: Checkup, change: Record<string, string> = {}): URL {
   const target = new URL(server.authorization_endpoint);
   const params = {
     response_type: "code",
@@ -4645,10 +4625,10 @@ const hasCode = (location: string) => /[?&]code=/.test(location);
 
 /** Looks at the page that the owner sees, and at the way back: the form's own button to deny needs no password. */
 async function checkConsent(checkup: Checkup): Promise<void> {
-  const { client_id, need, must, should, ask } = checkup;
+  const { client_id, need, must, should } = checkup;
   if (!client_id) return;
   const target = authorizationUrl(checkup);
-  const shown = await ask("the consent page", target, { headers: AS_BROWSER });
+  const shown = await ask(checkup, "the consent page", target, { headers: AS_BROWSER });
   const { status, headers } = shown;
   const location = headers.get("Location") ?? "";
   need(!hasCode(location), "No code is given without the owner");
@@ -4662,7 +4642,8 @@ async function checkConsent(checkup: Checkup): Promise<void> {
   await checkDenial(checkup, target, shown);
 }
 
-async function checkDenial({ must, should, ask, server }: Checkup, page: URL, shown: Answer): Promise<void> {
+async function checkDenial(checkup: Checkup, page: URL, shown: Answer): Promise<void> {
+  const { must, should, server } = checkup;
   const isDenial = ({ name = "", value = "" }: Attributes) => name && /deny|denied|cancel|reject/i.test(value || name);
   const form = readForms(shown.text).find(({ fields }) => fields.some(isDenial));
   if (!form) return; // a page of its own kind: nothing can be said without its owner
@@ -4681,7 +4662,7 @@ async function checkDenial({ must, should, ask, server }: Checkup, page: URL, sh
     Origin: page.origin,
   };
   const body = new URLSearchParams(fields).toString();
-  const answer = await ask("the way back from the consent page", action!, { method: "POST", headers, body });
+  const answer = await ask(checkup, "the way back from the consent page", action!, { method: "POST", headers, body });
   if (!must([302, 303].includes(answer.status), "The consent form leads back", answer.status)) return;
   const location = answer.headers.get("Location") ?? "";
   const back = webUrl(location, page)?.searchParams;
@@ -4693,23 +4674,25 @@ async function checkDenial({ must, should, ask, server }: Checkup, page: URL, sh
 
 /** Asks for what must be refused. */
 async function checkAuthorization(checkup: Checkup): Promise<void> {
-  const { client_id, must, ask } = checkup;
+  const { client_id, must } = checkup;
   if (!client_id) return;
-  const location = async (what: string, change: Record<string, string>) =>
-    (await ask(what, authorizationUrl(checkup, change), { headers: AS_BROWSER })).headers.get("Location") ?? "";
-  const without = await location("authorization without PKCE", { code_challenge: "", code_challenge_method: "" });
-  must(!hasCode(without), "PKCE is required");
-  const plain = await location("authorization with plain PKCE", { code_challenge_method: "plain" });
-  must(!hasCode(plain), "PKCE is S256");
-  const away = await location("authorization with another redirect", { redirect_uri: "https://evil.example/" });
+  const location = async (change: Record<string, string>) => {
+    const target = authorizationUrl(checkup, change);
+    const { headers } = await ask(checkup, "an authorization to refuse", target, { headers: AS_BROWSER });
+    return headers.get("Location") ?? "";
+  };
+  must(!hasCode(await location({ code_challenge: "", code_challenge_method: "" })), "PKCE is required");
+  must(!hasCode(await location({ code_challenge_method: "plain" })), "PKCE is S256");
+  const away = await location({ redirect_uri: "https://evil.example/" });
   must(!away.startsWith("https://evil.example"), "Redirect URIs are compared");
-  const unknown = await location("authorization for an unknown client", { client_id: "nobody" });
+  const unknown = await location({ client_id: "nobody" });
   must(!unknown.startsWith(CHECK_REDIRECT), "An unknown client gets no redirect");
 }
 
-async function checkToken({ server, client_id, must, ask }: Checkup): Promise<void> {
+async function checkToken(checkup: Checkup): Promise<void> {
+  const { server, client_id, must } = checkup;
   const refresh = (what: string, client_id: string) =>
-    ask(`the token endpoint, ${what}`, server.token_endpoint, {
+    ask(checkup, `the token endpoint, ${what}`, server.token_endpoint, {
       method: "POST",
       headers: { "Content-Type": "application/x-www-form-urlencoded" },
       body: new URLSearchParams({ grant_type: "refresh_token", refresh_token: "made-up", client_id }).toString(),
@@ -4723,14 +4706,15 @@ async function checkToken({ server, client_id, must, ask }: Checkup): Promise<vo
 }
 
 /** Asks as a browser does for an app within a page, such as Inspector and playgrounds. */
-async function checkBrowserAccess({ url, server, should, ask }: Checkup): Promise<void> {
+async function checkBrowserAccess(checkup: Checkup): Promise<void> {
+  const { url, server, should } = checkup;
   const headers = {
     Origin: "https://inspector.example",
     "Access-Control-Request-Method": "POST",
     "Access-Control-Request-Headers": "authorization,content-type,mcp-protocol-version",
   };
   for (const [name, place] of [["MCP", url.href], ["token", server.token_endpoint]]) {
-    const answer = await ask(`a browser's preflight for the ${name} endpoint`, place, { method: "OPTIONS", headers });
+    const answer = await ask(checkup, `a browser's preflight, ${name}`, place, { method: "OPTIONS", headers });
     const allowed = answer.headers.get("Access-Control-Allow-Origin") ?? "";
     should(answer.status < 300 && ["*", headers.Origin].includes(allowed), "A browser may use the {} endpoint", name);
   }
@@ -4783,6 +4767,7 @@ function isObject(value: unknown): value is Record<string, any> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
+/** Returns the lines that add a good server to Claude. */
 function whatToType({ url, calls }: Checkup): string[] {
   const href = /[^\w:/.~%-]/.test(url.href) ? `'${url.href.replaceAll("'", "%27")}'` : url.href; // for a shell
   return [
@@ -4820,9 +4805,8 @@ async function setupCheckCommand({ argv, env, stdout }: CommandProcess): Promise
   const progress = (text: string) => isTerminal && stdout.write(`\r\x1b[K${text}`);
   try {
     const args = { args: argv.slice(2), allowPositionals: true, options: COMMAND_OPTIONS };
-    const { values: { token = env.MCP_TOKEN, verbose, json, help }, positionals } = nodeModule("node:util").parseArgs(
-      args,
-    );
+    const { values, positionals } = nodeModule("node:util").parseArgs(args);
+    const { token = env.MCP_TOKEN, verbose, json, help } = values;
     if (help) {
       console.log(HELP);
       return 0;
@@ -4841,6 +4825,7 @@ async function setupCheckCommand({ argv, env, stdout }: CommandProcess): Promise
 
 const MARKS = { ok: ["✓", "32"], warning: ["!", "33"], failed: ["✗", "31"] } as const;
 
+/** Formats a report for a terminal: a line for each heading, then what is to be repaired, the next step last. */
 function reportText({ url, findings, next }: SetupReport, verbose: boolean, colours: boolean): string {
   const marked = (result: keyof typeof MARKS, text: string) => {
     const [mark, colour] = MARKS[result];

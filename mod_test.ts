@@ -4090,6 +4090,20 @@ test("checkSetup() says why nothing could be asked", async () => {
   }
 });
 
+test("checkSetup() waits for no answer for ever", async (t) => {
+  const { setTimeout: real } = globalThis;
+  t.after(() => void (globalThis.setTimeout = real));
+  // deno-lint-ignore no-explicit-any
+  (globalThis as any).setTimeout = (call: () => void, wait: number) => real(call, wait === 30_000 ? 20 : wait);
+  const never = new Promise<never>(() => {});
+  const drips = () => new Response(new ReadableStream({ pull: () => never }), { status: 401 });
+  for (const fetch of [() => never, drips]) {
+    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch });
+    assertEquals(verdict, "unreachable");
+    assertMatch(findings.at(-1)!.what, /took too long/);
+  }
+});
+
 test("checkSetup() tells what is in front of the server from the server itself", async () => {
   const check = async (spoil: Parameters<typeof spoiltBy>[0], path = "/mcp") => {
     let requests = 0;
