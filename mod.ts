@@ -4383,7 +4383,7 @@ async function readMessage(stream: ReadableStream<Uint8Array> | null): Promise<u
       const text = line.join("");
       line = [next];
       if (text.startsWith("data:")) data.push(text.slice(5));
-      if (text.trim() !== "") continue;
+      if (text.trim() !== "" || data.length === 0) continue;
       const message = parseJson(data.join("\n"));
       data = [];
       if (!isObject(message) || !("result" in message || "error" in message)) continue;
