@@ -4229,495 +4229,638 @@ export const internals: any = {
 
 /** One thing that {@linkcode checkSetup} looked at. */
 export interface SetupFinding {
-  /** `failed`: would keep a client out. `warning`: some clients stumble, or something is weaker than it could be. */
+  /** The part of the setup, in the order in which a client meets them. */
+  heading: "Address" | "Guard" | "Discovery" | "Sign-in" | "Browser apps";
+  /** `failed`: keeps a client out. `warning`: some clients stumble, or something is weaker than it could be. */
   result: "ok" | "warning" | "failed";
   /** What was found. */
   what: string;
-  /** What to do about it, in one sentence. */
+  /** What any server should do instead. */
   fix?: string;
+  /** The option or line to change on a server with `personalAuth()`, where it can be named. */
+  withPersonalAuth?: string;
 }
 
-/** What {@linkcode checkSetup} found. */
+/** The result of {@linkcode checkSetup}. */
 export interface SetupReport {
   url: string;
-  /** `unreachable`: nothing could be asked at all, and the last finding says why. */
+  /** `unreachable`: no answer came at all, and the last finding says why. */
   verdict: "ready" | "broken" | "unreachable";
   findings: SetupFinding[];
+  /** What to do now, line by line: what to type into Claude, or the one thing to repair first. */
+  next: string[];
 }
 
-/** How to ask. */
+/** Options of {@linkcode checkSetup}. */
 export interface SetupOptions {
-  /** Told what is being asked, before each request. */
+  /** Called before each request with what it asks for. */
   onProgress?: (what: string) => void;
-  /** In place of the built-in `fetch`. */
+  /** Replaces the built-in `fetch`. */
   fetch?: (request: Request) => Response | Promise<Response>;
+  /** An access token, for example a personal one: with it, `initialize` and `tools/list` are called as well. */
+  token?: string | undefined;
 }
 
-/** What the stages of a check share. */
-interface Checkup {
-  url: URL;
-  ask(what: string, path: string | URL, init?: RequestInit): Promise<Answer>;
-  note(result: SetupFinding["result"], what: string, fix?: string): void;
-  /** ok, or the other with its fix. */
-  expect(good: unknown, what: string, fix: string, otherwise?: "warning" | "failed"): boolean;
-  metadataUrl?: string;
-  // deno-lint-ignore no-explicit-any
-  resource?: any;
-  // deno-lint-ignore no-explicit-any
-  server?: any;
-  client_id?: string;
-}
-
-interface Answer {
-  status: number;
-  headers: Headers;
-  text: string;
-  /** The body, if it is JSON and says so. */
-  // deno-lint-ignore no-explicit-any
-  json: any;
-  seconds: number;
-}
-
-/** How hosted Claude introduces itself: the one for discovery, registration and tokens, the other for MCP itself. */
-const OAUTH_AGENT = "python-httpx/0.28.1";
-const MCP_AGENT = "Claude-User";
-/** Claude's own limit for everything but a refresh. */
-const CLIENT_PATIENCE_SECONDS = 10;
 const CHECK_REDIRECT = "https://claude.ai/api/mcp/auth_callback";
-const CHECK_CHALLENGE = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"; // RFC 7636 appendix B; nothing is ever redeemed
-
-/** Where no answer came at all. */
-class Unreachable extends Error {}
 
 /**
- * Asks a server the questions that a client will ask, from outside and without the owner's password: any server, not
- * only one of this file. On the command line: `deno run -A mod.ts https://your-domain.com/mcp`, or with `bun`, `node`.
- * It registers a client and starts an authorization that it never finishes.
+ * The checklist: what is expected, what is found where it is not so, and the fix. `{}` stands for what was found,
+ * `{origin}` and the like for that part of the address.
+ */
+const EXPECTED = {
+  "The address is https": "The address is http → Type https://{host}{pathname}: clients send no token over http.",
+  "The address is no local one":
+    "{} is this computer or in its private network → For claude.ai, put a tunnel with https in front, and use its address.",
+  "The port is 443": "The port is {} → Serve it on port 443: claude.ai reaches no other.",
+  "The address has a path": "The address has no path → Type the whole address, with /mcp at the end.",
+  "The address has no slash at its end": "The address ends with a slash → Leave it out: clients compare addresses.",
+
+  "The server answers":
+    "The proxy answers {}, your server does not → Start the server on the port that the proxy uses.",
+  "The server names public URLs":
+    "The server refers to {}; a private or http address is not asked → Build its URLs from the public base URL.",
+
+  "The MCP endpoint is closed":
+    "The MCP endpoint is open to everybody: it answers {} → Check the token before the MCP handler runs.",
+  "The MCP endpoint does not redirect":
+    "The MCP endpoint redirects to {} → Type the final address: a redirect loses the method or the token.",
+  "The first request is not answered 403":
+    "A request without a token is answered 403 → Let it through the firewall, login or Host check in front.",
+  "Something is served at the path":
+    "Nothing is served at {pathname}: it answers 404 → Check the address, and the routes of the proxy.",
+  "The guard comes first":
+    "{} comes before the 401 → Check the token first, whatever the method, Content-Type or Accept header is.",
+  "A request without a token is answered 401": "A request without a token is answered {} → Answer 401 to it.",
+  "The 401 comes in {} s": "The 401 takes {} s → Find out what is slow: Claude gives up after 10 seconds.",
+  "The 401 has a Bearer challenge":
+    'The 401 has no Bearer challenge → Send WWW-Authenticate: Bearer resource_metadata="…" through the proxy.',
+  "The challenge says where the metadata is":
+    'The challenge does not say where the metadata is → Add resource_metadata="https://…" (RFC 9728 §5.1).',
+  "The challenge names the scope":
+    'The challenge names no scope → Add scope="…": without it Claude asks for every scope there is.',
+  "The challenge has no error": "The challenge has an error, but no token was sent → Leave error out (RFC 6750 §3.1).",
+  "GET without a token is answered 401":
+    "GET without a token is answered {} → Answer 401 to every method: mcp-remote and Codex ask by GET first.",
+  "Claude-User is let through":
+    "The user agent Claude-User is answered {}, others 401 → Allow it (Cloudflare: Block AI bots, AI Crawl Control).",
+  "A made-up token is answered 401":
+    "A made-up token is answered {} → Answer 401: only then clients refresh or sign in again.",
+  "The Authorization header arrives":
+    "The token did not arrive: the proxy drops Authorization → Let the proxy pass it on (Apache: CGIPassAuth On).",
+  "A made-up token is called invalid_token":
+    'A made-up token is answered without invalid_token → Add error="invalid_token", or let the proxy pass tokens.',
+  "The address with a slash is served": "The address with a slash is answered {} → Serve it too: some clients add one.",
+
+  "The token is accepted": "The token is answered {} → Use one that is valid, such as a new one of /connections.",
+  "{} is answered with a result": "{} gives no result → See the server's log: the token was accepted.",
+  "The calls with a token take {} s": "The calls with a token take {} s → Find out what is slow.",
+  "Every tool has a name that Claude accepts":
+    "Claude refuses the tools named {} → Name them with at most 64 letters, digits, _ or -.",
+
+  "resource_metadata is on this server":
+    "resource_metadata is {}, not on this server → Build it from the public base URL, not from the request.",
+  "The resource's metadata is served":
+    "The resource's metadata is answered {} → Serve it at {metadata} as application/json (RFC 9728 §3).",
+  "resource is the address": "resource is {} → Send what is typed, {href}, byte for byte.",
+  "resource has no slash at its end":
+    "resource ends with a slash → Leave it out: Codex and Gemini CLI compare strings.",
+  "An authorization server is named": "No authorization server is named → Add authorization_servers (RFC 9728 §2).",
+  "The resource does not list offline_access":
+    "The resource's metadata lists offline_access → List it in the authorization server's metadata only.",
+  "The metadata is where clients guess it":
+    "The metadata is answered {} where clients guess it → Serve it at {metadata} too.",
+  "The metadata is at the root":
+    "The metadata at the root is answered {} → Serve it there too: Claude Code signs out with it.",
+  "The authorization server's metadata is served":
+    "The authorization server's metadata is answered {} → Serve it as application/json (RFC 8414 §3).",
+  "The OpenID configuration is whole or absent":
+    "The OpenID configuration ({}) is incomplete → Answer 404, or all that OpenID Connect Discovery requires.",
+  "issuer is what the resource names":
+    "issuer is {} → Send what authorization_servers has, byte for byte; mind a slash at the end, and http.",
+  "The endpoints are named": "The {} is missing → Add it to the metadata: every client needs it.",
+  "Every endpoint is https or on this computer":
+    "{} is not an https URL → Build it from the public https address, not from the request.",
+  "PKCE with S256 is on offer":
+    'PKCE with S256 is not on offer → Add code_challenge_methods_supported: ["S256"]: clients refuse to go on.',
+  "The response type code is on offer":
+    'The response type code is not on offer → Add response_types_supported: ["code"]: clients cannot parse less.',
+  "A client can introduce itself":
+    "A client cannot introduce itself → Add registration_endpoint (RFC 7591) or client ID metadata documents.",
+  "Clients without a secret are accepted":
+    'Clients without a secret are not accepted → Add "none" to token_endpoint_auth_methods_supported.',
+  "private_key_jwt is accepted":
+    "private_key_jwt is not accepted: ChatGPT may insist on it → Support it (RFC 7523), and advertise it.",
+  "offline_access is on offer":
+    "offline_access is not on offer → Add it to scopes_supported: without it some clients ask for no refresh token.",
+  "Answers carry iss":
+    "Answers carry no iss (RFC 9207) → Send and advertise it: ChatGPT and Codex then keep one address.",
+  "No member is null or empty": "Members without a value: {} → Leave them out: strict clients refuse the answer.",
+  "HEAD is answered like GET": "HEAD is answered {} → Answer HEAD like GET.",
+
+  "A client can register":
+    "Registration is answered {} → Accept Claude's redirect URI, and do not limit registrations by address.",
+  "Registration gives a client_id": "Registration gives no client_id → Answer with client_id (RFC 7591 §3.2.1).",
+  "Registration echoes the redirect URIs":
+    "Registration does not echo the redirect URIs → Answer redirect_uris: clients cannot parse less.",
+  "Registration is answered 201": "Registration is answered {} → Answer 201 (RFC 7591 §3.2.1).",
+  "No code is given without the owner":
+    "A code is given to anybody → Ask the owner first: every account at an allowed client can connect.",
+  "A good request is accepted": "A good authorization request is refused: {} → See the server's log.",
+  "The owner is asked": "The consent page redirects to {}, which is no URL → Redirect to a whole URL.",
+  "The consent page is shown": "The consent page is answered {} → See the server's log.",
+  "The page has no form-action":
+    "The page's policy has form-action → Leave it out: Chromium then blocks the redirect back to the app.",
+  "The page cannot be framed":
+    "The page can be framed → Send frame-ancestors 'none': another site can lead the owner's click.",
+  "The page keeps its opener":
+    "The page is cut off from its opener → Leave out Cross-Origin-Opener-Policy: same-origin: pop-ups need it.",
+  "The form posts to its own origin":
+    "The consent form posts to {}; it was not sent → Post it to the page's own origin.",
+  "The consent form leads back":
+    "The consent form is answered {} → Redirect with 302: 307 posts the owner's form on to the app.",
+  "A denial is told to the app": "A denial leads to {} → Redirect with error=access_denied and the state as it came.",
+  "A denial carries iss": "A denial carries iss {} → Send the issuer, on errors too (RFC 9207 §2).",
+  "PKCE is required": "A request without PKCE gets a code → Require PKCE with S256 (OAuth 2.1 §4.1.1).",
+  "PKCE is S256": "A request with plain PKCE gets a code → Accept S256 only.",
+  "Redirect URIs are compared":
+    "A redirect URI that is not registered is followed → Compare redirect URIs exactly, before all else.",
+  "An unknown client gets no redirect":
+    "An unknown client is answered by a redirect → Show a page: nothing is known about the address.",
+  "The token endpoint answers errors in JSON":
+    "The token endpoint answers an error with {} → Answer JSON: clients take anything but JSON for a broken server.",
+  "A dead refresh token is answered 400 invalid_grant":
+    "A dead refresh token is answered {} → Answer 400 invalid_grant: clients then ask to sign in again.",
+
+  "A browser may use the {} endpoint":
+    "A browser may not use the {} endpoint → Answer OPTIONS before the guard, with Access-Control-Allow-Origin.",
+} satisfies Record<string, `${string} → ${string}`>;
+
+type Expectation = keyof typeof EXPECTED;
+
+const PUBLIC_URL = 'set baseUrl: "{origin}", the address that you type without its path';
+const GUARD_FIRST = 'app.all("{pathname}", auth.guard, handler)';
+const ROUTES = 'app.route("/", auth) serves it: let the proxy send its path there';
+
+/** The same fixes on a server with `personalAuth()`, where an option or a line can be named. */
+const WITH_PERSONAL_AUTH: Partial<Record<Expectation, string>> = {
+  "The server names public URLs": PUBLIC_URL,
+  "The MCP endpoint is closed": GUARD_FIRST,
+  "Something is served at the path": "type the path of the option mcpPath, /mcp by default",
+  "The guard comes first": GUARD_FIRST,
+  "GET without a token is answered 401": GUARD_FIRST,
+  "resource_metadata is on this server": PUBLIC_URL,
+  "The resource's metadata is served": ROUTES,
+  "resource is the address": PUBLIC_URL,
+  "The authorization server's metadata is served": ROUTES,
+  "The OpenID configuration is whole or absent": ROUTES,
+  "issuer is what the resource names": PUBLIC_URL,
+  "Every endpoint is https or on this computer": PUBLIC_URL,
+  "A client can register": "keep claude.ai in allowedRedirectDomains",
+  "No code is given without the owner": "set password, or an authenticateOwner that is true for the owner alone",
+  "The token endpoint answers errors in JSON": ROUTES,
+};
+
+/** Records a finding; tells whether it is good. */
+type Judge = (good: unknown, expected: Expectation, found?: unknown) => boolean;
+
+type Checkup = ReturnType<typeof startCheckup>;
+
+interface Question {
+  method?: string;
+  headers?: Record<string, string>;
+  body?: string;
+  /** Whether an event stream is read, up to its first answer. */
+  events?: boolean;
+}
+
+type Answer = Awaited<ReturnType<typeof exchange>>;
+
+/** The user agents of hosted Claude: the first for discovery, registration and tokens, the second for MCP itself. */
+const OAUTH_AGENT = "python-httpx/0.28.1";
+const MCP_AGENT = "Claude-User";
+/** Claude waits so many seconds for everything but a refresh. */
+const CLIENT_PATIENCE = 10;
+const MAX_ANSWER_BYTES = 1024 * 1024;
+const CHECK_CHALLENGE = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"; // RFC 7636 appendix B; nothing is ever redeemed
+
+/** Ends a check, because what is asked after a failed `need` would only repeat it. */
+class RootCause extends Error {}
+
+const STAGES: [SetupFinding["heading"], (checkup: Checkup) => void | Promise<void>][] = [
+  ["Address", checkAddress],
+  ["Guard", checkGuard],
+  ["Guard", checkCalls],
+  ["Discovery", checkResourceMetadata],
+  ["Discovery", checkServerMetadata],
+  ["Sign-in", checkRegistration],
+  ["Sign-in", checkConsent],
+  ["Sign-in", checkAuthorization],
+  ["Sign-in", checkToken],
+  ["Browser apps", checkBrowserAccess],
+];
+
+/**
+ * Asks any MCP server, from outside and without the owner's password, what a client will ask. On the command line:
+ * `deno run -A mod.ts https://your-domain.com/mcp`, or with `bun` or `node`. Registers a client, and starts an
+ * authorization that it never finishes.
  *
- * @throws {TypeError} if `mcpUrl` is not an http or https URL.
+ * @throws {TypeError} if `mcpUrl` is not an http or https URL, or `token` cannot be one.
  */
 export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Promise<SetupReport> {
-  const url = URL.parse(mcpUrl);
-  assert(
-    url && /^https?:$/.test(url.protocol),
-    `Give the URL that you type into Claude, such as "https://your-domain.com/mcp"`,
-  );
-  const findings: SetupFinding[] = [];
-  let answers = 0;
-  const note: Checkup["note"] = (result, what, fix) =>
-    void findings.push({ result, what, ...(result !== "ok" && defined({ fix })) });
-  const expect: Checkup["expect"] = (good, what, fix, otherwise = "failed") => {
-    note(good ? "ok" : otherwise, what, fix);
+  const url = webUrl(mcpUrl);
+  assert(url, `Give the URL that you type into Claude, such as "https://your-domain.com/mcp"`);
+  url.hash = "";
+  // RFC 6750 §2.1. Anything else fetch() would refuse, with a message that holds the token.
+  assert(/^[\w.~+/-]+=*$/.test(options.token ?? "x"), "The token holds a character that no token has");
+  const checkup = startCheckup(url, options);
+  const { findings } = checkup;
+  try {
+    for (const [heading, check] of STAGES) {
+      checkup.heading = heading;
+      await check(checkup);
+    }
+  } catch (error) {
+    if (!(error instanceof RootCause)) throw error;
+  }
+  const failed = findings.filter(({ result }) => result === "failed");
+  const first = checkup.isUnreachable ? failed.at(-1) : failed[0];
+  const next = first ? [`Repair this first: ${first.what}`] : whatToType(checkup);
+  return { url: url.href, verdict: checkup.isUnreachable ? "unreachable" : first ? "broken" : "ready", findings, next };
+}
+
+/** What the stages of a check share: how to ask and to judge, and what was found on the way. */
+function startCheckup(url: URL, options: SetupOptions) {
+  const { href, host, origin, pathname } = url;
+  const address = { href, host, origin, pathname, metadata: wellKnown("oauth-protected-resource", url) };
+  const judge = (otherwise: "warning" | "failed"): Judge => (good, expected, found) => {
+    const parts: Record<string, string> = { ...address, "": show(found, options.token) };
+    const fill = (text: string) => text.replace(/\{(\w*)\}/g, (_, part) => parts[part]!);
+    const [what = "", fix = ""] = EXPECTED[expected].split(" → ").map(fill);
+    const own = WITH_PERSONAL_AUTH[expected];
+    const { heading } = checkup;
+    if (good) checkup.findings.push({ heading, result: "ok", what: fill(expected) });
+    else checkup.findings.push({ heading, result: otherwise, what, fix, ...(own && { withPersonalAuth: fill(own) }) });
     return Boolean(good);
   };
-  const checkup: Checkup = {
+  const must = judge("failed");
+  const checkup = {
     url,
-    async ask(what, path, init = {}) {
-      const answer = await ask(what, new URL(path, url), init, options);
-      answers++;
-      return answer;
+    options,
+    heading: "Address" as SetupFinding["heading"],
+    findings: [] as SetupFinding[],
+    hasAnswered: false,
+    isUnreachable: false,
+    /** Without this, everything after it would fail as well: the check ends here. */
+    need(good: unknown, expected: Expectation, found?: unknown): void {
+      if (!must(good, expected, found)) throw new RootCause();
     },
-    note,
-    expect,
+    /** Without this, some client cannot connect. */
+    must,
+    /** Without this, some clients stumble. */
+    should: judge("warning"),
+    /** What the challenge says; empty where it says nothing. */
+    metadataUrl: "",
+    issuer: "",
+    // deno-lint-ignore no-explicit-any
+    server: {} as any,
+    client_id: "",
+    /** How long the calls with a token took. */
+    calls: "",
   };
-  const stages = [
-    checkAddress,
-    checkChallenge,
-    checkUserAgents,
-    checkResourceMetadata,
-    checkServerMetadata,
-    checkOpenidConfiguration,
-    checkRegistration,
-    checkAuthorization,
-    checkConsent,
-    checkToken,
-    checkBrowserAccess,
-  ];
-  try {
-    for (const stage of stages) await stage(checkup);
-    const broken = findings.some(({ result }) => result === "failed");
-    return { url: mcpUrl, verdict: broken ? "broken" : "ready", findings };
-  } catch (error) {
-    if (!(error instanceof Unreachable)) throw error;
-    note("failed", error.message, unreachableFix(error.cause));
-    return { url: mcpUrl, verdict: answers > 0 ? "broken" : "unreachable", findings };
-  }
+  return checkup;
 }
 
-async function ask(what: string, url: URL, init: RequestInit, options: SetupOptions): Promise<Answer> {
+/**
+ * Quotes what a server chose: in ASCII, so that no control character reaches a terminal, and without the token that it
+ * was sent. An object is only named: it may be nested deeper than JSON.stringify() goes.
+ */
+function show(value: unknown, token?: string): string {
+  if (typeof value === "object" && value !== null) return Array.isArray(value) ? "a list" : "an object";
+  return quote(token && typeof value === "string" ? value.replaceAll(token, "[token]") : value);
+}
+
+/** Parses an http or https URL without credentials, which fetch() refuses. Undefined if it is none. */
+function webUrl(value: unknown, base?: URL): URL | undefined {
+  const url = typeof value === "string" && value.length < 8192 ? URL.parse(value, base) : undefined;
+  return url && /^https?:$/.test(url.protocol) && !url.username && !url.password ? url : undefined;
+}
+
+/** Whether the host is this computer or an address of a private network. A name is not looked up. */
+function isInside(hostname: string): boolean {
+  const address = hostname.replace(/^\[|\]$/g, "");
+  return isLoopback(hostname) || nodeModule("node:net").isIP(address) > 0 && !isPublicAddress(address);
+}
+
+/**
+ * Whether a URL that the server chose may be asked. The server may be hostile and this computer may reach what the
+ * server cannot, so only the origin that was typed and public ones are asked. A public one must be https: a name that
+ * resolves to an inside address a moment after it was looked up then fails at the certificate, before anything is sent.
+ * A server that was typed as an inside address may also refer to this computer; a name never counts as such, because
+ * whoever owns it decides what it resolves to.
+ */
+async function mayAsk(target: URL, typed: URL): Promise<boolean> {
+  if (target.origin === typed.origin) return true;
+  if (isInside(target.hostname)) return isLoopback(target.hostname) && isInside(typed.hostname);
+  if (target.protocol !== "https:") return false;
+  const { lookup } = nodeModule("node:dns");
+  const addresses = await new Promise<{ address: string }[]>((resolve) =>
+    lookup(target.hostname.replace(/^\[|\]$/g, ""), { all: true }, (_: unknown, found = []) => resolve(found))
+  );
+  return addresses.length > 0 && addresses.every(({ address }) => isPublicAddress(address));
+}
+
+/**
+ * Asks one question, bounded in time and size.
+ *
+ * @throws {RootCause} if nothing usable answers, or the server refers to where it may not be asked.
+ */
+async function ask(checkup: Checkup, what: string, place: string | URL, question: Question = {}): Promise<Answer> {
+  const { options } = checkup;
   options.onProgress?.(what);
-  const headers = new Headers(init.headers);
-  if (!headers.has("User-Agent")) headers.set("User-Agent", OAUTH_AGENT);
-  if (!headers.has("Accept")) headers.set("Accept", "*/*");
-  const start = performance.now();
+  const target = webUrl(String(place));
+  const limit = new AbortController(); // not AbortSignal.timeout(): with a listener it keeps the process alive
+  const timer = setTimeout(() => limit.abort(new Error("timed out")), 3 * CLIENT_PATIENCE * 1000);
   try {
-    const signal = AbortSignal.timeout(3 * CLIENT_PATIENCE_SECONDS * 1000);
-    const request = new Request(url, { ...init, headers, redirect: "manual", signal });
-    const response = await (options.fetch ?? fetch)(request);
-    // A stream that stays open, as an event stream does, has said enough with its headers.
-    const streams = response.headers.get("Content-Type")?.startsWith("text/event-stream");
-    const text = streams ? "" : (await readLimited(response.body, 1024 * 1024));
-    if (streams) await response.body?.cancel();
-    return {
-      status: response.status,
-      headers: response.headers,
-      text,
-      json: parseJson(response.headers, text),
-      seconds: (performance.now() - start) / 1000,
-    };
-  } catch (cause) {
-    throw new Unreachable(`No answer from ${url.origin}${url.pathname} (${what})`, { cause });
+    if (!target || !await inTime(mayAsk(target, checkup.url), limit.signal)) {
+      checkup.need(false, "The server names public URLs", String(place));
+    }
+    const answer = await inTime(exchange(target!, question, limit.signal, options.fetch ?? fetch), limit.signal);
+    checkup.hasAnswered = true;
+    // A server that is busy says so in OAuth's own form (RFC 6749 §5.2); a proxy shows a page.
+    const isProxys = [502, 503, 504].includes(answer.status) && !isObject(answer.json);
+    if (isProxys) checkup.need(false, "The server answers", answer.status);
+    return answer;
+  } catch (error) {
+    if (error instanceof RootCause) throw error;
+    const { message, cause } = error as Error;
+    const detail = [message, (cause as Error | undefined)?.message].filter(Boolean).join(": ");
+    const [, reason = "", fix = ""] = REASONS.find(([pattern]) => pattern.test(detail)) ?? [];
+    checkup.isUnreachable = !checkup.hasAnswered && !(error instanceof TooLarge);
+    if (checkup.isUnreachable) checkup.heading = "Address";
+    const what = `No answer from ${show(target!.host)}: ${reason} (${show(detail, options.token)})`;
+    checkup.findings.push({ heading: checkup.heading, result: "failed", what, fix });
+    throw new RootCause();
+  } finally {
+    clearTimeout(timer);
   }
 }
 
-function parseJson(headers: Headers, text: string): unknown {
+/** Why no answer came: a pattern for the error's message, and what to say about it. */
+const REASONS: [RegExp, string, string][] = [
+  [/dns|ENOTFOUND|EAI_AGAIN|lookup|resolve/i, "the name does not resolve", "Set the DNS record of the name."],
+  [/cert|tls|ssl|handshake/i, "TLS failed", "Serve a certificate that browsers trust, with its whole chain."],
+  [/refused|unable to connect/i, "Nothing listens there", "Start the server, or open the port."],
+  [/larger than/, "the answer is too large", "Answer with less: clients expect small documents."],
+  [/time|abort/i, "it took too long", `Find out what is slow: Claude gives up after ${CLIENT_PATIENCE} seconds.`],
+  [/^/, "the request failed", "See that the server runs, and that it can be reached from here."],
+];
+
+/** Sends one request. Never follows a redirect: it could lead to an inside address. */
+async function exchange(url: URL, question: Question, signal: AbortSignal, fetch: NonNullable<SetupOptions["fetch"]>) {
+  const start = performance.now();
+  const { events, ...init } = question;
+  const headers = { "User-Agent": OAUTH_AGENT, Accept: "*/*", ...init.headers };
+  const response = await fetch(new Request(url.href, { ...init, headers, redirect: "manual", signal }));
+  const type = response.headers.get("Content-Type") ?? "";
+  let text = "";
+  // deno-lint-ignore no-explicit-any
+  let json: any;
+  if (!type.startsWith("text/event-stream")) {
+    text = await readLimited(response.body, MAX_ANSWER_BYTES);
+    if (/^application\/([a-z.-]+\+)?json/i.test(type)) json = parseJson(text);
+  } else if (events) json = await readMessage(response.body);
+  else response.body?.cancel().catch(() => {}); // it may stay open for ever, and has said enough with its headers
+  return {
+    status: response.status,
+    headers: response.headers,
+    text,
+    json,
+    seconds: (performance.now() - start) / 1000,
+  };
+}
+
+function parseJson(text: string): unknown {
   try {
-    return /^application\/([a-z.+-]+\+)?json/i.test(headers.get("Content-Type") ?? "") ? JSON.parse(text) : undefined;
+    return JSON.parse(text);
   } catch {
     return undefined;
   }
 }
 
-function unreachableFix(cause: unknown): string {
-  const detail = [cause, (cause as Error | undefined)?.cause].map((error) => (error as Error | undefined)?.message)
-    .filter(Boolean).join(": ");
-  if (/dns|ENOTFOUND|EAI_AGAIN|lookup|resolve/i.test(detail)) {
-    return `The name does not resolve; set its DNS record. (${detail})`;
-  }
-  if (/cert|tls|ssl|handshake/i.test(detail)) {
-    return `TLS failed; serve a certificate that browsers trust, with its whole chain. (${detail})`;
-  }
-  if (/refused/i.test(detail)) return `Nothing listens there; start the server, or open the port. (${detail})`;
-  if (/time|abort/i.test(detail)) {
-    return `It took too long; clients give up after ${CLIENT_PATIENCE_SECONDS} seconds. (${detail})`;
-  }
-  return `See that the server runs and is reachable from here. (${detail || "no detail"})`;
-}
-
-function checkAddress({ url, note, expect }: Checkup): void {
-  const local = isLoopback(url.hostname);
-  if (local) {
-    note(
-      "warning",
-      `${url.host} is this computer`,
-      "Only programs on it can connect; for Claude on the web, put a tunnel or proxy with https in front.",
-    );
-  } else {
-    expect(
-      url.protocol === "https:",
-      "the address is https",
-      `Write https://${url.host}${url.pathname}; clients send no token over plain http.`,
-    );
-    expect(url.port === "", "the port is 443", "Serve it on port 443: Claude on the web reaches no other.");
-  }
-  expect(url.pathname.length > 1, "the address has a path", "Type the whole address, with /mcp at the end.", "warning");
-  if (url.pathname.length > 1) {
-    expect(
-      !url.pathname.endsWith("/"),
-      "the address has no slash at its end",
-      "Leave the slash out: clients compare the address as a string.",
-      "warning",
-    );
+/** Reads an event stream up to the first JSON-RPC response. Looks at each character once, however it was cut up. */
+async function readMessage(stream: ReadableStream<Uint8Array> | null): Promise<unknown> {
+  const reader = stream?.getReader();
+  const decoder = new TextDecoder();
+  let [line, data]: [string[], string[]] = [[], []];
+  for (let length = 0; reader;) {
+    const { done, value } = await reader.read();
+    length += value?.length ?? 0;
+    if (length > MAX_ANSWER_BYTES) throw new TooLarge(`is larger than ${MAX_ANSWER_BYTES} bytes`);
+    if (done) return undefined;
+    const [first = "", ...rest] = decoder.decode(value, { stream: true }).split("\n");
+    line.push(first);
+    for (const next of rest) {
+      const text = line.join("");
+      line = [next];
+      if (text.startsWith("data:")) data.push(text.slice(5));
+      if (text.trim() !== "" || data.length === 0) continue;
+      const message = parseJson(data.join("\n"));
+      data = [];
+      if (!isObject(message) || !("result" in message || "error" in message)) continue;
+      reader.cancel().catch(() => {});
+      return message;
+    }
   }
 }
 
-const CHECK_INITIALIZE = JSON.stringify({
-  jsonrpc: "2.0",
+function checkAddress({ url, need, must, should }: Checkup): void {
+  if (!isLoopback(url.hostname)) {
+    need(url.protocol === "https:", "The address is https");
+    must(url.port === "", "The port is 443", Number(url.port));
+  }
+  should(!isInside(url.hostname), "The address is no local one", url.host);
+  if (should(url.pathname !== "/", "The address has a path")) {
+    should(!url.pathname.endsWith("/"), "The address has no slash at its end");
+  }
+}
+
+const INITIALIZE = {
   id: 0,
   method: "initialize",
   params: { protocolVersion: "2025-11-25", capabilities: {}, clientInfo: { name: "setup-check", version: "1" } },
-});
+};
 
-function initializeAs(agent: string, more: Record<string, string> = {}): RequestInit {
-  const headers = {
-    "Content-Type": "application/json",
-    "User-Agent": agent,
-    "MCP-Protocol-Version": "2025-11-25",
-    ...more,
-  };
-  return { method: "POST", headers, body: CHECK_INITIALIZE };
+function mcpRequest(agent: string, headers: Record<string, string> = {}, message: object = INITIALIZE): Question {
+  const common = { "Content-Type": "application/json", "MCP-Protocol-Version": "2025-11-25", "User-Agent": agent };
+  return { method: "POST", headers: { ...common, ...headers }, body: JSON.stringify({ jsonrpc: "2.0", ...message }) };
 }
 
-/** Everything begins with the 401: it is how a client learns that, and where, it has to sign in. */
-async function checkChallenge(checkup: Checkup): Promise<void> {
-  const { url, note, expect, ask } = checkup;
-  const answer = await ask("the MCP endpoint, without a token", url, initializeAs(OAUTH_AGENT));
-  const fix: Record<number, string> = {
-    200: "The server is open to everybody: put the guard in front of the MCP handler.",
-    403: "A firewall or host check refuses the request before the server sees it: let it through.",
-    404: "Nothing is served at this path: check the address and the proxy's routes.",
-    405: "The method is refused before the token is looked at: put the guard first, for every method.",
-    406: "The Accept header is refused before the token is looked at: put the guard in front of the MCP handler.",
-    415: "The content type is refused before the token is looked at: put the guard in front of the MCP handler.",
-  };
-  const redirects = answer.status >= 300 && answer.status < 400;
-  const advice = redirects
-    ? `It redirects to ${
-      quote(answer.headers.get("Location"))
-    }: clients lose the method or the token on the way; type the final address, or serve it here.`
-    : fix[answer.status] ?? "The server must answer 401 to a request without a token, whatever else is in it.";
-  if (
-    !expect(
-      answer.status === 401,
-      `a request without a token is answered ${answer.status}${answer.status === 401 ? "" : ", not 401"}`,
-      advice,
-    )
-  ) return;
-  expect(
-    answer.seconds < CLIENT_PATIENCE_SECONDS / 3,
-    `it answers in ${answer.seconds.toFixed(1)} s`,
-    `Clients give up after ${CLIENT_PATIENCE_SECONDS} seconds: find out what is slow.`,
-    answer.seconds < CLIENT_PATIENCE_SECONDS ? "warning" : "failed",
-  );
-  const challenge = answer.headers.get("WWW-Authenticate") ?? "";
-  checkup.metadataUrl = challenge.match(/resource_metadata="([^"]+)"/)?.[1] ?? "";
-  if (
-    expect(
-      /^Bearer\b/i.test(challenge),
-      "the 401 has a Bearer challenge",
-      'Send WWW-Authenticate: Bearer resource_metadata="…" with the 401; a proxy may have removed it.',
-    )
-  ) {
-    expect(
-      checkup.metadataUrl,
-      "the challenge says where the metadata is",
-      'Add resource_metadata="https://…/.well-known/oauth-protected-resource…" to the challenge (RFC 9728 §5.1).',
-      "warning",
-    );
-    expect(
-      /scope="[^"]+"/.test(challenge),
-      "the challenge names the scope",
-      'Add scope="…": without it Claude asks for every scope there is.',
-      "warning",
-    );
-    expect(
-      !/error=/.test(challenge),
-      "the challenge blames nobody for a token that was not sent",
-      "Leave error out where no token came (RFC 6750 §3.1).",
-      "warning",
-    );
-  }
-  const get = await ask("the same by GET", url, { headers: { Accept: "text/event-stream" } });
-  expect(
-    get.status === 401,
-    `GET without a token is answered ${get.status}`,
-    "Answer 401 to every method: mcp-remote and Codex ask by GET first.",
-  );
-  const bad = await ask(
-    "the same with a made-up token",
+/**
+ * Words by which a server says that no token came. Where one was sent, something in between dropped it. Servers that
+ * say nothing of the kind are not accused: their answer without `invalid_token` can have either reason.
+ */
+const NO_TOKEN =
+  /(missing (authorization|access token)|no (authorization|access token|token)|token is (needed|required))/i;
+
+/** The 401 is the beginning of everything: from it a client learns that, and where, it has to sign in. */
+async function checkGuard(checkup: Checkup): Promise<void> {
+  const { url, need, must, should } = checkup;
+  const { status, headers, seconds } = await ask(
+    checkup,
+    "the MCP endpoint, without a token",
     url,
-    initializeAs(MCP_AGENT, { Authorization: "Bearer made-up" }),
+    mcpRequest(OAUTH_AGENT),
   );
-  if (
-    expect(
-      bad.status === 401,
-      `a made-up token is answered ${bad.status}`,
-      "Answer 401, so that clients refresh or sign in again; on anything else they give up.",
-    )
-  ) {
-    expect(
-      /error="?invalid_token/.test(bad.headers.get("WWW-Authenticate") ?? ""),
-      "a bad token is called invalid_token",
-      'Add error="invalid_token" to the challenge (RFC 6750 §3.1).',
-      "warning",
-    );
+  need(status < 200 || status > 299, "The MCP endpoint is closed", status);
+  need(status < 300 || status > 399, "The MCP endpoint does not redirect", headers.get("Location"));
+  need(status !== 403, "The first request is not answered 403");
+  need(status !== 404, "Something is served at the path");
+  need(![405, 406, 415].includes(status), "The guard comes first", status);
+  need(status === 401, "A request without a token is answered 401", status);
+  const [level, took] = [seconds < CLIENT_PATIENCE ? should : must, Number(seconds.toFixed(2))];
+  level(seconds < CLIENT_PATIENCE / 3, "The 401 comes in {} s", took);
+  const challenge = headers.get("WWW-Authenticate")?.slice(0, 8192) ?? "";
+  checkup.metadataUrl = challenge.match(/resource_metadata="([^"]+)"/)?.[1] ?? "";
+  const hasChallenge = must(/^Bearer\b/i.test(challenge), "The 401 has a Bearer challenge");
+  if (hasChallenge) {
+    should(checkup.metadataUrl, "The challenge says where the metadata is");
+    should(/scope="[^"]+"/.test(challenge), "The challenge names the scope");
+    should(!/error=/.test(challenge), "The challenge has no error");
   }
-  if (!url.pathname.endsWith("/")) {
-    const slash = await ask("the address with a slash", new URL(`${url.pathname}/`, url), initializeAs(OAUTH_AGENT));
-    expect(
-      slash.status === 401 || slash.status === 308,
-      `the address with a slash at its end is answered ${slash.status}`,
-      "Serve it like the one without: some clients add a slash.",
-      "warning",
-    );
+  const get = await ask(checkup, "the MCP endpoint by GET", url, { headers: { Accept: "text/event-stream" } });
+  must(get.status === 401, "GET without a token is answered 401", get.status);
+  const agent = await ask(checkup, `the MCP endpoint as ${MCP_AGENT}`, url, mcpRequest(MCP_AGENT));
+  need(agent.status === 401, "Claude-User is let through", agent.status);
+  const made = mcpRequest(MCP_AGENT, { Authorization: "Bearer made-up" });
+  const bad = await ask(checkup, "the MCP endpoint, with a made-up token", url, made);
+  if (must(bad.status === 401, "A made-up token is answered 401", bad.status)) {
+    const said = bad.headers.get("WWW-Authenticate") ?? "";
+    if (NO_TOKEN.test(`${said} ${bad.text}`.slice(0, 8192))) need(false, "The Authorization header arrives");
+    if (hasChallenge) should(/error="?invalid_token/.test(said), "A made-up token is called invalid_token");
   }
-  note("ok", "the endpoint asks for a token");
+  if (url.pathname.endsWith("/")) return;
+  const slashed = await ask(
+    checkup,
+    "the address with a slash",
+    `${url.origin}${url.pathname}/`,
+    mcpRequest(OAUTH_AGENT),
+  );
+  should([401, 308].includes(slashed.status), "The address with a slash is served", slashed.status);
 }
 
-async function checkUserAgents({ url, expect, ask, metadataUrl }: Checkup): Promise<void> {
-  if (metadataUrl === undefined) return;
-  const answer = await ask(`the MCP endpoint as ${MCP_AGENT}`, url, initializeAs(MCP_AGENT));
-  expect(
-    answer.status === 401,
-    `${MCP_AGENT} is answered ${answer.status}`,
-    `Something in front blocks this user agent (in Cloudflare: Block AI bots, AI Crawl Control): allow ${MCP_AGENT}, or sign-in succeeds and every call fails.`,
-  );
+/** Goes where only a token leads. It is sent to the address that was typed, and to no other. */
+async function checkCalls(checkup: Checkup): Promise<void> {
+  const { url, options: { token }, need, should } = checkup;
+  if (!token) return;
+  const headers: Record<string, string> = {
+    "User-Agent": MCP_AGENT,
+    Authorization: `Bearer ${token}`,
+    Accept: "application/json, text/event-stream",
+  };
+  const call = (message: { method: string; id?: number; params?: object }) =>
+    ask(checkup, message.method, url, { ...mcpRequest(MCP_AGENT, headers, message), events: true });
+  const hello = await call(INITIALIZE);
+  need(hello.status !== 401 && hello.status !== 403, "The token is accepted", hello.status);
+  need(isObject(hello.json?.result), "{} is answered with a result", "initialize");
+  const session = hello.headers.get("Mcp-Session-Id");
+  if (session) headers["Mcp-Session-Id"] = session;
+  await call({ method: "notifications/initialized" });
+  let [seconds, count, cursor]: [number, number, unknown] = [0, 0, undefined];
+  const refused: string[] = [];
+  for (let page = 0; page < 20 && (page === 0 || typeof cursor === "string"); page++) {
+    const answer = await call({ id: page + 1, method: "tools/list", params: defined({ cursor }) });
+    const { tools, nextCursor } = isObject(answer.json?.result) ? answer.json.result : {} as Record<string, unknown>;
+    need(Array.isArray(tools), "{} is answered with a result", "tools/list");
+    for (const tool of tools) {
+      const name = typeof tool?.name === "string" ? tool.name : "";
+      if (!/^[a-zA-Z0-9_-]{1,64}$/.test(name)) refused.push(name);
+    }
+    [seconds, count, cursor] = [seconds + answer.seconds, count + tools.length, nextCursor];
+  }
+  if (session) await ask(checkup, "the end of the session", url, { method: "DELETE", headers });
+  should(refused.length === 0, "Every tool has a name that Claude accepts", refused.join(", "));
+  const [first, list] = [hello.seconds.toFixed(2), seconds.toFixed(2)];
+  checkup.calls = `initialize took ${first} s, tools/list ${list} s: ${count} tools`;
+  const total = Number((hello.seconds + seconds).toFixed(2));
+  should(total < CLIENT_PATIENCE / 3, "The calls with a token take {} s", total);
 }
 
-/** Where RFC 8414 and RFC 9728 put a document for this URL. */
+/** The place of a metadata document for this URL (RFC 8414 §3.1, RFC 9728 §3.1). */
 function wellKnown(name: string, url: URL): string {
   return `${url.origin}/.well-known/${name}${url.pathname === "/" ? "" : url.pathname.replace(/\/$/, "")}`;
 }
 
-async function readDocument({ ask, expect }: Checkup, what: string, place: string) {
-  const { status, json, headers } = await ask(what, place);
-  const served = `Serve it at ${place}, without a redirect (RFC 8414 §3, RFC 9728 §3); it must pass every firewall.`;
-  if (!expect(status === 200, `${what} is answered ${status}`, served)) return undefined;
-  const type = quote(headers.get("Content-Type"));
-  return expect(isObject(json), "it is JSON", `It is ${type}: serve application/json, not a page of the app.`)
-    ? json
-    : undefined;
-}
+const lists = (list: unknown, value: string): boolean => Array.isArray(list) && list.includes(value);
+const inShort = ({ status, headers }: Answer): string => `${status} ${headers.get("Content-Type") ?? ""}`.trim();
+const emptyMembers = (json: object): string =>
+  Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name).join(", ");
 
 async function checkResourceMetadata(checkup: Checkup): Promise<void> {
-  const { url, expect, ask, metadataUrl, note } = checkup;
-  const place = metadataUrl || wellKnown("oauth-protected-resource", url);
-  if (!URL.canParse(place)) {
-    return note("failed", "resource_metadata is not a URL", "Write it in full, with https:// and the host.");
-  }
-  if (metadataUrl && new URL(metadataUrl).origin !== url.origin) {
-    note(
-      "failed",
-      `resource_metadata points to ${new URL(metadataUrl).origin}`,
-      `Build it from the public base URL, ${url.origin}, not from what the request says behind the proxy.`,
-    );
-  }
-  const json = await readDocument(checkup, "the resource's metadata", place);
-  if (!json) return;
-  checkup.resource = json;
+  const { url, metadataUrl, need, must, should } = checkup;
+  const guessed = wellKnown("oauth-protected-resource", url);
+  const place = metadataUrl || guessed;
+  need(webUrl(place)?.origin === url.origin, "resource_metadata is on this server", place);
+  const answer = await ask(checkup, "the resource's metadata", place);
+  const { status, json } = answer;
+  need(status === 200 && isObject(json), "The resource's metadata is served", inShort(answer));
   const typed = url.href.replace(/\/$/, "");
-  const same = String(json.resource).replace(/\/$/, "") === typed;
-  expect(
-    same,
-    `resource is ${quote(json.resource)}`,
-    `It must be what is typed into the client, ${quote(typed)}, byte for byte.`,
-  );
-  if (same) {
-    expect(
-      json.resource === typed,
-      "resource has no slash at its end",
-      "Leave it out: Codex and Gemini CLI compare strings.",
-    );
+  need([typed, `${typed}/`].includes(json.resource), "resource is the address", json.resource);
+  must(json.resource === typed, "resource has no slash at its end");
+  checkup.issuer = json.authorization_servers?.[0];
+  need(webUrl(checkup.issuer), "An authorization server is named");
+  should(!lists(json.scopes_supported, "offline_access"), "The resource does not list offline_access");
+  if (place !== guessed) {
+    const other = await ask(checkup, "the metadata where clients guess it", guessed);
+    should(other.status === 200, "The metadata is where clients guess it", other.status);
   }
-  const servers = json.authorization_servers;
-  expect(
-    Array.isArray(servers) && servers.length > 0 && servers.every((server) => typeof server === "string"),
-    "it names an authorization server",
-    "Add authorization_servers with the issuer (RFC 9728 §2).",
-  );
-  expect(
-    !json.scopes_supported?.includes?.("offline_access"),
-    "it does not list offline_access",
-    "That belongs in the authorization server's metadata only.",
-    "warning",
-  );
-  const direct = wellKnown("oauth-protected-resource", url);
-  if (place !== direct) {
-    const other = await ask("the metadata where clients guess it", direct);
-    expect(
-      other.status === 200,
-      `${direct} is answered ${other.status}`,
-      "Serve it there too: some clients do not read the challenge.",
-      "warning",
-    );
-  }
-  const root = await ask("the metadata at the root", `${url.origin}/.well-known/oauth-protected-resource`);
-  expect(
-    root.status === 200 && isObject(root.json),
-    `the root form of it is answered ${root.status}`,
-    "Serve the same document there: Claude Code looks there when it signs out.",
-    "warning",
-  );
+  const root = await ask(checkup, "the metadata at the root", `${url.origin}/.well-known/oauth-protected-resource`);
+  should(root.status === 200 && isObject(root.json), "The metadata is at the root", inShort(root));
 }
 
 async function checkServerMetadata(checkup: Checkup): Promise<void> {
-  const { url, resource, expect, note, ask } = checkup;
-  const issuer = resource?.authorization_servers?.[0] ?? url.origin;
-  if (!URL.canParse(issuer)) return note("failed", `authorization_servers names ${quote(issuer)}`, "It must be a URL.");
-  const place = wellKnown("oauth-authorization-server", new URL(issuer));
-  const json = await readDocument(checkup, "the authorization server's metadata", place);
-  if (!json) return;
-  checkup.server = json;
-  expect(
-    json.issuer === issuer,
-    `issuer is ${quote(json.issuer)}`,
-    `It must be ${
-      quote(issuer)
-    }, byte for byte, as authorization_servers has it; mind a slash at the end and http behind a proxy.`,
-  );
-  const endpoints = ["authorization_endpoint", "token_endpoint", "registration_endpoint", "revocation_endpoint"].filter(
-    (name) => name in json,
-  );
-  for (const name of ["authorization_endpoint", "token_endpoint"]) {
-    if (!endpoints.includes(name)) note("failed", `${name} is missing`, "Every client needs it.");
-  }
-  for (const name of endpoints) {
-    const endpoint = URL.parse(String(json[name]));
-    const secure = endpoint?.protocol === "https:" || (endpoint !== null && isLoopback(endpoint.hostname));
-    expect(
-      secure,
-      `${name} is https`,
-      `It is ${
-        quote(json[name])
-      }: build it from the public https address, not from what the request says behind the proxy.`,
-    );
-  }
-  const has = (name: string, value: string) => Array.isArray(json[name]) && json[name].includes(value);
-  expect(
-    has("code_challenge_methods_supported", "S256"),
-    "PKCE with S256 is on offer",
-    'Add code_challenge_methods_supported: ["S256"]: without it clients refuse to go on.',
-  );
-  expect(
-    has("response_types_supported", "code"),
-    "response_types_supported holds code",
-    "Add it: the document does not parse without.",
-  );
-  const cimd = json.client_id_metadata_document_supported === true;
-  expect(
-    cimd || json.registration_endpoint,
-    "a client can introduce itself",
-    "Add registration_endpoint (RFC 7591), or client_id_metadata_document_supported: true.",
-  );
-  expect(
-    has("token_endpoint_auth_methods_supported", "none"),
-    "public clients are welcome",
-    'Add "none" to token_endpoint_auth_methods_supported: Claude and most others are public clients.',
-    json.registration_endpoint ? "warning" : "failed",
-  );
-  expect(
-    has("scopes_supported", "offline_access"),
-    "offline_access is on offer",
-    "Add it to scopes_supported: several clients ask for a refresh token only then.",
-    "warning",
-  );
-  expect(
-    json.authorization_response_iss_parameter_supported,
-    "answers carry iss (RFC 9207)",
-    "Send iss and advertise it: ChatGPT and Codex then use their stable addresses.",
-    "warning",
-  );
-  const nulls = Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name);
-  expect(
-    nulls.length === 0,
-    "no member is null or empty",
-    `Leave out ${nulls.join(", ")}: strict clients refuse the whole document.`,
-  );
-  const head = await ask("the same by HEAD", place, { method: "HEAD" });
-  expect(head.status === 200, `HEAD is answered ${head.status}`, "Answer HEAD like GET.", "warning");
-}
-
-async function checkOpenidConfiguration({ url, server, note, ask }: Checkup): Promise<void> {
-  const { status, json } = await ask("the OpenID configuration", `${url.origin}/.well-known/openid-configuration`);
-  if (status === 404) return note("ok", "there is no OpenID configuration to mistake for one");
-  const complete = isObject(json) &&
-    ["jwks_uri", "subject_types_supported", "id_token_signing_alg_values_supported"].every((name) => json[name]);
-  if (status === 200 && !complete) {
-    note(
-      server ? "warning" : "failed",
-      "the OpenID configuration is incomplete",
-      "Answer 404 there, or serve all that OpenID Connect Discovery requires: clients that try it cannot parse it.",
-    );
-  } else if (status !== 200) note("warning", `the OpenID configuration is answered ${status}`, "Answer 404 there.");
+  const { issuer, need, must, should } = checkup;
+  const oauth = wellKnown("oauth-authorization-server", new URL(issuer));
+  const openid = wellKnown("openid-configuration", new URL(issuer));
+  const answer = await ask(checkup, "the authorization server's metadata", oauth);
+  const other = await ask(checkup, "the OpenID configuration", openid);
+  const isServed = answer.status === 200 && isObject(answer.json);
+  const isFound = other.status === 200 && isObject(other.json);
+  const isWhole = isFound &&
+    ["jwks_uri", "subject_types_supported", "id_token_signing_alg_values_supported"].every((name) => other.json[name]);
+  // Clients take either document (RFC 8414 §5), and stumble over half of one.
+  if (!isServed && isFound) need(isWhole, "The OpenID configuration is whole or absent", other.status);
+  need(isServed || isWhole, "The authorization server's metadata is served", inShort(answer));
+  should(isWhole || other.status === 404, "The OpenID configuration is whole or absent", other.status);
+  const json = checkup.server = isServed ? answer.json : other.json;
+  need(json.issuer === issuer, "issuer is what the resource names", json.issuer);
+  const needed = ["authorization_endpoint", "token_endpoint"];
+  const missing = needed.find((name) => !json[name]);
+  need(!missing, "The endpoints are named", missing);
+  const given = [...needed, "registration_endpoint", "revocation_endpoint"].filter((name) => json[name]);
+  const unsafe = given.find((name) => {
+    const endpoint = webUrl(json[name]);
+    return !endpoint || endpoint.protocol === "http:" && !isLoopback(endpoint.hostname);
+  });
+  need(!unsafe, "Every endpoint is https or on this computer", unsafe);
+  must(lists(json.code_challenge_methods_supported, "S256"), "PKCE with S256 is on offer");
+  must(lists(json.response_types_supported, "code"), "The response type code is on offer");
+  const takesDocuments = json.client_id_metadata_document_supported === true;
+  need(takesDocuments || json.registration_endpoint, "A client can introduce itself");
+  const methods = json.token_endpoint_auth_methods_supported;
+  (json.registration_endpoint ? should : must)(lists(methods, "none"), "Clients without a secret are accepted");
+  if (takesDocuments) should(lists(methods, "private_key_jwt"), "private_key_jwt is accepted");
+  should(lists(json.scopes_supported, "offline_access"), "offline_access is on offer");
+  should(json.authorization_response_iss_parameter_supported, "Answers carry iss");
+  const empty = emptyMembers(json);
+  must(!empty, "No member is null or empty", empty);
+  const head = await ask(checkup, "the metadata by HEAD", isServed ? oauth : openid, { method: "HEAD" });
+  should(head.status === 200, "HEAD is answered like GET", head.status);
 }
 
 async function checkRegistration(checkup: Checkup): Promise<void> {
-  const { url, server, expect, note, ask } = checkup;
-  const endpoint = server?.registration_endpoint ?? (server ? undefined : `${url.origin}/register`);
-  if (!endpoint) {
-    if (server?.client_id_metadata_document_supported === true) {
-      checkup.client_id = "https://claude.ai/oauth/mcp-oauth-client-metadata";
-    }
+  const { server, must, should } = checkup;
+  if (!server.registration_endpoint) {
+    checkup.client_id = "https://claude.ai/oauth/mcp-oauth-client-metadata";
     return;
   }
   const body = JSON.stringify({
@@ -4727,41 +4870,22 @@ async function checkRegistration(checkup: Checkup): Promise<void> {
     response_types: ["code"],
     token_endpoint_auth_method: "none",
   });
-  const { status, json, text } = await ask("registration", endpoint, {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body,
-  });
-  const reason = isObject(json) ? `${json.error ?? ""} ${json.error_description ?? ""}`.trim() : text.slice(0, 100);
-  const advice = status === 429
-    ? "Do not limit registrations by address: all of Claude's users share a few."
-    : `Accept open registration with Claude's redirect URI ${CHECK_REDIRECT}. (${reason})`;
-  if (!expect(status === 201 || status === 200, `registration is answered ${status}`, advice)) return;
-  if (
-    !expect(
-      isObject(json) && typeof json.client_id === "string" && json.client_id,
-      "it gives a client_id",
-      "Answer JSON with client_id (RFC 7591 §3.2.1).",
-    )
-  ) return;
+  const headers = { "Content-Type": "application/json" };
+  const answer = await ask(checkup, "registration", server.registration_endpoint, { method: "POST", headers, body });
+  const { status, json, text } = answer;
+  const accepted = status === 201 || status === 200;
+  if (!must(accepted, "A client can register", `${status} ${text}`)) return;
+  const client_id = isObject(json) && typeof json.client_id === "string" && json.client_id;
+  if (!must(client_id, "Registration gives a client_id")) return;
   checkup.client_id = json.client_id;
-  expect(
-    json.redirect_uris?.includes?.(CHECK_REDIRECT),
-    "it echoes the redirect URIs",
-    "Answer redirect_uris as they were registered: clients cannot parse the answer without.",
-  );
-  const nulls = Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name);
-  expect(
-    nulls.length === 0,
-    "no member of the answer is null or empty",
-    `Leave out ${nulls.join(", ")}: strict clients refuse the whole answer.`,
-  );
-  if (status !== 201) note("warning", "registration answers 200", "Answer 201 (RFC 7591 §3.2.1).");
+  must(lists(json.redirect_uris, CHECK_REDIRECT), "Registration echoes the redirect URIs");
+  const empty = emptyMembers(json);
+  must(!empty, "No member is null or empty", empty);
+  should(status === 201, "Registration is answered 201", status);
 }
 
-function authorizationUrl(checkup: Checkup, change: Record<string, string | undefined> = {}): URL {
-  const { url, server, resource, client_id = "" } = checkup;
-  const target = new URL(server?.authorization_endpoint ?? "/authorize", url);
+function authorizationUrl({ url, server, client_id }: Checkup, change: Record<string, string> = {}): URL {
+  const target = new URL(server.authorization_endpoint);
   const params = {
     response_type: "code",
     client_id,
@@ -4769,245 +4893,239 @@ function authorizationUrl(checkup: Checkup, change: Record<string, string | unde
     code_challenge: CHECK_CHALLENGE,
     code_challenge_method: "S256",
     state: "setup-check",
-    resource: typeof resource?.resource === "string" ? resource.resource : url.href,
+    resource: url.href.replace(/\/$/, ""),
     ...change,
   };
-  for (const [name, value] of Object.entries(params)) if (value !== undefined) target.searchParams.set(name, value);
+  for (const [name, value] of Object.entries(params)) if (value) target.searchParams.set(name, value);
   return target;
 }
 
-/** What must not be waved through. */
-async function checkAuthorization(checkup: Checkup): Promise<void> {
-  const { client_id, expect, ask } = checkup;
-  if (!client_id) return;
-  const headers = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
-  const location = async (what: string, change: Record<string, string | undefined>) =>
-    (await ask(what, authorizationUrl(checkup, change), { headers })).headers.get("Location") ?? "";
-  const without = await location("authorization without PKCE", {
-    code_challenge: undefined,
-    code_challenge_method: undefined,
-  });
-  expect(
-    !/[?&]code=/.test(without),
-    "a request without PKCE gets no code",
-    "Require PKCE with S256 (OAuth 2.1 §4.1.1).",
-  );
-  const plain = await location("authorization with plain PKCE", { code_challenge_method: "plain" });
-  expect(!/[?&]code=/.test(plain), "a request with plain PKCE gets no code", "Accept S256 only.");
-  const elsewhere = await location("authorization with another redirect", { redirect_uri: "https://evil.example/" });
-  expect(
-    !elsewhere.startsWith("https://evil.example"),
-    "a redirect URI that is not registered is not followed",
-    "Compare redirect URIs exactly, before anything is sent to them.",
-  );
-  const unknown = await location("authorization for an unknown client", { client_id: "nobody" });
-  expect(
-    !unknown.startsWith(CHECK_REDIRECT),
-    "an unknown client is not answered by a redirect",
-    "Show a page instead: nothing is known about the address.",
-  );
-}
+const AS_BROWSER = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
+const hasCode = (location: string) => /[?&]code=/.test(location);
 
-/** The page the owner sees, and the way back from it: the form's own button to deny shows that without a password. */
+/** Looks at the page that the owner sees, and at the way back: the form's own button to deny needs no password. */
 async function checkConsent(checkup: Checkup): Promise<void> {
-  const { client_id, expect, note, ask } = checkup;
+  const { client_id, need, must, should } = checkup;
   if (!client_id) return;
-  const headers = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
   const target = authorizationUrl(checkup);
-  const shown = await ask("the consent page", target, { headers });
-  const location = shown.headers.get("Location") ?? "";
-  if (
-    !expect(
-      !/[?&]code=/.test(location),
-      "nobody gets a code without the owner",
-      "Ask the owner first: as it is, anybody with an account at an allowed client can connect.",
-    )
-  ) return;
-  if (location.startsWith(CHECK_REDIRECT)) {
-    const error = new URL(location).searchParams;
-    note(
-      "failed",
-      `a good authorization request is refused: ${error.get("error")}`,
-      error.get("error_description") ?? "See the server's log.",
-    );
-    return;
-  }
-  if (location) return note("ok", `the owner is sent to ${new URL(location, target).origin} to sign in`);
-  const reason = shown.text.replace(/<(style|script)[^]*?<\/\1>|<[^>]*>/g, " ").replace(/\s+/g, " ").trim().slice(
-    0,
-    200,
-  );
-  if (!expect(shown.status === 200, `the consent page is answered ${shown.status}`, `It says: ${reason}`)) return;
-  const policy = shown.headers.get("Content-Security-Policy") ?? "";
-  expect(
-    !/form-action/.test(policy),
-    "its Content-Security-Policy has no form-action",
-    "Leave form-action out: Chromium applies it to the redirect back to the app, and the button does nothing.",
-  );
-  const framed = /frame-ancestors/.test(policy) || shown.headers.has("X-Frame-Options");
-  expect(
-    framed,
-    "it cannot be framed",
-    "Send frame-ancestors 'none': another site can otherwise lead the owner's click.",
-    "warning",
-  );
-  expect(
-    shown.headers.get("Cross-Origin-Opener-Policy") !== "same-origin",
-    "it keeps its opener",
-    "Leave out Cross-Origin-Opener-Policy: same-origin, which cuts pop-up sign-ins off.",
-    "warning",
-  );
+  const shown = await ask(checkup, "the consent page", target, { headers: AS_BROWSER });
+  const { status, headers } = shown;
+  const location = headers.get("Location") ?? "";
+  need(!hasCode(location), "No code is given without the owner");
+  if (!must(!location.startsWith(CHECK_REDIRECT), "A good request is accepted", location)) return;
+  if (location) return void must(webUrl(location, target), "The owner is asked", location);
+  if (!must(status === 200, "The consent page is shown", `${status} ${pageText(shown.text)}`.trim())) return;
+  const policy = headers.get("Content-Security-Policy") ?? "";
+  must(!/form-action/.test(policy), "The page has no form-action");
+  should(/frame-ancestors/.test(policy) || headers.has("X-Frame-Options"), "The page cannot be framed");
+  should(headers.get("Cross-Origin-Opener-Policy") !== "same-origin", "The page keeps its opener");
   await checkDenial(checkup, target, shown);
 }
 
-async function checkDenial({ expect, ask, server }: Checkup, page: URL, shown: Answer): Promise<void> {
-  const form = shown.text.match(/<form\b[^]*?<\/form>/i)?.[0] ?? "";
-  const attribute = (tag: string, name: string) =>
-    tag.match(new RegExp(`\\b${name}=(?:"([^"]*)"|'([^']*)')`, "i"))?.slice(1).find((value) => value !== undefined)
-      ?.replace(
-        /&(amp|quot|lt|gt|#39);/g,
-        (_, entity) => ({ amp: "&", quot: '"', lt: "<", gt: ">", "#39": "'" })[entity as "amp"]!,
-      );
-  const tags = form.match(/<(input|button)\b[^>]*>/gi) ?? [];
-  const deny = tags.find((tag) =>
-    /deny|denied|cancel|reject/i.test(attribute(tag, "value") ?? attribute(tag, "name") ?? "")
-  );
-  if (!deny || !attribute(deny, "name")) return; // a page of its own kind: nothing can be said without its owner
-  const fields = tags.filter((tag) => /type=["']?hidden/i.test(tag)).map((
-    tag,
-  ) => [attribute(tag, "name") ?? "", attribute(tag, "value") ?? ""]);
-  const cookies = shown.headers.getSetCookie().map((cookie) => cookie.split(";")[0]).join("; ");
-  const answer = await ask(
-    "the way back from the consent page",
-    new URL(attribute(form, "action") || page.href, page),
-    {
-      method: "POST",
-      headers: {
-        "Content-Type": "application/x-www-form-urlencoded",
-        "User-Agent": "Mozilla/5.0",
-        Accept: "text/html",
-        Cookie: cookies,
-        Origin: page.origin,
-      },
-      body: new URLSearchParams([...fields, [attribute(deny, "name")!, attribute(deny, "value") ?? ""]]).toString(),
-    },
-  );
-  const { status, headers } = answer;
-  if (
-    !expect(
-      status === 302 || status === 303,
-      `the consent form is answered ${status}`,
-      status === 307 || status === 308
-        ? "Redirect with 302: after 307 the browser posts the owner's form on to the app, which refuses it."
-        : "Answer the form with a redirect (302) back to the app.",
-    )
-  ) return;
-  const back = new URL(headers.get("Location") ?? "", page).searchParams;
-  expect(
-    back.get("error") === "access_denied" && back.get("state") === "setup-check",
-    "a denial is told to the app, with its state",
-    "Redirect back with error=access_denied and the state as it came.",
-  );
-  if (server?.authorization_response_iss_parameter_supported) {
-    expect(
-      back.get("iss") === server.issuer,
-      `the answer's iss is ${quote(back.get("iss"))}`,
-      `It must be the issuer, ${quote(server.issuer)}, on errors too (RFC 9207 §2).`,
-    );
-  }
+async function checkDenial(checkup: Checkup, page: URL, shown: Answer): Promise<void> {
+  const { must, should, server } = checkup;
+  const isDenial = ({ name = "", value = "" }: Attributes) => name && /deny|denied|cancel|reject/i.test(value || name);
+  const form = readForms(shown.text).find(({ fields }) => fields.some(isDenial));
+  if (!form) return; // a page of its own kind: nothing can be said without its owner
+  // A form for elsewhere is not sent: the page could choose any address, with any fields.
+  const action = webUrl(form.action || page.href, page);
+  if (!should(action?.origin === page.origin, "The form posts to its own origin", form.action)) return;
+  const { name = "", value = "" } = form.fields.find(isDenial)!;
+  const hidden = form.fields.filter(({ type }) => type?.toLowerCase() === "hidden");
+  const fields = [...hidden.map(({ name = "", value = "" }) => [name, value]), [name, value]];
+  // As a browser keeps them, but for this host alone whatever Domain says.
+  const cookies = shown.headers.getSetCookie().map((cookie) => cookie.split(";")[0]!.trim());
+  const headers = {
+    ...AS_BROWSER,
+    "Content-Type": "application/x-www-form-urlencoded",
+    Cookie: cookies.filter((cookie) => /^[\x21-\x3c\x3e-\x7e]+=[\x21-\x7e]*$/.test(cookie)).join("; ").slice(0, 8192),
+    Origin: page.origin,
+  };
+  const body = new URLSearchParams(fields).toString();
+  const answer = await ask(checkup, "the way back from the consent page", action!, { method: "POST", headers, body });
+  if (!must([302, 303].includes(answer.status), "The consent form leads back", answer.status)) return;
+  const location = answer.headers.get("Location") ?? "";
+  const back = webUrl(location, page)?.searchParams;
+  const isTold = location.startsWith(CHECK_REDIRECT) && back?.get("error") === "access_denied";
+  must(isTold && back?.get("state") === "setup-check", "A denial is told to the app", location);
+  if (!isTold || !server.authorization_response_iss_parameter_supported) return;
+  must(back?.get("iss") === server.issuer, "A denial carries iss", back?.get("iss"));
 }
 
-async function checkToken({ url, server, client_id, expect, ask }: Checkup): Promise<void> {
-  const endpoint = server?.token_endpoint ?? new URL("/token", url).href;
-  const post = (what: string, fields: Record<string, string>) =>
-    ask(what, endpoint, {
+/** Asks for what must be refused. */
+async function checkAuthorization(checkup: Checkup): Promise<void> {
+  const { client_id, must } = checkup;
+  if (!client_id) return;
+  const location = async (change: Record<string, string>) => {
+    const target = authorizationUrl(checkup, change);
+    const { headers } = await ask(checkup, "an authorization to refuse", target, { headers: AS_BROWSER });
+    return headers.get("Location") ?? "";
+  };
+  must(!hasCode(await location({ code_challenge: "", code_challenge_method: "" })), "PKCE is required");
+  must(!hasCode(await location({ code_challenge_method: "plain" })), "PKCE is S256");
+  const away = await location({ redirect_uri: "https://evil.example/" });
+  must(!away.startsWith("https://evil.example"), "Redirect URIs are compared");
+  const unknown = await location({ client_id: "nobody" });
+  must(!unknown.startsWith(CHECK_REDIRECT), "An unknown client gets no redirect");
+}
+
+async function checkToken(checkup: Checkup): Promise<void> {
+  const { server, client_id, must } = checkup;
+  const refresh = (what: string, client_id: string) =>
+    ask(checkup, `the token endpoint, ${what}`, server.token_endpoint, {
       method: "POST",
       headers: { "Content-Type": "application/x-www-form-urlencoded" },
-      body: new URLSearchParams(fields).toString(),
+      body: new URLSearchParams({ grant_type: "refresh_token", refresh_token: "made-up", client_id }).toString(),
     });
-  const unknown = await post("the token endpoint, as an unknown client", {
-    grant_type: "refresh_token",
-    refresh_token: "made-up",
-    client_id: "nobody",
-  });
-  expect(
-    isObject(unknown.json) && typeof unknown.json.error === "string",
-    "the token endpoint answers errors in JSON",
-    `It answered ${unknown.status} ${
-      quote(unknown.headers.get("Content-Type"))
-    }: clients take anything but JSON for a broken server.`,
-  );
-  if (!client_id) return;
-  const dead = await post("the token endpoint, with a dead refresh token", {
-    grant_type: "refresh_token",
-    refresh_token: "made-up",
-    client_id,
-  });
-  const found = `${dead.status} ${isObject(dead.json) ? dead.json.error : ""}`.trim();
-  expect(
-    found === "400 invalid_grant",
-    `a dead refresh token is answered ${found}`,
-    "Answer 400 invalid_grant: it is what makes a client ask its user to sign in again.",
-  );
+  const unknown = await refresh("as an unknown client", "nobody");
+  const isError = isObject(unknown.json) && typeof unknown.json.error === "string";
+  if (!must(isError, "The token endpoint answers errors in JSON", inShort(unknown)) || !client_id) return;
+  const { status, json } = await refresh("with a dead refresh token", client_id);
+  const found = isObject(json) && typeof json.error === "string" ? `${status} ${json.error}` : status;
+  must(found === "400 invalid_grant", "A dead refresh token is answered 400 invalid_grant", found);
 }
 
-/** Only browser-based clients need this, such as Inspector and playgrounds. */
-async function checkBrowserAccess({ url, server, metadataUrl, expect, ask }: Checkup): Promise<void> {
-  if (metadataUrl === undefined) return;
+/** Asks as a browser does for an app within a page, such as Inspector and playgrounds. */
+async function checkBrowserAccess(checkup: Checkup): Promise<void> {
+  const { url, server, should } = checkup;
   const headers = {
     Origin: "https://inspector.example",
     "Access-Control-Request-Method": "POST",
     "Access-Control-Request-Headers": "authorization,content-type,mcp-protocol-version",
   };
-  const opens = ({ status, headers }: Answer) =>
-    status < 300 && /^\*$|inspector\.example/.test(headers.get("Access-Control-Allow-Origin") ?? "");
-  const fix =
-    "Answer the preflight before the guard, with Access-Control-Allow-Origin; only clients inside a browser need it.";
-  for (const [what, place] of [["the MCP endpoint", url.href], ["the token endpoint", server?.token_endpoint]]) {
-    if (!place) continue;
-    const answer = await ask(`a browser's preflight for ${what}`, place, { method: "OPTIONS", headers });
-    expect(opens(answer), `a browser may use ${what}`, fix, "warning");
+  for (const [name, place] of [["MCP", url.href], ["token", server.token_endpoint]]) {
+    const answer = await ask(checkup, `a browser's preflight, ${name}`, place, { method: "OPTIONS", headers });
+    const allowed = answer.headers.get("Access-Control-Allow-Origin") ?? "";
+    should(answer.status < 300 && ["*", headers.Origin].includes(allowed), "A browser may use the {} endpoint", name);
   }
 }
 
-/** `deno run -A mod.ts https://your-domain.com/mcp`: exit status 0 ready, 1 broken, 2 unreachable. */
-async function setupCheckCommand(process: CommandProcess): Promise<void> {
-  const args = process.argv.slice(2);
-  const [url] = args.filter((arg) => !arg.startsWith("--"));
-  if (!url) {
-    console.error("Say which server to check: mod.ts [--json] https://your-domain.com/mcp");
-    process.exitCode = 2;
-    return;
+type Attributes = Partial<Record<"action" | "name" | "type" | "value", string>>;
+
+/** So much of a page is read for its forms and its text. */
+const MAX_PAGE_LENGTH = 64 * 1024;
+const TAG = /<(\/?form|input|button)(?![\w-])/gi;
+const ATTRIBUTE = /[\s/]*([^\s"'<>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'<>]+)))?/y;
+const ENTITIES: Record<string, string> = { amp: "&", quot: '"', lt: "<", gt: ">", "#39": "'" };
+
+/**
+ * Reads the forms of a page with their inputs and buttons, in one pass: each match begins where the last one ended, and
+ * no two parts of a pattern can share a run of characters, so the time grows with the length alone.
+ */
+function readForms(page: string): { action?: string; fields: Attributes[] }[] {
+  const text = page.slice(0, MAX_PAGE_LENGTH);
+  const forms: { action?: string; fields: Attributes[] }[] = [];
+  let form: (typeof forms)[number] | undefined;
+  TAG.lastIndex = 0;
+  for (let tag = TAG.exec(text); tag; tag = TAG.exec(text)) {
+    const attributes: Record<string, string> = {};
+    ATTRIBUTE.lastIndex = TAG.lastIndex;
+    for (let found = ATTRIBUTE.exec(text); found; found = ATTRIBUTE.exec(text)) {
+      const [, name = "", ...values] = found;
+      const value = values.find((value) => value !== undefined) ?? "";
+      attributes[name.toLowerCase()] ??= value.replace(/&(amp|quot|lt|gt|#39);/g, (_, entity) => ENTITIES[entity]!);
+      TAG.lastIndex = ATTRIBUTE.lastIndex;
+    }
+    const { action, name, type, value, method } = attributes;
+    const kind = tag[1]!.toLowerCase();
+    if (kind === "/form") form = undefined;
+    else if (kind !== "form") form?.fields.push(defined({ name, type, value }));
+    else if (method?.toLowerCase() === "post") forms.push(form = { ...defined({ action }), fields: [] });
   }
-  const terminal = Boolean(process.stdout.isTTY) && !process.env.NO_COLOR;
-  const quiet = args.includes("--json");
-  const progress = (text: string) => process.stdout.write(`\r\x1b[K${text}`);
-  const onProgress = (what: string) => terminal && !quiet && progress(`… ${what}`);
-  let report: SetupReport;
+  return forms;
+}
+
+/** The words of a page, without its tags, styles and scripts. */
+function pageText(page: string): string {
+  const parts = `>${page.slice(0, MAX_PAGE_LENGTH)}`.split("<");
+  const words = parts.map((part) => /^(style|script)\b/i.test(part) ? "" : part.slice(part.indexOf(">") + 1));
+  return words.join(" ").replace(/\s+/g, " ").trim();
+}
+
+/** Returns the lines that add a good server to Claude. */
+function whatToType({ url, calls }: Checkup): string[] {
+  const href = /[^\w:/.~%-]/.test(url.href) ? `'${url.href.replaceAll("'", "%27")}'` : url.href; // for a shell
+  return [
+    ...(calls ? [calls] : []),
+    isInside(url.hostname)
+      ? "claude.ai: cannot reach this address"
+      : `claude.ai: Customize → Connectors → Add, and type ${url.href}`,
+    `Claude Code: claude mcp add --transport http personal ${href}`,
+  ];
+}
+
+const HELP =
+  `Asks an MCP server what Claude will ask, and says what to repair. It needs no password and changes nothing.
+
+Usage: mod.ts [options] https://your-domain.com/mcp
+
+  --token pat_…   also call initialize and tools/list with this access token, for example one made at /connections;
+                  the environment variable MCP_TOKEN does the same and keeps it out of the list of processes
+  -v, --verbose   show the checks that passed, too
+  --json          print { url, verdict, findings: [{ heading, result, what, fix, withPersonalAuth }], next }
+  -h, --help      show this
+
+Exit status: 0 clients can connect; 1 some clients will fail; 2 no answer, or wrong arguments.`;
+
+const COMMAND_OPTIONS = {
+  token: { type: "string" },
+  verbose: { type: "boolean", short: "v" },
+  json: { type: "boolean" },
+  help: { type: "boolean", short: "h" },
+};
+
+/** Runs `deno run -A mod.ts https://your-domain.com/mcp`: exit status 0 ready, 1 broken, 2 unreachable. */
+async function setupCheckCommand({ argv, env, stdout }: CommandProcess): Promise<number> {
+  const isTerminal = Boolean(stdout.isTTY);
+  const progress = (text: string) => isTerminal && stdout.write(`\r\x1b[K${text}`);
   try {
-    report = await checkSetup(url, { onProgress });
+    const args = { args: argv.slice(2), allowPositionals: true, options: COMMAND_OPTIONS };
+    const { values, positionals } = nodeModule("node:util").parseArgs(args);
+    const { token = env.MCP_TOKEN, verbose, json, help } = values;
+    if (help) {
+      console.log(HELP);
+      return 0;
+    }
+    const onProgress = (what: string) => void (json || progress(`… ${what}`));
+    const report = await checkSetup(positionals[0] ?? "", { onProgress, token: token || undefined });
+    if (!json) progress("");
+    console.log(json ? JSON.stringify(report, null, 2) : reportText(report, verbose, isTerminal && !env.NO_COLOR));
+    return { ready: 0, broken: 1, unreachable: 2 }[report.verdict];
   } catch (error) {
-    console.error((error as Error).message);
-    process.exitCode = 2;
-    return;
+    progress("");
+    console.error(`${(error as Error).message}\nFor help: mod.ts --help`);
+    return 2;
   }
-  if (terminal && !quiet) progress("");
-  console.log(quiet ? JSON.stringify(report, null, 2) : setupReportText(report, terminal));
-  process.exitCode = { ready: 0, broken: 1, unreachable: 2 }[report.verdict];
 }
 
-function setupReportText({ findings, verdict }: SetupReport, terminal: boolean): string {
-  const marks = { ok: ["✓", "32"], warning: ["!", "33"], failed: ["✗", "31"] };
-  const lines = findings.map(({ result, what, fix }) => {
-    const [mark, colour] = marks[result];
-    return `${terminal ? `\x1b[${colour}m${mark}\x1b[0m` : mark} ${what}${fix ? `\n  ${fix}` : ""}`;
-  });
-  const conclusion = {
-    ready: "Clients can connect.",
-    broken: "Some clients cannot connect: see the lines with ✗.",
-    unreachable: "Nothing could be asked.",
+const MARKS = { ok: ["✓", "32"], warning: ["!", "33"], failed: ["✗", "31"] } as const;
+
+/** Formats a report for a terminal: a line for each heading, then what is to be repaired, the next step last. */
+function reportText({ url, findings, next }: SetupReport, verbose: boolean, colours: boolean): string {
+  const marked = (result: keyof typeof MARKS, text: string) => {
+    const [mark, colour] = MARKS[result];
+    return `${colours ? `\x1b[${colour}m${mark}\x1b[0m` : mark} ${text}`;
   };
-  return [...lines, "", conclusion[verdict]].join("\n");
+  const lines = [`Setup of ${url}`, ""];
+  for (const heading of new Set(STAGES.map(([heading]) => heading))) {
+    const here = findings.filter((finding) => finding.heading === heading);
+    const count = (result: string) => here.filter((finding) => finding.result === result).length;
+    const [passed, warnings, failed] = [count("ok"), count("warning"), count("failed")];
+    const counts = [`${passed} passed`, warnings && `${warnings} to look at`, failed && `${failed} failed`];
+    const worst = failed ? "failed" : warnings ? "warning" : "ok";
+    const summary = `${heading.padEnd(12)} ${counts.filter(Boolean).join(", ")}`;
+    lines.push(here.length > 0 ? marked(worst, summary) : `- ${heading.padEnd(12)} not asked yet`);
+    if (verbose) { for (const { result, what } of here) if (result === "ok") lines.push(`  ${marked(result, what)}`); }
+  }
+  for (const kind of ["warning", "failed"] as const) {
+    for (const { result, what, fix, withPersonalAuth } of findings) {
+      if (result !== kind) continue;
+      lines.push("", marked(kind, what));
+      if (withPersonalAuth) lines.push(`    with personalAuth(): ${withPersonalAuth}`);
+      lines.push(`    ${withPersonalAuth ? "another server: " : ""}${fix}`);
+    }
+  }
+  return [...lines, "", ...next].join("\n");
 }
 
 /** The part of Node's `process` that the command uses; Deno and Bun have it too. */
@@ -5020,5 +5138,6 @@ interface CommandProcess {
 
 /** Only where this very file is the program: bundled into another one, it is nobody's command. */
 if ((import.meta as { main?: boolean }).main && /\/mod\.[jt]s$/.test(import.meta.url)) {
-  void setupCheckCommand((globalThis as unknown as { process: CommandProcess }).process);
+  const { process } = globalThis as unknown as { process: CommandProcess };
+  void setupCheckCommand(process).then((status) => process.exitCode = status);
 }

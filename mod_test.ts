@@ -3719,9 +3719,12 @@ test("S16: the conformance tool sends neither scope nor resource", async () => {
 
 // ─── Setup check ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+let goodServer: World["app"] | undefined; // one for all: hashing its password takes longer than checking it
+
 /** A good server with one thing spoilt: what it answers is handed to `spoil` before it leaves. */
 function spoiltBy(spoil: (request: Request, answer: () => Promise<Response>) => Response | Promise<Response>) {
-  const { app } = world({ password: PASSWORD });
+  goodServer ??= world({ password: PASSWORD }).app;
+  const app = goodServer;
   return async (request: Request) => {
     const response = await spoil(request.clone(), () => Promise.resolve(app.request(request)));
     return new Response(response.body, { status: response.status, headers: new Headers(response.headers) });
@@ -3763,9 +3766,14 @@ test("checkSetup() finds nothing wrong with a good server, and leaves it as it w
     fetch: (request) => app.request(request),
     onProgress: (what) => asked.push(what),
   });
-  assertEquals(report.findings.filter(({ result }) => result !== "ok"), []);
+  const { token_endpoint_auth_methods_supported: methods } = await (await app.request(`${BASE}${SERVER}`)).json();
+  const noted = methods.includes("private_key_jwt")
+    ? []
+    : ["private_key_jwt is not accepted: ChatGPT may insist on it"];
+  assertEquals(report.findings.filter(({ result }) => result !== "ok").map(({ what }) => what), noted);
   assertEquals(report.verdict, "ready");
   assert(report.findings.length > 40 && asked.length > 15);
+  assertMatch(report.next.join("\n"), /claude mcp add --transport http personal https:\/\/mcp\.example\.com\/mcp$/);
   assertEquals(await contents(store), before);
 });
 
@@ -3886,7 +3894,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     [
       "null in a registration",
       spoilt("/register", { json: (body) => ({ ...body, client_uri: null }) }),
-      /Leave out client_uri/,
+      /without a value: "client_uri"/,
     ],
     [
       "a code without asking",
@@ -3898,7 +3906,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     [
       "PKCE not required",
       spoiltBy((request, answer) =>
-        isPath(request, "/authorize") && !request.url.includes("code_challenge")
+        isPath(request, "/authorize") && request.method === "GET" && !request.url.includes("code_challenge")
           ? Response.redirect(`${CLAUDE}?code=x`, 302)
           : answer()
       ),
@@ -3990,9 +3998,11 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     ],
   ];
   for (const [what, fetch, says] of faults) {
-    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch: fetch! });
+    const { verdict, findings, next } = await checkSetup(`${BASE}/mcp`, { fetch: fetch! });
     const failed = findings.filter(({ result }) => result === "failed");
     assertEquals(verdict, "broken", what);
+    assertEquals(failed.length, 1, `${what}: ${JSON.stringify(failed)}`); // what follows from it is not told
+    assertEquals(next, [`Repair this first: ${failed[0]!.what}`]);
     assert(failed.some(({ what, fix }) => says.test(`${what} ${fix}`)), `${what}: ${JSON.stringify(failed)}`);
   }
 });
@@ -4004,12 +4014,12 @@ test("checkSetup() warns of what trips some clients, and calls the server ready"
       spoilt("/mcp", {
         headers: { "WWW-Authenticate": `Bearer error="invalid_token", resource_metadata="${BASE}${RESOURCE}/mcp"` },
       }),
-      /names the scope/,
+      /names no scope/,
     ],
     [
       "missing CORS",
       spoiltBy((request, answer) => request.method === "OPTIONS" ? new Response("", { status: 401 }) : answer()),
-      /a browser may use the token endpoint/,
+      /browser may not use the "token" endpoint/,
     ],
     [
       "a partial OpenID configuration",
@@ -4031,12 +4041,12 @@ test("checkSetup() warns of what trips some clients, and calls the server ready"
     [
       "a page that can be framed",
       spoilt("/authorize", { headers: { "Content-Security-Policy": "default-src 'none'", "X-Frame-Options": null } }),
-      /framed/,
+      /can be framed/,
     ],
     [
       "no offline_access",
       spoilt(SERVER, { json: (body) => ({ ...body, scopes_supported: ["mcp"] }) }),
-      /offline_access is on offer/,
+      /offline_access is not on offer/,
     ],
     [
       "no iss",
@@ -4057,11 +4067,13 @@ test("checkSetup() looks at the address itself", async () => {
   const fetch = (request: Request) => app.request(request);
   const told = async (url: string) =>
     (await checkSetup(url, { fetch })).findings.filter(({ result }) => result !== "ok").map(({ what }) => what);
-  assert((await told("http://mcp.example.com/mcp")).includes("the address is https"));
-  assert((await told(`${BASE}:8443/mcp`)).includes("the port is 443"));
-  assert((await told(`${BASE}/mcp/`)).includes("the address has no slash at its end"));
-  assert((await told("http://localhost:8050/mcp")).includes("localhost:8050 is this computer"));
-  for (const url of ["", "mcp.example.com", "ftp://mcp.example.com"]) {
+  assert((await told("http://mcp.example.com/mcp")).includes("The address is http"));
+  assert((await told(`${BASE}:8443/mcp`)).includes("The port is 8443"));
+  assert((await told(`${BASE}/mcp/`)).includes("The address ends with a slash"));
+  assert(
+    (await told("http://localhost:8050/mcp")).includes('"localhost:8050" is this computer or in its private network'),
+  );
+  for (const url of ["", "mcp.example.com", "ftp://mcp.example.com", "https://me:secret@mcp.example.com/mcp"]) {
     const error = await checkSetup(url).catch((error) => error);
     assert(error instanceof TypeError && error.message.includes("https://your-domain.com/mcp"), url);
   }
@@ -4075,26 +4087,447 @@ test("checkSetup() says why nothing could be asked", async () => {
     [new DOMException("The operation timed out.", "TimeoutError"), /too long/],
   ];
   for (const [error, says] of reasons) {
-    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch: () => Promise.reject(error) });
+    const { verdict, findings, next } = await checkSetup(`${BASE}/mcp`, { fetch: () => Promise.reject(error) });
     assertEquals(verdict, "unreachable");
-    assertMatch(findings.at(-1)!.fix!, says);
+    assertMatch(findings.at(-1)!.what + findings.at(-1)!.fix!, says);
+    assertEquals(next, [`Repair this first: ${findings.at(-1)!.what}`]);
   }
+});
+
+test("checkSetup() waits for no answer for ever", async (t) => {
+  const { setTimeout: real } = globalThis;
+  t.after(() => void (globalThis.setTimeout = real));
+  // deno-lint-ignore no-explicit-any
+  (globalThis as any).setTimeout = (call: () => void, wait: number) => real(call, wait === 30_000 ? 20 : wait);
+  const never = new Promise<never>(() => {});
+  const drips = () => new Response(new ReadableStream({ pull: () => never }), { status: 401 });
+  for (const fetch of [() => never, drips]) {
+    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch });
+    assertEquals(verdict, "unreachable");
+    assertMatch(findings.at(-1)!.what, /took too long/);
+  }
+});
+
+test("checkSetup() tells what is in front of the server from the server itself", async () => {
+  const check = async (spoil: Parameters<typeof spoiltBy>[0], path = "/mcp") => {
+    let requests = 0;
+    const fetch = spoiltBy((request, answer) => (requests++, spoil(request, answer)));
+    const { findings, next } = await checkSetup(BASE + path, { fetch });
+    return { failed: findings.filter(({ result }) => result === "failed"), next, requests, findings };
+  };
+  for (const status of [502, 503, 504]) {
+    const { failed, requests } = await check(() => html(status));
+    assertEquals(failed.map(({ what }) => what), [`The proxy answers ${status}, your server does not`]);
+    assertEquals(requests, 1);
+  }
+  const { app } = world({ password: PASSWORD });
+  const stripped = (request: Request) => {
+    const headers = new Headers(request.headers);
+    headers.delete("Authorization");
+    return app.request(new Request(request, { headers }));
+  };
+  const { failed, next } = await check(stripped);
+  assertEquals(failed.map(({ what }) => what), ["The token did not arrive: the proxy drops Authorization"]);
+  assertEquals(next, ["Repair this first: The token did not arrive: the proxy drops Authorization"]);
+  // A server that never says invalid_token is not accused: either may be the reason, and both are named.
+  const silent = await check(async (request, answer) => {
+    if (!isPath(request, "/mcp") || request.method === "OPTIONS") return await answer();
+    const challenge = `Bearer resource_metadata="${BASE}${RESOURCE}/mcp", scope="mcp"`;
+    return new Response("Unauthorized", { status: 401, headers: { "WWW-Authenticate": challenge } });
+  });
+  assertEquals(silent.failed, []);
+  const warning = silent.findings.find(({ what }) => /without invalid_token/.test(what));
+  assertMatch(warning!.fix!, /let the proxy pass/);
+});
+
+test("checkSetup() knows both ways in for clients, and which clients sign their requests", async () => {
+  const warnings = async (change: (body: Json) => Json) => {
+    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch: spoilt(SERVER, { json: change }) });
+    assertEquals(verdict, "ready", JSON.stringify(findings.filter(({ result }) => result === "failed")));
+    return findings.filter(({ result }) => result === "warning").map(({ what }) => what).join();
+  };
+  const methods = (...list: string[]) => (body: Json) => ({ ...body, token_endpoint_auth_methods_supported: list });
+  assertMatch(await warnings(methods("none")), /private_key_jwt is not accepted/);
+  assertEquals(await warnings(methods("none", "private_key_jwt")), "");
+  const { registration_endpoint: _, ...rest } = methods("none", "private_key_jwt")({});
+  assertEquals(await warnings(({ registration_endpoint: _, ...body }) => ({ ...body, ...rest })), "");
+});
+
+/** An MCP server behind a guard, which answers as JSON or as a stream of events that stays open. */
+function callable(tools: unknown[], streams: boolean) {
+  const { app, auth } = world({ password: PASSWORD });
+  const seen: { method: string; session: string | null; agent: string | null }[] = [];
+  const fetch = async (request: Request) => {
+    if (!isPath(request, "/mcp") || request.headers.get("Authorization") === null) return await app.request(request);
+    if (!(await app.request(request.clone())).ok) return await app.request(request);
+    const message = request.method === "POST" ? await request.json() : { method: request.method };
+    const { headers } = request;
+    seen.push({ method: message.method, session: headers.get("Mcp-Session-Id"), agent: headers.get("User-Agent") });
+    const result = ({ initialize: { protocolVersion: "2025-11-25" }, "tools/list": { tools } } as Json)[message.method];
+    if (!result) return new Response(null, { status: 202 });
+    const body = JSON.stringify({ jsonrpc: "2.0", id: message.id, result });
+    const session = { "Mcp-Session-Id": "session-1" };
+    if (!streams) return new Response(body, { headers: { "Content-Type": "application/json", ...session } });
+    const events = `: hello\r\n\r\ndata: {"jsonrpc":"2.0","method":"notifications/message"}\n\ndata: ${body}\r\n\r\n`;
+    const stream = new ReadableStream({ // byte by byte, and never closed
+      start: (controller) => [...new TextEncoder().encode(events)].forEach((b) => controller.enqueue(Uint8Array.of(b))),
+    });
+    return new Response(stream, { headers: { "Content-Type": "text/event-stream", ...session } });
+  };
+  return { auth, fetch, seen };
+}
+
+test("checkSetup() with a token calls initialize and tools/list as Claude does", async () => {
+  for (const streams of [false, true]) {
+    const tools = [{ name: "add" }, { name: "do it" }, { name: "x".repeat(65) }, { name: 5 }, null];
+    const { auth, fetch, seen } = callable(tools, streams);
+    const { token } = await auth.createToken({ name: "check" });
+    const { verdict, findings, next } = await checkSetup(`${BASE}/mcp`, { fetch, token });
+    assertEquals(verdict, "ready", JSON.stringify(findings.filter(({ result }) => result === "failed")));
+    assertEquals(seen.map(({ method }) => method).slice(-4), [
+      "initialize",
+      "notifications/initialized",
+      "tools/list",
+      "DELETE",
+    ]);
+    assertEquals(seen.slice(-3).every(({ session }) => session === "session-1"), true);
+    assertEquals(seen.slice(-4).every(({ agent }) => agent === "Claude-User"), true);
+    assertMatch(next[0]!, /^initialize took \d+\.\d\d s, tools\/list \d+\.\d\d s: 5 tools$/);
+    const refused = findings.find(({ what }) => /refuses the tools/.test(what));
+    assert(refused?.result === "warning" && refused.what.includes("do it") && !refused.what.includes("add"));
+    assert(!JSON.stringify({ findings, next }).includes(token));
+  }
+  const { fetch } = callable([], false);
+  const dead = await checkSetup(`${BASE}/mcp`, { fetch, token: "pat_dead" });
+  assertEquals(dead.next, ["Repair this first: The token is answered 401"]);
+  const error = await checkSetup(`${BASE}/mcp`, { fetch, token: "pat_\nsecret" }).catch((error) => error);
+  assert(error instanceof TypeError && !error.message.includes("secret"));
+});
+
+test("checkSetup() sends the token to its server alone, and prints it nowhere", async () => {
+  const token = "pat_" + "0123456789abcdef".repeat(4);
+  const elsewhere: string[] = [];
+  const noisy = spoiltBy(async (request, answer) => {
+    const sent = request.headers.get("Authorization") ?? "";
+    if (!isPath(request, "/mcp") && sent) elsewhere.push(request.url);
+    // A server that repeats what it was sent, wherever the check shows a server's words.
+    if (isPath(request, "/register")) return new Response(`${"x".repeat(100)}${token}`, { status: 400 });
+    if (!sent.includes(token)) return await answer();
+    const { method } = request.method === "POST" ? await request.json() : request;
+    const result = method === "tools/list" ? { tools: [{ name: `${"y".repeat(180)} ${token}` }] } : {};
+    return Response.json({ result }, { headers: { "Mcp-Session-Id": token } });
+  });
+  const report = await checkSetup(`${BASE}/mcp`, { fetch: noisy, token });
+  assert(report.findings.some(({ what }) => what.includes("[token]")), JSON.stringify(report));
+  for (let length = 12; length <= token.length; length++) {
+    assert(!JSON.stringify(report).includes(token.slice(0, length)), `the first ${length} characters`);
+  }
+  const redirecting = spoiltBy((request, answer) =>
+    request.headers.get("Authorization")?.includes(token)
+      ? Response.redirect("https://evil.example/mcp", 307)
+      : (new URL(request.url).origin === BASE || elsewhere.push(request.url), answer())
+  );
+  await checkSetup(`${BASE}/mcp`, { fetch: redirecting, token });
+  assertEquals(elsewhere, []);
+});
+
+test("checkSetup() lets no control character of a server through", async () => {
+  const evil = "\x1b]52;c;aGFjaw==\x07\x1b[2J\r\n\x00\x7f\x9b31m\u202e\u2066\u200b\ufeff\u2028 ✓";
+  const header = "\x1b]0;title\x07\x9b\x7f";
+  const text = (path: string, status: number) =>
+    spoiltBy((request, answer) => isPath(request, path) ? new Response(evil, { status }) : answer());
+  const servers = [
+    text("/mcp", 418),
+    text("/register", 400),
+    text("/authorize", 500),
+    text("/token", 500),
+    text(RESOURCE, 200),
+    spoilt(RESOURCE, { json: (body) => ({ ...body, resource: evil }) }),
+    spoilt(RESOURCE, { json: (body) => ({ ...body, authorization_servers: [`https://evil.example/${evil}`] }) }),
+    spoilt(SERVER, { json: (body) => ({ ...body, issuer: evil }) }),
+    spoilt(SERVER, { json: (body) => ({ ...body, token_endpoint: `http://evil.example/${evil}` }) }),
+    spoilt(SERVER, { json: (body) => ({ ...body, [evil]: null }) }),
+    spoilt("/register", { json: (body) => ({ ...body, [evil]: "" }) }),
+    spoilt("/token", { json: (body) => ({ ...body, error: evil }) }),
+    spoilt("/mcp", { headers: { "WWW-Authenticate": `Bearer resource_metadata="https://${header}/"` } }),
+    spoilt(RESOURCE, { headers: { "Content-Type": header } }),
+    spoiltBy((request, answer) =>
+      isPath(request, "/authorize")
+        ? new Response(null, { status: 302, headers: { Location: `${CLAUDE}?error=${header}` } })
+        : answer()
+    ),
+    spoiltBy(() => Promise.reject(new TypeError(`certificate of ${evil}`))),
+  ];
+  for (const [index, fetch] of servers.entries()) {
+    const { findings, next, url } = await checkSetup(`${BASE}/mcp`, { fetch });
+    assert(findings.some(({ result }) => result === "failed"), `server ${index}`);
+    for (const shown of [url, ...next, ...findings.flatMap(({ what, fix = "" }) => [what, fix])]) {
+      assert(!/[\p{C}\p{Zl}\p{Zp}]/u.test(shown), `server ${index}: ${JSON.stringify(shown)}`);
+    }
+  }
+});
+
+test("checkSetup() is led to no inside address, by whatever the server names", async (t) => {
+  const lookup = dns.lookup;
+  t.after(() => void (dns.lookup = lookup));
+  const names: Record<string, string> = { "inside.example": "10.0.0.1", "public.example": "93.184.215.14" };
+  // deno-lint-ignore no-explicit-any
+  (dns as any).lookup = (name: string, _options: unknown, done: any) =>
+    setTimeout(() => names[name] ? done(null, [{ address: names[name], family: 4 }]) : done(new Error("ENOTFOUND")));
+  const asked = async (spoil: (origin: string) => SetupOptions["fetch"], origin: string, typed = `${BASE}/mcp`) => {
+    const origins = new Set<string>();
+    const fetch = async (request: Request) => {
+      origins.add(new URL(request.url).origin);
+      assertEquals(request.redirect, "manual"); // the built-in fetch would follow the others by itself
+      return await spoil(origin)!(request);
+    };
+    const { verdict } = await checkSetup(typed, { fetch });
+    return { origins: [...origins].filter((asked) => asked !== new URL(typed).origin), verdict };
+  };
+  const form = (origin: string) =>
+    spoiltBy((request, answer) =>
+      isPath(request, "/authorize") && request.method === "GET"
+        ? new Response(`<form method="post" action="${origin}/x"><button name="decision" value="deny"></form>`, {
+          headers: { "Content-Type": "text/html" },
+        })
+        : answer()
+    );
+  const ways: ((origin: string) => SetupOptions["fetch"])[] = [
+    (origin) =>
+      spoiltBy((request, answer) => isPath(request, "/mcp") ? Response.redirect(`${origin}/`, 307) : answer()),
+    (origin) => spoilt("/mcp", { headers: { "WWW-Authenticate": `Bearer resource_metadata="${origin}/x"` } }),
+    (origin) => spoilt(RESOURCE, { json: (body) => ({ ...body, authorization_servers: [origin] }) }),
+    (origin) => spoilt(SERVER, { json: (body) => ({ ...body, registration_endpoint: `${origin}/register` }) }),
+    (origin) => spoilt(SERVER, { json: (body) => ({ ...body, authorization_endpoint: `${origin}/authorize` }) }),
+    (origin) => spoilt(SERVER, { json: (body) => ({ ...body, token_endpoint: `${origin}/token` }) }),
+    (origin) =>
+      spoiltBy((request, answer) => isPath(request, "/authorize") ? Response.redirect(`${origin}/`, 302) : answer()),
+    form,
+  ];
+  const inside = [
+    "http://localhost:2375",
+    "https://127.0.0.1",
+    "http://127.1",
+    "http://[::1]:80",
+    "https://[::ffff:127.0.0.1]",
+    "https://192.168.1.1",
+    "http://169.254.169.254",
+    "https://0x7f000001",
+    "https://inside.example",
+    "https://nowhere.example",
+    "http://public.example",
+  ];
+  for (const way of ways) for (const origin of inside) assertEquals((await asked(way, origin)).origins, [], origin);
+  // What is public and https may be asked, and what is typed may be inside; then its own computer is no secret.
+  assertEquals((await asked(ways[5]!, "https://public.example")).origins, ["https://public.example"]);
+  assertEquals((await asked(form, "https://public.example")).origins, []);
+  const { app } = world({ password: PASSWORD, baseUrl: "http://localhost:8050" });
+  const local = (origin: string) => async (request: Request) => {
+    const response = await app.request(request);
+    if (!isPath(request, SERVER) || request.method === "HEAD") return response;
+    return Response.json({ ...await response.json(), token_endpoint: `${origin}/token` });
+  };
+  const typed = "http://localhost:8050/mcp";
+  assertEquals((await asked(local, "http://127.0.0.1:9000", typed)).origins, ["http://127.0.0.1:9000"]);
+  assertEquals((await asked(local, "https://192.168.1.1", typed)).origins, []);
+});
+
+test("checkSetup() sends a page's form with that page's cookies, by name and value", async () => {
+  let sent: Request | undefined;
+  const fetch = spoiltBy((request, answer) => {
+    if (!isPath(request, "/authorize")) return answer();
+    if (request.method === "POST") {
+      sent = request;
+      return Response.redirect(`${CLAUDE}?error=access_denied&state=setup-check&iss=${BASE}`, 302);
+    }
+    if (!request.url.includes("code_challenge=")) return html(400);
+    const headers = new Headers({ "Content-Type": "text/html" });
+    headers.append("Set-Cookie", "mine=1; Domain=example.com; Path=/; HttpOnly");
+    headers.append("Set-Cookie", "two=a b");
+    headers.append("Set-Cookie", "nameless");
+    return new Response(
+      `<form action="/get"><input type=hidden name=no value=1><button name=a value=deny></form>
+       <FORM METHOD='POST' action=/authorize?x=1&amp;y=2><input type="hidden" name="csrf" value='&quot;1&quot;'>
+       <input type=hidden name = plain value = yes><input name=password><button name=ok value=approve>
+       <button name="decision" value="deny">Deny</button></FORM>`,
+      { headers },
+    );
+  });
+  const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch });
+  assertEquals(verdict, "ready", JSON.stringify(findings.filter(({ result }) => result === "failed")));
+  assertEquals(sent!.url, `${BASE}/authorize?x=1&y=2`);
+  assertEquals(sent!.headers.get("Cookie"), "mine=1");
+  assertEquals(Object.fromEntries(new URLSearchParams(await sent!.text())), {
+    csrf: '"1"',
+    plain: "yes",
+    decision: "deny",
+  });
+});
+
+test("checkSetup() answers whatever a server sends with a report", async () => {
+  const deep = `${"[".repeat(50_000)}${"]".repeat(50_000)}`;
+  const json = (path: string, body: string) =>
+    spoiltBy((request, answer) =>
+      isPath(request, path)
+        ? new Response(body, { status: path === "/mcp" ? 401 : 200, headers: { "Content-Type": "application/json" } })
+        : answer()
+    );
+  const members = (value: string) =>
+    `{${
+      [
+        "resource",
+        "authorization_servers",
+        "scopes_supported",
+        "issuer",
+        "token_endpoint",
+        "redirect_uris",
+        "client_id",
+      ]
+        .map((name) => `"${name}":${value}`).join()
+    }}`;
+  const redirects = (location: string) =>
+    spoiltBy((request, answer) =>
+      isPath(request, "/authorize") ? new Response(null, { status: 302, headers: { Location: location } }) : answer()
+    );
+  const odd = ["null", "1", '"x"', "[]", "[null]", '{"toString":1,"includes":1}', deep];
+  const servers = [
+    ...[RESOURCE, SERVER, "/register", "/token", "/mcp"].flatMap((path) =>
+      odd.map((value) => json(path, members(value)))
+    ),
+    ...["http://[", "//", "javascript:alert(1)", "https://a b", CLAUDE + "\\"].map(redirects),
+    ...["authorization_endpoint", "token_endpoint", "registration_endpoint"].flatMap((name) =>
+      ["https://me:pw@mcp.example.com/", "http://[", {}, [deep]].map((value) =>
+        spoilt(SERVER, { json: (body) => ({ ...body, [name]: value }) })
+      )
+    ),
+    json(RESOURCE, "x".repeat(2 * 1024 * 1024)),
+  ];
+  for (const [index, fetch] of servers.entries()) {
+    const { findings, verdict } = await checkSetup(`${BASE}/mcp`, { fetch });
+    assert(["ready", "broken"].includes(verdict) && findings.length > 0, `server ${index}`);
+  }
+  const { findings } = await checkSetup(`${BASE}/mcp`, { fetch: servers.at(-1)! });
+  assertMatch(findings.at(-1)!.what, /too large/);
+});
+
+test("checkSetup() reads answers in time that grows with their length alone", async () => {
+  const { app, auth } = world({ password: PASSWORD });
+  const { token } = await auth.createToken({ name: "check" });
+  const kinds = [
+    ...[
+      "<",
+      ">",
+      '"',
+      "'",
+      "=",
+      " ",
+      "/",
+      "&",
+      "a",
+      "-",
+      "é",
+      "<!--",
+      "&amp;",
+      "no ",
+      "Missing ",
+      "code=",
+      "\n",
+      "\r\n",
+    ],
+    ...[
+      "<form ",
+      "</form>",
+      "<input ",
+      "<button a",
+      "<form a=",
+      `<form a="`,
+      "<form a='",
+      "<style>",
+      "data:{",
+      "data:\n",
+    ],
+    ...["<form method=post><input name=a value=deny>", `resource_metadata="`, `scope="`, "error=", "[", `{"a":`, "\t"],
+  ];
+  const places: ((request: Request, run: string) => Response | undefined)[] = [
+    (request, run) =>
+      isPath(request, "/authorize") ? new Response(run, { headers: { "Content-Type": "text/html" } }) : undefined,
+    (request, run) =>
+      isPath(request, "/authorize")
+        ? new Response(`<form method=post><input ${run}`, { status: 500, headers: { "Content-Type": "text/html" } })
+        : undefined,
+    (request, run) =>
+      isPath(request, "/mcp") && request.method === "POST"
+        ? new Response(run, {
+          status: 401,
+          headers: { "WWW-Authenticate": `Bearer ${run.replace(/[^ -~]/g, " ").slice(0, -1)}x` },
+        })
+        : undefined,
+    (request, run) =>
+      isPath(request, "/register") || isPath(request, RESOURCE)
+        ? new Response(run, { headers: { "Content-Type": "application/json" } })
+        : undefined,
+    (request, run) =>
+      isPath(request, "/mcp") && request.headers.get("Authorization")?.includes(token)
+        ? new Response(run, { headers: { "Content-Type": "text/event-stream" } })
+        : undefined,
+  ];
+  const time = async (answer: (typeof places)[number], run: string) => {
+    const fetch = (request: Request) => answer(request, run) ?? app.request(request);
+    const start = performance.now();
+    const { findings } = await checkSetup(`${BASE}/mcp`, { fetch, ...(answer === places[4] && { token }) });
+    if (answer === places[0]) assert(findings.some(({ heading }) => heading === "Browser apps")); // it read the page
+    return performance.now() - start;
+  };
+  for (const [index, place] of places.entries()) {
+    for (const kind of kinds) {
+      const run = (length: number) => kind.repeat(Math.ceil(length / kind.length));
+      // A linear reader takes at most 8 times as long, a quadratic one up to 64. A busy machine gets several tries.
+      let [short, long] = [Infinity, Infinity];
+      for (let tries = 0; tries < 8 && (tries === 0 || long > 16 * short); tries++) {
+        short = Math.min(short, await time(place, run(8 * 1024)));
+        long = Math.min(long, await time(place, run(64 * 1024)));
+      }
+      assert(long <= 16 * short, `place ${index}, ${JSON.stringify(kind)}: ${short} ms became ${long} ms`);
+    }
+  }
+  // What is longer is cut, and costs no more than its transport.
+  const page = places[0]!;
+  const [bounded, megabyte] = [await time(page, "<form ".repeat(11_000)), await time(page, "<form ".repeat(170_000))];
+  assert(megabyte < 64 * bounded, `${bounded} ms became ${megabyte} ms`);
 });
 
 test("mod.ts is a command that checks a server, with its verdict as exit status", async (t) => {
   const { base, use } = await listen(t);
   use(world({ baseUrl: base, password: PASSWORD }).app);
   const run = (...args: string[]) => runProgram(t, ["mod.ts", ...args], {}, /$^/);
+  const all = await run("-v", `${base}/mcp`);
+  assertEquals(await all.exited, 0, all.output());
+  assert(all.output().includes("✓ A request without a token is answered 401") && !all.output().includes("\x1b"));
   const good = await run(`${base}/mcp`);
   assertEquals(await good.exited, 0, good.output());
-  assert(good.output().includes("✓ a request without a token is answered 401") && !good.output().includes("\x1b"));
+  const lines = good.output().trimEnd().split("\n").flatMap((line) => line.match(/.{1,80}/g) ?? [""]);
+  assert(lines.length <= 22, good.output()); // with the command and the next prompt, one screen
+  assert(lines.at(-1) === `Claude Code: claude mcp add --transport http personal ${base}/mcp`, good.output());
+  assert(!/✗|https/.test(good.output().replace("with https in front", "").replace("to the https address", "")));
   const wrong = await run("--json", `${base}/other`);
   assertEquals(await wrong.exited, 1);
   const report: SetupReport = JSON.parse(wrong.output());
   assertEquals([report.verdict, report.url], ["broken", `${base}/other`]);
+  const told = await run(`${base}/other`);
+  assertEquals(await told.exited, 1);
+  assertEquals(told.output().trimEnd().split("\n").at(-1), report.next[0]);
+  assertEquals(report.next, ["Repair this first: Nothing is served at /other: it answers 404"]);
   const [port] = await freePorts(1);
   const none = await run(`http://localhost:${port}/mcp`);
   assertEquals(await none.exited, 2, none.output());
+  const help = await run("--help");
+  assertEquals(await help.exited, 0);
+  for (const word of ["--token", "MCP_TOKEN", "--verbose", "--json", "findings", "Exit status"]) {
+    assert(help.output().includes(word), word);
+  }
+  const unknown = await run("--tokn=pat_secret", `${base}/mcp`);
+  assertEquals(await unknown.exited, 2);
+  assert(unknown.output().includes("--help") && !unknown.output().includes("pat_secret"), unknown.output());
   const nothing = await run();
   assertEquals(await nothing.exited, 2);
   assert(nothing.output().includes("https://your-domain.com/mcp"));
