@@ -220,7 +220,8 @@ export interface Store {
   list(prefix: string): AsyncIterable<[key: string, value: unknown]>;
   /**
    * A stamp, cheap to read, that is another one after any change by any process: what was read under one stamp need not
-   * be read again while it lasts. `undefined`, or without this method: cannot tell.
+   * be read again while it lasts. A change by another process may show a millisecond later. `undefined`, or without this
+   * method: cannot tell.
    */
   version?(): number | undefined;
   /** Lets go of files and sockets. */
@@ -3085,55 +3086,61 @@ function page(
 
 /** State that ends with the process: for tests. */
 export function memoryStore(): Store {
-  // As text, so that nobody can change a stored value by holding on to it: the same as with every other store.
-  const entries = new Map<string, { value: string; expires: number | null }>();
+  const entries = new Map<string, Entry>();
   let changes = 0;
-  const read = (key: string) => {
-    const entry = entries.get(key);
-    return entry && isLive(entry.expires) ? entry : undefined;
-  };
   const write = (key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) => {
-    const entry = read(key);
-    const current = parse(entry?.value);
-    const next = change(current);
-    if (!isChange(current, next, entries.has(key))) return next;
-    changes++;
-    if (next === undefined) entries.delete(key);
-    else entries.set(key, { value: JSON.stringify(next), expires: expiresAt ?? entry?.expires ?? null });
+    const { next, entry } = applyChange(entries.get(key), change, expiresAt);
+    if (entry !== undefined) changes++;
+    if (entry) entries.set(key, entry);
+    else if (entry === null) entries.delete(key);
     return next;
   };
   return {
-    get: (key) => promiseTry(() => parse(read(key)?.value)),
+    get: (key) => promiseTry(() => valueOf(entries.get(key))),
     update: (key, change, options) => promiseTry(() => write(key, change, options?.expiresAt)),
     async *list(prefix) {
       for (const key of [...entries.keys()].filter((key) => key.startsWith(prefix)).sort()) {
-        const entry = read(key);
-        if (entry) yield [key, parse(entry.value)];
+        const value = valueOf(entries.get(key));
+        if (value !== undefined) yield [key, value];
       }
     },
     version: () => changes,
   };
 }
 
-/** What a function returns or throws, as a promise. */
+/** Returns what a function returns or throws, as a promise. */
 function promiseTry<T>(call: () => T | Promise<T>): Promise<T> {
   return new Promise((resolve) => resolve(call()));
 }
 
-function isLive(expires: number | null | undefined): boolean {
-  return typeof expires !== "number" || expires > seconds();
+/** What is kept of a key. The value is JSON, so that nobody can change what is stored by holding on to an object. */
+interface Entry {
+  value: string;
+  /** In seconds since the epoch. */
+  expires: number | null;
 }
 
-function parse(json: string | undefined): unknown {
-  return json === undefined ? undefined : JSON.parse(json);
+function isLive(entry: Entry | undefined): entry is Entry {
+  return entry !== undefined && (entry.expires === null || entry.expires > seconds());
 }
 
-/**
- * Whether there is anything to write. What is still there, though expired, is deleted as well, or it would be there again
- * after the clock is set back.
- */
-function isChange(current: unknown, next: unknown, isThere: boolean): boolean {
-  return next !== current || (next === undefined && isThere);
+/** Returns the value of an entry, or `undefined` if there is none or it has expired. */
+function valueOf(entry: Entry | undefined): unknown {
+  return isLive(entry) ? JSON.parse(entry.value) : undefined;
+}
+
+/** Returns what an `update` answers, and the entry that it writes: `null` deletes, `undefined` leaves all as it is. */
+function applyChange(found: Entry | undefined, change: (current: unknown) => unknown, expiresAt: number | undefined): {
+  next: unknown;
+  entry?: Entry | null;
+} {
+  const live = isLive(found) ? found : undefined;
+  const current = valueOf(live);
+  const next = change(current);
+  // What has expired is deleted as well, or it would be there again after the clock is set back.
+  if (next === undefined) return found ? { next, entry: null } : { next };
+  if (next === current) return { next };
+  return { next, entry: { value: JSON.stringify(next), expires: expiresAt ?? live?.expires ?? null } };
 }
 
 /**
@@ -3145,14 +3152,82 @@ const EXPIRED_KEPT = 1000;
 /** The part of `node:sqlite` that is used here; Deno and Bun have it too. */
 interface Sqlite {
   exec(sql: string): void;
-  prepare(sql: string): Statement;
+  prepare(sql: string): {
+    get(...values: unknown[]): unknown;
+    all(...values: unknown[]): unknown[];
+    run(...values: unknown[]): unknown;
+  };
   close(): void;
 }
 
-interface Statement {
-  get(...values: unknown[]): unknown;
-  all(...values: unknown[]): unknown[];
-  run(...values: unknown[]): unknown;
+/** "mcpa" in ASCII: the `application_id` that marks a file as ours. */
+const APPLICATION_ID = 0x6d637061;
+/** The `user_version` of a file: which tables it has. */
+const FORMAT = 2;
+/** Seconds that a read or a write waits for a lock of another process. */
+const LOCK_PATIENCE = 5;
+
+/**
+ * Keeps state in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by the `node:sqlite` that Deno, Bun and
+ * Node all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`); updates that come
+ * at the same time share a commit. Several processes on one machine may share the folder; a network file system will
+ * not do. If the file is removed or replaced while it is in use, every call throws until the same file is back or the
+ * server is restarted.
+ *
+ * @throws {Error} if the folder cannot be written, or the file is damaged, of another format, or not ours. Such a file
+ * is never changed.
+ */
+export function fileStore(dir: string): Store {
+  assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
+  const advice = `only a shell replaces ~, so ${quote(dir)} would be a folder called "~": write the whole path`;
+  assert(!/^~([\\/]|$)/.test(dir), `fileStore: ${advice}`);
+  const { db, file } = openDatabase(dir);
+  const sql = prepareStatements(db);
+  const watch = watchFile(db, file);
+  const changes = batch((changes: Change[]) => retry(() => writeChanges(sql, watch, changes)));
+  const read = <T>(query: () => T): Promise<T> =>
+    retry(() => {
+      watch.look();
+      return query();
+    });
+  return {
+    get: (key) => read(() => valueOf(sql.select.get(key) as Entry | undefined)),
+    update: (key, change, options) => changes.add({ key, change, expiresAt: options?.expiresAt }),
+    async *list(prefix) {
+      for (let from = prefix, more = true; more;) {
+        const rows = await read(() => sql.scan.all(from) as (Entry & { key: string })[]);
+        more = rows.length === SCAN_ROWS;
+        for (const row of rows) {
+          if (!row.key.startsWith(prefix)) return;
+          if (isLive(row)) yield [row.key, valueOf(row)];
+          from = `${row.key}\0`; // the next key in order
+        }
+      }
+    },
+    version: watch.version,
+    close() {
+      changes.flush();
+      db.close();
+    },
+  };
+}
+
+const SCAN_ROWS = 100;
+
+function prepareStatements(db: Sqlite) {
+  return {
+    select: db.prepare("SELECT value, expires FROM entries WHERE key = ?"),
+    upsert: db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
+      ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`),
+    remove: db.prepare("DELETE FROM entries WHERE key = ?"),
+    scan: db.prepare(`SELECT key, value, expires FROM entries WHERE key >= ? ORDER BY key LIMIT ${SCAN_ROWS}`),
+    // Two at a time, with each change: the past is cleared faster than it grows, and nothing ever waits for a sweep.
+    sweep: db.prepare(`DELETE FROM entries WHERE key IN
+      (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET ${EXPIRED_KEPT})`),
+    begin: db.prepare("BEGIN IMMEDIATE"),
+    commit: db.prepare("COMMIT"),
+    rollback: db.prepare("ROLLBACK"),
+  };
 }
 
 /** One `update`. */
@@ -3162,149 +3237,93 @@ interface Change {
   expiresAt: number | undefined;
 }
 
-interface Row {
-  key: string;
-  value: string;
-  expires: number | null;
-}
+type Statements = ReturnType<typeof prepareStatements>;
+type FileWatch = ReturnType<typeof watchFile>;
 
-/** "mcpa" in ASCII: the `application_id` that marks a file as ours. */
-const APPLICATION_ID = 0x6d637061;
-const LOCK_PATIENCE = 5;
-
-/**
- * State in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by the `node:sqlite` that Deno, Bun and Node
- * all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`); updates that come at the
- * same time share a commit. Several processes on one machine may share the folder; a network file system will not do.
- *
- * @throws {Error} if the folder cannot be written, or the file is damaged, newer than this code, or not ours. Such a
- * file is never changed.
- */
-export function fileStore(dir: string): Store {
-  assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
-  const db = openDatabase(dir);
-  const select = db.prepare("SELECT value, expires FROM entries WHERE key = ?");
-  const upsert = db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
-    ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`);
-  const remove = db.prepare("DELETE FROM entries WHERE key = ?");
-  const scan = db.prepare("SELECT key, value, expires FROM entries WHERE key >= ? ORDER BY key LIMIT 100");
-  // Two at a time, with each change: the past is cleared faster than it grows, and nothing ever waits for a sweep.
-  const sweep = db.prepare(`DELETE FROM entries WHERE key IN
-    (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET ${EXPIRED_KEPT})`);
-
-  const begin = db.prepare("BEGIN IMMEDIATE");
-  const commit = db.prepare("COMMIT");
-  const rollback = db.prepare("ROLLBACK");
-
-  const stamp = commitStamp(stateFile(dir));
-  let stamped = true;
-
-  const live = (row: Row | undefined) => row && isLive(row.expires) ? row : undefined;
-  const find = (key: string) => select.get(key) as Row | undefined;
-
-  /** Within a transaction: the new value, and whether that is a change. */
-  const applyChange = ({ key, change, expiresAt }: Change): { next: unknown; changed: boolean } => {
-    const found = find(key);
-    const row = live(found);
-    const current = parse(row?.value);
-    const next = change(current);
-    const changed = isChange(current, next, found !== undefined);
-    if (changed) {
-      if (next === undefined) remove.run(key);
-      else upsert.run(key, JSON.stringify(next), expiresAt ?? row?.expires ?? null);
-      sweep.run(seconds());
-    }
-    return { next, changed };
+/** Writes all changes in one transaction: the commit dominates the cost. They become durable together, or none does. */
+function writeChanges(sql: Statements, watch: FileWatch, changes: Change[]): unknown[] {
+  let changed = false;
+  const write = ({ key, change, expiresAt }: Change): unknown => {
+    const { next, entry } = applyChange(sql.select.get(key) as Entry | undefined, change, expiresAt);
+    if (entry) sql.upsert.run(key, entry.value, entry.expires);
+    else if (entry === null) sql.remove.run(key);
+    if (entry !== undefined) sql.sweep.run(seconds());
+    changed ||= entry !== undefined;
+    return next;
   };
-
-  /** In one transaction, for a commit takes longer than all the rest: they become durable together, or none does. */
-  const write = (changes: Change[]): unknown[] => {
-    begin.run();
+  // Before, because what is written to a log that was deleted may end in a file that others use by now; and after,
+  // because nobody would find it there again: it must not be answered as done.
+  watch.assertInPlace();
+  sql.begin.run();
+  try {
+    const results = changes.map(write);
+    (changed ? sql.commit : sql.rollback).run();
+    if (changed) commits++;
+    watch.assertInPlace();
+    return results;
+  } catch (error) {
     try {
-      const results = changes.map(applyChange);
-      const before = stamp.read();
-      const changed = results.some(({ changed }) => changed);
-      (changed ? commit : rollback).run();
-      // A file system that keeps files and shared memory apart would hide every revocation: without a stamp, all is read.
-      if (changed && stamp.read() === before) stamped = false;
-      return results.map(({ next }) => next);
-    } catch (error) {
-      try {
-        rollback.run();
-      } catch {
-        // SQLite has rolled back by itself; the error that led here is the one to report.
-      }
-      throw error;
+      sql.rollback.run();
+    } catch {
+      // It is over: SQLite has rolled back by itself, or had committed. The error that led here is the one to report.
     }
-  };
-
-  const changes = batch((changes: Change[]) => retry(() => write(changes)));
-
-  return {
-    get: (key) => retry(() => parse(live(find(key))?.value)),
-    update: (key, change, options) => changes.add({ key, change, expiresAt: options?.expiresAt }),
-    async *list(prefix) {
-      let from = prefix;
-      while (true) {
-        const rows = await retry(() => scan.all(from) as Row[]);
-        for (const { key, value, expires } of rows) {
-          if (!key.startsWith(prefix)) return;
-          if (isLive(expires)) yield [key, parse(value)];
-        }
-        const last = rows.at(-1);
-        if (!last || rows.length < 100) return;
-        from = `${last.key}\0`; // the next key in order
-      }
-    },
-    version: () => stamped ? stamp.read() : undefined,
-    close() {
-      changes.flush();
-      db.close();
-      stamp.close();
-    },
-  };
+    throw error;
+  }
 }
 
-/** The shared memory files that are open in this process, and by how many stores. */
-const sharedMemory = new Map<string, { fd: number; users: number }>();
+/** The commits of all file stores in this process. */
+let commits = 0;
+/** Milliseconds for which what was seen of the files is taken to hold: on a busy server, looking costs too much. */
+const LOOK_INTERVAL = 1;
 
-/** What the head of SQLite's index of its log begins with: the format that is read here. */
-const WAL_INDEX_FORMAT = 3007000;
-
-/**
- * Tells whether anybody has committed anything, at a tenth of what the smallest query takes: the guard asks with every
- * request. SQLite has its processes share an index of the log, in memory that is a file beside the database; the head of
- * it (WAL-index format: a count of commits, and a checksum over what they wrote) is another one before a commit returns.
- * Where it is not as expected, or where files and shared memory may disagree, as on Windows, there is no stamp.
- */
-function commitStamp(file: string): { read(): number | undefined; close(): void } {
-  const fs = nodeModule("node:fs");
-  const path = `${fs.realpathSync(file)}-shm`;
-  if (nodeModule("node:process").platform === "win32" || !fs.existsSync(path)) {
-    return { read: () => undefined, close: () => {} };
-  }
-  // One descriptor for all stores on this file: to close one takes away the locks that SQLite has on the file for the
-  // others (POSIX), and with them what keeps another process from clearing the memory under their feet.
-  const shared = sharedMemory.get(path) ?? { fd: fs.openSync(path, "r"), users: 0 };
-  sharedMemory.set(path, shared);
-  shared.users++;
-  const head = new Uint32Array(8); // 0: the format, 2: the count of commits, 7: half of the checksum
-  const bytes = new Uint8Array(head.buffer);
-  return {
-    read() {
-      try {
-        fs.readSync(shared.fd, bytes, 0, bytes.length, 0);
-      } catch {
-        return undefined;
-      }
-      return head[0] === WAL_INDEX_FORMAT ? (head[2]! % 2 ** 20) * 2 ** 32 + head[7]! : undefined;
-    },
-    close() {
-      if (--shared.users > 0) return;
-      sharedMemory.delete(path);
-      fs.closeSync(shared.fd);
-    },
+/** Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. */
+function watchFile(db: Sqlite, file: string) {
+  const { statSync } = nodeModule("node:fs");
+  const names = [file, `${file}-wal`, `${file}-shm`];
+  const identify = (name: string) => {
+    const found = statSync(name, { throwIfNoEntry: false });
+    return found && `${found.dev} ${found.ino}`;
   };
+  const dataVersion = db.prepare("PRAGMA data_version");
+  const countOthers = () => Number(Object.values(dataVersion.get() as object)[0]);
+  let others = countOthers(); // a first read, which makes the log and its index if they are not there
+  const opened = names.map(identify);
+  let lookedAt = -Infinity;
+
+  /** Throws if the files are not the ones that were opened. */
+  function assertInPlace(): void {
+    const missing = names.find((name, i) => identify(name) !== opened[i]);
+    if (missing === undefined) return;
+    throw new StateFileError(
+      `${
+        quote(missing)
+      } was removed or replaced while the server was running. It accepts nothing until the same file ` +
+        "is back, or until it is restarted and uses what is in the folder then",
+    );
+  }
+
+  /** Does so before a read, and sees whether another connection has committed anything. */
+  function look(): void {
+    const now = performance.now();
+    if (now - lookedAt < LOOK_INTERVAL) return;
+    assertInPlace();
+    others = countOthers();
+    lookedAt = now;
+  }
+
+  function version(): number | undefined {
+    try {
+      look();
+      // SQLite counts what other connections commit; this process counts its own, at once. Neither count ever falls, so
+      // no sum comes twice. A revocation by another process holds here a millisecond later at most: whoever uses the
+      // token within that might as well have come before the revocation.
+      return commits + others;
+    } catch {
+      return undefined; // then the record is read, and that says what is wrong
+    }
+  }
+
+  return { assertInPlace, look, version };
 }
 
 /**
@@ -3374,26 +3393,27 @@ function isLocked(error: unknown): boolean {
     (error instanceof Error && /database (table )?is locked|busy/i.test(error.message));
 }
 
-function stateFile(dir: string): string {
-  return `${dir.replace(/[\\/]+$/, "")}/oauth.sqlite`;
-}
-
-function openDatabase(dir: string): Sqlite {
+/** Opens the state file of a folder, made if there is none; returns it with its absolute path. */
+function openDatabase(dir: string): { db: Sqlite; file: string } {
   const { DatabaseSync } = nodeModule("node:sqlite");
-  const file = stateFile(dir);
+  const file = `${dir.replace(/[\\/]+$/, "")}/oauth.sqlite`;
   try {
     ensureDatabase(dir, file);
   } catch (cause) {
     if (cause instanceof StateFileError) throw cause;
-    const advice = "make it writable for this user and see that there is room, or give fileStore() another folder";
+    const { name, message } = cause as Error;
+    const advice = name === "NotCapable" // what Deno throws; its message names the flag
+      ? `Deno was started without a permission. ${message}`
+      : "make it writable for this user and see that there is room, or give fileStore() another folder";
     throw new Error(`Cannot write the state folder ${quote(dir)}: ${advice}`, { cause });
   }
   try {
     checkFile(file);
     const db = new DatabaseSync(file) as Sqlite;
-    migrate(db);
+    // For what follows SQLite may wait; from then on retry() does, because SQLite would stop the whole server.
+    db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
     db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
-    return db;
+    return { db, file: absolutePath(file) };
   } catch (cause) {
     if (cause instanceof StateFileError) throw cause;
     throw new StateFileError(
@@ -3401,6 +3421,15 @@ function openDatabase(dir: string): Sqlite {
         "beside it, and put a backup in its place, or start anew, which ends all connections",
       { cause },
     );
+  }
+}
+
+/** Resolves links, because SQLite keeps the log beside the real file, and the working folder, because it may change. */
+function absolutePath(file: string): string {
+  try {
+    return nodeModule("node:fs").realpathSync(file);
+  } catch {
+    return nodeModule("node:path").resolve(file); // some drives on Windows have no real path
   }
 }
 
@@ -3424,31 +3453,10 @@ function ensureDatabase(dir: string, file: string): void {
   // Deno's accessSync() knows nothing of a file system that is mounted read-only.
   const probe = temporaryName(file);
   fs.closeSync(fs.openSync(probe, "wx", 0o600));
-  fs.unlinkSync(probe);
+  discard(probe);
 }
 
-/** What the format became, step by step: `user_version` counts the steps that a file has taken. */
-const MIGRATIONS = [
-  `CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL) WITHOUT ROWID;
-   CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;`,
-  // With rows, because without them a record that is larger than a quarter of a page takes pages of its own.
-  `ALTER TABLE entries RENAME TO former;
-   CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
-   INSERT INTO entries SELECT key, value, expires FROM former;
-   DROP TABLE former;
-   CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;`,
-];
-
-function migrate(db: Sqlite): void {
-  db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
-  const version = () => Number(Object.values(db.prepare("PRAGMA user_version").get() as Record<string, unknown>)[0]);
-  if (version() === MIGRATIONS.length) return;
-  db.exec("BEGIN IMMEDIATE"); // and look again: another process may be at it as well
-  for (let step = version(); step < MIGRATIONS.length; step++) db.exec(MIGRATIONS[step]!);
-  db.exec(`PRAGMA user_version = ${MIGRATIONS.length}; COMMIT`);
-}
-
-/** Made under another name and put in place whole: a file of this name without our mark is always damage. */
+/** Makes the file under another name and puts it in place whole: one of this name without our mark is always damage. */
 function createDatabase(file: string): void {
   const fs = nodeModule("node:fs");
   const { DatabaseSync } = nodeModule("node:sqlite");
@@ -3456,15 +3464,51 @@ function createDatabase(file: string): void {
   try {
     fs.closeSync(fs.openSync(fresh, "wx", 0o600)); // SQLite gives its side files the mode of this one
     const db = new DatabaseSync(fresh) as Sqlite;
-    db.exec(`PRAGMA application_id = ${APPLICATION_ID}`);
-    migrate(db);
-    db.exec("PRAGMA journal_mode = WAL"); // here, because a kill in between leaves a journal that must be rolled back
+    // With rows, because WITHOUT ROWID a record larger than a quarter of a page takes pages of its own. And with the log,
+    // because a kill in between would leave a journal that must be rolled back.
+    db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
+      CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
+      CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
+      PRAGMA journal_mode = WAL`);
     db.close();
-    fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
-  } catch (error) {
-    if ((error as { code?: string }).code !== "EEXIST") throw error;
+    putInPlace(fresh, file);
   } finally {
-    for (const suffix of ["", "-journal", "-wal", "-shm"]) fs.rmSync(fresh + suffix, { force: true });
+    for (const suffix of ["", "-journal", "-wal", "-shm"]) discard(fresh + suffix);
+  }
+}
+
+/** Gives a file its name, unless another process was faster: a rename alone would replace what that one has made. */
+function putInPlace(fresh: string, file: string): void {
+  const fs = nodeModule("node:fs");
+  const isThere = (error: unknown) => (error as { code?: string }).code === "EEXIST";
+  try {
+    return fs.linkSync(fresh, file);
+  } catch (error) {
+    if (isThere(error)) return;
+  }
+  // A file system without hard links, as on memory cards: whoever makes this file is the one that may rename.
+  const turn = `${file}.00000000.new`;
+  try {
+    fs.closeSync(fs.openSync(turn, "wx", 0o600));
+  } catch (error) {
+    if (!isThere(error)) throw error;
+    throw new StateFileError(
+      `Another process is making ${quote(file)}, or was stopped meanwhile: start again in a minute`,
+    );
+  }
+  try {
+    if (!fs.existsSync(file)) fs.renameSync(fresh, file);
+  } finally {
+    discard(turn);
+  }
+}
+
+/** Removes a file that nobody needs. On Windows a virus scanner may hold it; then a later start clears it away. */
+function discard(file: string): void {
+  try {
+    nodeModule("node:fs").rmSync(file, { force: true });
+  } catch {
+    // It has a temporary name, which clearLeftovers() knows.
   }
 }
 
@@ -3472,23 +3516,23 @@ function temporaryName(file: string): string {
   return `${file}.${random(4)}.new`;
 }
 
-/** What a process left behind that was killed while it made the file; a minute is more than that takes. */
+/** Removes what a process left behind that was killed while it made the file; a minute is more than that takes. */
 function clearLeftovers(dir: string): void {
   const fs = nodeModule("node:fs");
   for (const name of fs.readdirSync(dir)) {
     if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-journal|-wal|-shm)?$/.test(name)) continue;
     const path = `${dir}/${name}`;
     const { mtimeMs } = fs.statSync(path, { throwIfNoEntry: false }) ?? { mtimeMs: Infinity };
-    if (Date.now() - mtimeMs > MINUTE * 1000) fs.rmSync(path, { force: true });
+    if (Date.now() - mtimeMs > MINUTE * 1000) discard(path);
   }
 }
 
 class StateFileError extends Error {}
 
 /**
- * Whether this is a sound state file of ours. Opened only for reading, because SQLite may change a damaged file, or take
- * in its log, as soon as it may write. And by SQLite, because what is in the log counts, and because to close a file that
- * was opened in any other way takes away the locks that another store in this process has on it (POSIX).
+ * Throws unless this is a sound state file of ours. Opened only for reading, because SQLite may change a damaged file, or
+ * take in its log, as soon as it may write. And by SQLite, because what is in the log counts, and because to close a file
+ * that was opened in any other way takes away the locks that another store in this process has on it (POSIX).
  */
 function checkFile(file: string): void {
   const { DatabaseSync } = nodeModule("node:sqlite");
@@ -3502,11 +3546,11 @@ function checkFile(file: string): void {
         `${quote(file)} is not a state file of this program and was left as it is: give fileStore() another folder`,
       );
     }
-    const version = Number(pragma("user_version"));
-    if (version > MIGRATIONS.length) {
+    const format = pragma("user_version");
+    if (format !== FORMAT) {
       throw new StateFileError(
-        `${quote(file)} was written by a newer version of personal-auth (format ${version}, this one knows ` +
-          `${MIGRATIONS.length}) and was left as it is: update mod.ts`,
+        `${quote(file)} has format ${format}, and this version of personal-auth knows format ${FORMAT} alone. It was ` +
+          "left as it is: update mod.ts if a newer version wrote it, or give fileStore() another folder",
       );
     }
     const verdict = pragma("quick_check");
@@ -3550,36 +3594,34 @@ export function kvStore(kv: KvLike): Store {
   assert(typeof kv?.atomic === "function", "kvStore needs an open Deno.Kv: kvStore(await Deno.openKv())");
   const path = (key: string) => ["personal-auth", key];
   // Kept as text with its expiry: KV's own may take a minute longer, and its values may outlive a change of V8.
-  const decode = ({ value }: KvEntryLike) => {
+  const decode = ({ value }: KvEntryLike): Entry | undefined => {
     const { json, expires } = (value ?? {}) as { json?: string; expires?: number | null };
-    return { current: isLive(expires) ? parse(json) : undefined, expires: isLive(expires) ? expires : undefined };
+    return json === undefined ? undefined : { value: json, expires: expires ?? null };
   };
 
   async function compareAndSet(key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) {
-    const entry = await kv.get(path(key));
-    const { current, expires } = decode(entry);
-    const next = change(current);
-    if (!isChange(current, next, entry.versionstamp !== null)) return next;
-    const atomic = kv.atomic().check({ key: path(key), versionstamp: entry.versionstamp });
-    const until = expiresAt ?? expires ?? null;
-    const expireIn = until === null
-      ? {}
-      : { expireIn: Math.max(0, Math.ceil((until - seconds() + EXPIRED_KV_KEPT) * 1000)) };
-    if (next === undefined) atomic.delete(path(key));
-    else atomic.set(path(key), { json: JSON.stringify(next), expires: until }, expireIn);
+    const found = await kv.get(path(key));
+    const { next, entry } = applyChange(decode(found), change, expiresAt);
+    if (entry === undefined) return next;
+    const atomic = kv.atomic().check({ key: path(key), versionstamp: found.versionstamp });
+    const expireIn = entry?.expires
+      ? { expireIn: Math.max(0, Math.ceil((entry.expires - seconds() + EXPIRED_KV_KEPT) * 1000)) }
+      : {};
+    if (entry === null) atomic.delete(path(key));
+    else atomic.set(path(key), { json: entry.value, expires: entry.expires }, expireIn);
     if (!(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
     return next;
   }
 
   const inTurn = queue();
   return {
-    get: (key) => retry(async () => decode(await kv.get(path(key))).current),
+    get: (key) => retry(async () => valueOf(decode(await kv.get(path(key))))),
     // One after the other within this process, so that only other processes are raced against.
     update: (key, change, options) => inTurn(key, () => retry(() => compareAndSet(key, change, options?.expiresAt))),
     async *list(prefix) {
       for await (const entry of kv.list({ start: path(prefix), end: path(`${prefix}\u{10ffff}`) })) {
-        const { current } = decode(entry);
-        if (current !== undefined) yield [String(entry.key[1]), current];
+        const value = valueOf(decode(entry));
+        if (value !== undefined) yield [String(entry.key[1]), value];
       }
     },
     close: () => kv.close(),
