@@ -563,10 +563,9 @@ function logEvent({ type, message, connection, clientName, cause }: AuthEvent): 
  */
 export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   const checked = readOptions(options);
-  const rawStore = options.store ?? fileStore(".oauth-state");
-  const events = eventLog(rawStore, options.onEvent ?? logEvent);
+  const store = guardStore(options.store ?? fileStore(".oauth-state"), (...event) => events.emit(...event));
+  const events = eventLog(store, options.onEvent ?? logEvent);
   const settings: Settings = { ...checked, emit: events.emit };
-  const store = reporting(rawStore, settings.emit);
   const mac = serverMac(store);
   const redirects = redirectPolicy(settings.allowed);
   const clients = clientRegistry(settings, mac, redirects);
@@ -3084,7 +3083,7 @@ function page(
 // Stores
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** State that ends with the process: for tests. */
+/** Keeps state in memory, until the process ends: for tests. */
 export function memoryStore(): Store {
   const entries = new Map<string, Entry>();
   let changes = 0;
@@ -3106,11 +3105,6 @@ export function memoryStore(): Store {
     },
     version: () => changes,
   };
-}
-
-/** Returns what a function returns or throws, as a promise. */
-function promiseTry<T>(call: () => T | Promise<T>): Promise<T> {
-  return new Promise((resolve) => resolve(call()));
 }
 
 /** What is kept of a key. The value is JSON, so that nobody can change what is stored by holding on to an object. */
@@ -3148,18 +3142,6 @@ function applyChange(found: Entry | undefined, change: (current: unknown) => unk
  * far, must not cost a connection when it is right again.
  */
 const EXPIRED_KEPT = 1000;
-
-/** The part of `node:sqlite` that is used here; Deno and Bun have it too. */
-interface Sqlite {
-  exec(sql: string): void;
-  prepare(sql: string): {
-    get(...values: unknown[]): unknown;
-    all(...values: unknown[]): unknown[];
-    run(...values: unknown[]): unknown;
-  };
-  close(): void;
-}
-
 /** "mcpa" in ASCII: the `application_id` that marks a file as ours. */
 const APPLICATION_ID = 0x6d637061;
 /** The `user_version` of a file: which tables it has. */
@@ -3185,24 +3167,17 @@ export function fileStore(dir: string): Store {
   const sql = prepareStatements(db);
   const watch = watchFile(db, file);
   const changes = batch((changes: Change[]) => retry(() => writeChanges(sql, watch, changes)));
-  const read = <T>(query: () => T): Promise<T> =>
+  const read = <T>(query: () => unknown): Promise<T> =>
     retry(() => {
       watch.look();
-      return query();
+      return query() as T;
     });
   return {
-    get: (key) => read(() => valueOf(sql.select.get(key) as Entry | undefined)),
+    get: async (key) => valueOf(await read<Entry | undefined>(() => sql.select.get(key))),
     update: (key, change, options) => changes.add({ key, change, expiresAt: options?.expiresAt }),
     async *list(prefix) {
-      for (let from = prefix, more = true; more;) {
-        const rows = await read(() => sql.scan.all(from) as (Entry & { key: string })[]);
-        more = rows.length === SCAN_ROWS;
-        for (const row of rows) {
-          if (!row.key.startsWith(prefix)) return;
-          if (isLive(row)) yield [row.key, valueOf(row)];
-          from = `${row.key}\0`; // the next key in order
-        }
-      }
+      const rows = await read<(Entry & { key: string })[]>(() => sql.list.all(prefix, prefix + LAST_CHARACTER));
+      for (const row of rows) if (isLive(row)) yield [row.key, valueOf(row)];
     },
     version: watch.version,
     close() {
@@ -3212,15 +3187,23 @@ export function fileStore(dir: string): Store {
   };
 }
 
-const SCAN_ROWS = 100;
+/** Behind a prefix, the end of all keys that begin with it. */
+const LAST_CHARACTER = "\u{10ffff}";
+
+/** The part of `node:sqlite` that is used here; Deno and Bun have it too. */
+interface Sqlite {
+  exec(sql: string): void;
+  prepare(sql: string): Record<"get" | "all" | "run", (...values: unknown[]) => unknown>;
+  close(): void;
+}
 
 function prepareStatements(db: Sqlite) {
   return {
     select: db.prepare("SELECT value, expires FROM entries WHERE key = ?"),
+    list: db.prepare("SELECT key, value, expires FROM entries WHERE key >= ? AND key < ? ORDER BY key"),
     upsert: db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
       ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`),
     remove: db.prepare("DELETE FROM entries WHERE key = ?"),
-    scan: db.prepare(`SELECT key, value, expires FROM entries WHERE key >= ? ORDER BY key LIMIT ${SCAN_ROWS}`),
     // Two at a time, with each change: the past is cleared faster than it grows, and nothing ever waits for a sweep.
     sweep: db.prepare(`DELETE FROM entries WHERE key IN
       (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET ${EXPIRED_KEPT})`),
@@ -3237,18 +3220,20 @@ interface Change {
   expiresAt: number | undefined;
 }
 
-type Statements = ReturnType<typeof prepareStatements>;
-type FileWatch = ReturnType<typeof watchFile>;
-
 /** Writes all changes in one transaction: the commit dominates the cost. They become durable together, or none does. */
-function writeChanges(sql: Statements, watch: FileWatch, changes: Change[]): unknown[] {
+function writeChanges(
+  sql: ReturnType<typeof prepareStatements>,
+  watch: ReturnType<typeof watchFile>,
+  changes: Change[],
+): unknown[] {
   let changed = false;
   const write = ({ key, change, expiresAt }: Change): unknown => {
     const { next, entry } = applyChange(sql.select.get(key) as Entry | undefined, change, expiresAt);
+    if (entry === undefined) return next;
     if (entry) sql.upsert.run(key, entry.value, entry.expires);
-    else if (entry === null) sql.remove.run(key);
-    if (entry !== undefined) sql.sweep.run(seconds());
-    changed ||= entry !== undefined;
+    else sql.remove.run(key);
+    sql.sweep.run(seconds());
+    changed = true;
     return next;
   };
   // Before, because what is written to a log that was deleted may end in a file that others use by now; and after,
@@ -3342,49 +3327,6 @@ async function retry<T>(call: () => T | Promise<T>): Promise<T> {
   }
 }
 
-function delay(milliseconds: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, milliseconds));
-}
-
-/**
- * Collects tasks for as long as a turn of the event loop lasts, and has them performed together. One that fails does not
- * take the others with it: each is then tried alone.
- */
-function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
-  interface Waiting {
-    task: Task;
-    resolve: (result: Result) => void;
-    reject: (error: unknown) => void;
-  }
-  const { setImmediate } = nodeModule("node:timers");
-  let waiting: Waiting[] = [];
-
-  async function settle(batch: Waiting[]): Promise<void> {
-    try {
-      const results = await perform(batch.map(({ task }) => task));
-      batch.forEach(({ resolve }, i) => resolve(results[i]!));
-    } catch (error) {
-      // A lock concerns them all, and each has waited long enough for it.
-      if (batch.length > 1 && !isLocked(error)) batch.forEach((one) => settle([one]));
-      else batch.forEach(({ reject }) => reject(error));
-    }
-  }
-
-  function flush(): void {
-    const batch = waiting;
-    waiting = [];
-    if (batch.length > 0) settle(batch);
-  }
-
-  function add(task: Task): Promise<Result> {
-    return new Promise((resolve, reject) => {
-      if (waiting.push({ task, resolve, reject }) === 1) setImmediate(flush);
-    });
-  }
-
-  return { add, flush };
-}
-
 /** A compare-and-set found that somebody else had been there. */
 class LostRace extends Error {}
 
@@ -3393,10 +3335,45 @@ function isLocked(error: unknown): boolean {
     (error instanceof Error && /database (table )?is locked|busy/i.test(error.message));
 }
 
+/**
+ * Collects tasks for as long as a turn of the event loop lasts, and has them performed together. One that fails does not
+ * take the others with it: each is then tried alone.
+ */
+function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
+  const { setImmediate } = nodeModule("node:timers");
+  let tasks: Task[] = [];
+  let begin: (results: Promise<Result[]>) => void;
+  let results: Promise<Result[]>;
+
+  function flush(): void {
+    if (tasks.length === 0) return;
+    const together = tasks;
+    tasks = [];
+    begin(perform(together));
+  }
+
+  async function add(task: Task): Promise<Result> {
+    const position = tasks.push(task) - 1;
+    if (position === 0) {
+      results = new Promise((resolve) => begin = resolve);
+      setImmediate(flush);
+    }
+    try {
+      return (await results)[position]!;
+    } catch (error) {
+      if (isLocked(error)) throw error; // a lock concerns them all, and each has waited long enough for it
+      return (await perform([task]))[0]!;
+    }
+  }
+
+  return { add, flush };
+}
+
 /** Opens the state file of a folder, made if there is none; returns it with its absolute path. */
 function openDatabase(dir: string): { db: Sqlite; file: string } {
   const { DatabaseSync } = nodeModule("node:sqlite");
-  const file = `${dir.replace(/[\\/]+$/, "")}/oauth.sqlite`;
+  // Absolute, because the working folder may change while the file is watched.
+  const file = nodeModule("node:path").resolve(dir, "oauth.sqlite") as string;
   try {
     ensureDatabase(dir, file);
   } catch (cause) {
@@ -3413,7 +3390,7 @@ function openDatabase(dir: string): { db: Sqlite; file: string } {
     // For what follows SQLite may wait; from then on retry() does, because SQLite would stop the whole server.
     db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
     db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
-    return { db, file: absolutePath(file) };
+    return { db, file };
   } catch (cause) {
     if (cause instanceof StateFileError) throw cause;
     throw new StateFileError(
@@ -3421,15 +3398,6 @@ function openDatabase(dir: string): { db: Sqlite; file: string } {
         "beside it, and put a backup in its place, or start anew, which ends all connections",
       { cause },
     );
-  }
-}
-
-/** Resolves links, because SQLite keeps the log beside the real file, and the working folder, because it may change. */
-function absolutePath(file: string): string {
-  try {
-    return nodeModule("node:fs").realpathSync(file);
-  } catch {
-    return nodeModule("node:path").resolve(file); // some drives on Windows have no real path
   }
 }
 
@@ -3471,36 +3439,22 @@ function createDatabase(file: string): void {
       CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
       PRAGMA journal_mode = WAL`);
     db.close();
-    putInPlace(fresh, file);
+    try {
+      fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
+    } catch {
+      // The file is there, or this file system has no hard links. Nor does "wx" replace anything; a kill in the middle
+      // leaves a damaged file, which the next start names, and in which nothing was.
+      fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
+    }
+  } catch (error) {
+    if ((error as { code?: string }).code !== "EEXIST") throw error;
   } finally {
     for (const suffix of ["", "-journal", "-wal", "-shm"]) discard(fresh + suffix);
   }
 }
 
-/** Gives a file its name, unless another process was faster: a rename alone would replace what that one has made. */
-function putInPlace(fresh: string, file: string): void {
-  const fs = nodeModule("node:fs");
-  const isThere = (error: unknown) => (error as { code?: string }).code === "EEXIST";
-  try {
-    return fs.linkSync(fresh, file);
-  } catch (error) {
-    if (isThere(error)) return;
-  }
-  // A file system without hard links, as on memory cards: whoever makes this file is the one that may rename.
-  const turn = `${file}.00000000.new`;
-  try {
-    fs.closeSync(fs.openSync(turn, "wx", 0o600));
-  } catch (error) {
-    if (!isThere(error)) throw error;
-    throw new StateFileError(
-      `Another process is making ${quote(file)}, or was stopped meanwhile: start again in a minute`,
-    );
-  }
-  try {
-    if (!fs.existsSync(file)) fs.renameSync(fresh, file);
-  } finally {
-    discard(turn);
-  }
+function temporaryName(file: string): string {
+  return `${file}.${random(4)}.new`;
 }
 
 /** Removes a file that nobody needs. On Windows a virus scanner may hold it; then a later start clears it away. */
@@ -3510,10 +3464,6 @@ function discard(file: string): void {
   } catch {
     // It has a temporary name, which clearLeftovers() knows.
   }
-}
-
-function temporaryName(file: string): string {
-  return `${file}.${random(4)}.new`;
 }
 
 /** Removes what a process left behind that was killed while it made the file; a minute is more than that takes. */
@@ -3538,20 +3488,16 @@ function checkFile(file: string): void {
   const { DatabaseSync } = nodeModule("node:sqlite");
   if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
   const db = new DatabaseSync(file, { readOnly: true }) as Sqlite;
-  const pragma = (name: string) => Object.values(db.prepare(`PRAGMA ${name}`).get() as Record<string, unknown>)[0];
+  const pragma = (name: string) => Object.values(db.prepare(`PRAGMA ${name}`).get() as object)[0];
+  const refuse = (why: string) => {
+    throw new StateFileError(`${quote(file)} ${why}, or give fileStore() another folder. The file was left as it is`);
+  };
   try {
     db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
-    if (pragma("application_id") !== APPLICATION_ID) {
-      throw new StateFileError(
-        `${quote(file)} is not a state file of this program and was left as it is: give fileStore() another folder`,
-      );
-    }
+    if (pragma("application_id") !== APPLICATION_ID) refuse("is not a state file of this program: move it away");
     const format = pragma("user_version");
     if (format !== FORMAT) {
-      throw new StateFileError(
-        `${quote(file)} has format ${format}, and this version of personal-auth knows format ${FORMAT} alone. It was ` +
-          "left as it is: update mod.ts if a newer version wrote it, or give fileStore() another folder",
-      );
+      refuse(`has format ${format}, not ${FORMAT}: if a newer version of personal-auth wrote it, update mod.ts`);
     }
     const verdict = pragma("quick_check");
     if (verdict !== "ok") throw new Error(String(verdict));
@@ -3563,19 +3509,13 @@ function checkFile(file: string): void {
 
 /** The part of a `Deno.Kv` that is used here, so that no Deno type is named. */
 export interface KvLike {
-  get(key: string[]): Promise<KvEntryLike>;
-  list(selector: { start: string[]; end: string[] }): AsyncIterable<KvEntryLike & { key: readonly unknown[] }>;
+  get(key: string[]): Promise<{ value: unknown; versionstamp: string | null }>;
+  list(selector: { start: string[]; end: string[] }): AsyncIterable<{ key: readonly unknown[]; value: unknown }>;
   atomic(): KvAtomicLike;
   close(): void;
 }
 
-/** What `KvLike` reads. */
-export interface KvEntryLike {
-  value: unknown;
-  versionstamp: string | null;
-}
-
-/** One compare-and-set. */
+/** One compare-and-set of a {@linkcode KvLike}. */
 export interface KvAtomicLike {
   check(entry: { key: string[]; versionstamp: string | null }): KvAtomicLike;
   set(key: string[], value: unknown, options?: { expireIn?: number }): KvAtomicLike;
@@ -3585,94 +3525,136 @@ export interface KvAtomicLike {
 
 /** Deno KV removes by its own clock; seconds that ours may differ from it, or have been wrong. */
 const EXPIRED_KV_KEPT = 30 * DAY;
+const MAX_KV_BYTES = 65_536;
 
 /**
- * State in a `Deno.Kv`: a local file, or the distributed store of Deno Deploy. `await Deno.openKv()` makes one;
- * `@deno/kv` does on Node.
+ * Keeps state in a `Deno.Kv`: a local file, or the distributed store of Deno Deploy or denokv. `await Deno.openKv()`
+ * makes one; so does `openKv()` of `@deno/kv` on Node and Bun. All three read what the others wrote.
  */
 export function kvStore(kv: KvLike): Store {
   assert(typeof kv?.atomic === "function", "kvStore needs an open Deno.Kv: kvStore(await Deno.openKv())");
   const path = (key: string) => ["personal-auth", key];
-  // Kept as text with its expiry: KV's own may take a minute longer, and its values may outlive a change of V8.
-  const decode = ({ value }: KvEntryLike): Entry | undefined => {
-    const { json, expires } = (value ?? {}) as { json?: string; expires?: number | null };
-    return json === undefined ? undefined : { value: json, expires: expires ?? null };
-  };
 
   async function compareAndSet(key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) {
-    const found = await kv.get(path(key));
-    const { next, entry } = applyChange(decode(found), change, expiresAt);
+    const { value, versionstamp } = await kv.get(path(key));
+    const { next, entry } = applyChange(decodeEntry(key, value), change, expiresAt);
     if (entry === undefined) return next;
-    const atomic = kv.atomic().check({ key: path(key), versionstamp: found.versionstamp });
-    const expireIn = entry?.expires
-      ? { expireIn: Math.max(0, Math.ceil((entry.expires - seconds() + EXPIRED_KV_KEPT) * 1000)) }
-      : {};
+    const atomic = kv.atomic().check({ key: path(key), versionstamp });
     if (entry === null) atomic.delete(path(key));
-    else atomic.set(path(key), { json: entry.value, expires: entry.expires }, expireIn);
+    else {
+      // Our own expiry is in the value, because KV's may be a minute late.
+      const left = entry.expires === null ? undefined : entry.expires - seconds() + EXPIRED_KV_KEPT;
+      const options = left === undefined ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
+      atomic.set(path(key), encodeEntry(key, entry), options);
+    }
     if (!(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
     return next;
   }
 
   const inTurn = queue();
   return {
-    get: (key) => retry(async () => valueOf(decode(await kv.get(path(key))))),
+    get: (key) => retry(async () => valueOf(decodeEntry(key, (await kv.get(path(key))).value))),
     // One after the other within this process, so that only other processes are raced against.
     update: (key, change, options) => inTurn(key, () => retry(() => compareAndSet(key, change, options?.expiresAt))),
     async *list(prefix) {
-      for await (const entry of kv.list({ start: path(prefix), end: path(`${prefix}\u{10ffff}`) })) {
-        const value = valueOf(decode(entry));
-        if (value !== undefined) yield [String(entry.key[1]), value];
+      for await (const found of kv.list({ start: path(prefix), end: path(prefix + LAST_CHARACTER) })) {
+        const key = String(found.key[1]);
+        const value = valueOf(decodeEntry(key, found.value));
+        if (value !== undefined) yield [key, value];
       }
     },
     close: () => kv.close(),
   };
 }
 
-/** Lets tasks of one key run one after the other, and forgets a key that has none. */
+/** Writes `[expires, value]` as JSON in UTF-8: of all that a KV takes, only bytes are the same in every version of V8. */
+function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
+  const bytes = utf8.encode(`[${JSON.stringify(expires)},${value}]`);
+  if (bytes.length <= MAX_KV_BYTES) return bytes;
+  throw new Error(`${quote(key)} would take ${bytes.length} bytes, and a Deno.Kv holds ${MAX_KV_BYTES} in a value`);
+}
+
+function decodeEntry(key: string, bytes: unknown): Entry | undefined {
+  if (bytes === null) return undefined; // what KV answers for a key that is not there
+  try {
+    const [expires, value] = JSON.parse(new TextDecoder().decode(bytes as Uint8Array));
+    assert(value !== undefined && (expires === null || typeof expires === "number"), "It is not [expires, value]");
+    return { expires, value: JSON.stringify(value) };
+  } catch (cause) {
+    const found = `The value of ["personal-auth", ${quote(key)}] in the Deno.Kv was not written by personal-auth`;
+    throw new Error(`${found} and was left as it is: delete it, or open another KV`, { cause });
+  }
+}
+
+/** Runs the tasks of one key one after the other, and forgets a key that has none. */
 function queue(): <T>(key: string, task: () => Promise<T>) => Promise<T> {
   const last = new Map<string, Promise<unknown>>();
   return (key, task) => {
-    const turn = (last.get(key) ?? Promise.resolve()).then(task, task);
-    last.set(key, turn);
-    const leave = () => {
-      if (last.get(key) === turn) last.delete(key);
-    };
-    turn.then(leave, leave);
+    const turn = (last.get(key) ?? Promise.resolve()).then(task);
+    // A task that never ends must not hold up its key for ever: who waits for it has been answered by then.
+    const done = withDeadline(turn).catch(() => {}).then(() => {
+      if (last.get(key) === done) last.delete(key);
+    });
+    last.set(key, done);
     return turn;
   };
 }
 
-/** What the rest of the server sees of the store: a failure is told to the owner in full, and to the wire as 503. */
-function reporting(store: Store, emit: Emit): Store {
-  const failed = (cause: unknown) => {
-    emit("server_error", "the store failed", { cause });
-    return new OAuthError("server_error", "The server cannot reach its state; try again", {
-      status: 503,
-      headers: { "Retry-After": "5" },
-    });
-  };
+/** Seconds that the store may take to answer: more than LOCK_PATIENCE, and less than the ten that Claude waits. */
+const STORE_DEADLINE = 8;
+
+function withDeadline<T>(answer: Promise<T>): Promise<T> {
+  return new Promise((resolve, reject) => {
+    const late = () => reject(new Error(`the store has not answered for ${STORE_DEADLINE} seconds`));
+    const timer = setTimeout(late, STORE_DEADLINE * 1000);
+    answer.then(resolve, reject).finally(() => clearTimeout(timer));
+  });
+}
+
+/**
+ * Makes the store what the rest of the server sees of it: when it fails, or does not answer in time, the owner is told in
+ * full and the wire gets a 503.
+ */
+function guardStore(store: Store, emit: Emit): Store {
+  async function guarded<T>(ask: () => Promise<T>): Promise<T> {
+    try {
+      return await withDeadline(promiseTry(ask));
+    } catch (cause) {
+      emit("server_error", "the store failed", { cause });
+      throw new OAuthError("server_error", "The server cannot reach its state; try again", {
+        status: 503,
+        headers: { "Retry-After": "5" },
+      });
+    }
+  }
+
+  async function update(key: string, change: (current: unknown) => unknown, options?: { expiresAt?: number }) {
+    let answered = false;
+    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where the change was
+    // computed in time and only its commit comes late, it is as if the answer had got lost on the way, which does no harm:
+    // a refresh or an approval is repeated with the same result, a code or a token without a holder opens nothing to
+    // anybody, and what was to end has ended.
+    const inTime = (current: unknown) => {
+      assert(!answered, "the store came back after the request was answered: nothing was changed");
+      return change(current);
+    };
+    try {
+      return await guarded(() => store.update(key, inTime, options));
+    } finally {
+      answered = true;
+    }
+  }
+
   return {
     ...(store.version && { version: () => store.version!() }),
-    async get(key) {
-      try {
-        return await store.get(key);
-      } catch (error) {
-        throw failed(error);
-      }
-    },
-    async update(key, change, options) {
-      try {
-        return await store.update(key, change, options);
-      } catch (error) {
-        throw failed(error);
-      }
-    },
+    get: (key) => guarded(() => store.get(key)),
+    update,
     async *list(prefix) {
-      try {
-        yield* store.list(prefix);
-      } catch (error) {
-        throw failed(error);
-      }
+      yield* await guarded(async () => {
+        const entries: [string, unknown][] = [];
+        for await (const entry of store.list(prefix)) entries.push(entry);
+        return entries;
+      });
     },
   };
 }
@@ -3682,6 +3664,15 @@ function reporting(store: Store, emit: Emit): Store {
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const utf8 = new TextEncoder();
+
+/** Returns what a function returns or throws, as a promise. */
+function promiseTry<T>(call: () => T | Promise<T>): Promise<T> {
+  return new Promise((resolve) => resolve(call()));
+}
+
+function delay(milliseconds: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
+}
 
 let latest = 0;
 
