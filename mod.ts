@@ -277,7 +277,8 @@ export interface Store {
   list(prefix: string): AsyncIterable<[key: string, value: unknown]>;
   /**
    * Returns a stamp that differs after any change by any process, and costs little to read. While it stays the same,
-   * the guard does not read again. `undefined`, or a store without this method: the guard always reads.
+   * the guard does not read again; a change by another process may show a millisecond later. `undefined`, or a store
+   * without this method: the guard always reads.
    */
   version?(): number | undefined;
   /** Closes files and sockets. */
@@ -651,15 +652,9 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
 /** Reads the options and puts together what the endpoints share. */
 function createServer(options: PersonalAuthOptions): Server {
   const settings = readOptions(options);
-  const rawStore = options.store ?? fileStore(".oauth-state");
-  const events: EventLog = {
-    store: rawStore,
-    key: `events/${settings.issuer}`,
-    waiting: [],
-    writing: Promise.resolve(),
-  };
   const emit: Emit = (type, message, more) => recordEvent(events, settings.onEvent, { type, message, ...more });
-  const store = reporting(rawStore, emit);
+  const store = guardStore(options.store ?? fileStore(".oauth-state"), emit);
+  const events: EventLog = { store, key: `events/${settings.issuer}`, waiting: [], writing: Promise.resolve() };
   const longMac = serverMac(store);
   const server: Server = {
     ...settings,
@@ -2846,7 +2841,6 @@ async function carryOut(server: Server, c: Context, session: Session, form: URLS
 
 /** The latest events for the owner's page, and those that are not written yet. */
 interface EventLog {
-  /** The store itself: a failure to write an event must not raise another event. */
   store: Store;
   key: string;
   waiting: AuthEvent[];
@@ -3282,57 +3276,58 @@ function page(
 // Stores
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** State that ends with the process: for tests. */
+/** Keeps state in memory, until the process ends: for tests. */
 export function memoryStore(): Store {
-  // As text, so that nobody can change a stored value by holding on to it: the same as with every other store.
-  const entries = new Map<string, { value: string; expires: number | null }>();
+  const entries = new Map<string, Entry>();
   let changes = 0;
-  const read = (key: string) => {
-    const entry = entries.get(key);
-    return entry && isLive(entry.expires) ? entry : undefined;
-  };
   const write = (key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) => {
-    const entry = read(key);
-    const current = parse(entry?.value);
-    const next = change(current);
-    if (!isChange(current, next, entries.has(key))) return next;
-    changes++;
-    if (next === undefined) entries.delete(key);
-    else entries.set(key, { value: JSON.stringify(next), expires: expiresAt ?? entry?.expires ?? null });
+    const { next, entry } = applyChange(entries.get(key), change, expiresAt);
+    if (entry !== undefined) changes++;
+    if (entry) entries.set(key, entry);
+    else if (entry === null) entries.delete(key);
     return next;
   };
   return {
-    get: (key) => promiseTry(() => parse(read(key)?.value)),
+    get: (key) => promiseTry(() => valueOf(entries.get(key))),
     update: (key, change, options) => promiseTry(() => write(key, change, options?.expiresAt)),
     async *list(prefix) {
       for (const key of [...entries.keys()].filter((key) => key.startsWith(prefix)).sort()) {
-        const entry = read(key);
-        if (entry) yield [key, parse(entry.value)];
+        const value = valueOf(entries.get(key));
+        if (value !== undefined) yield [key, value];
       }
     },
     version: () => changes,
   };
 }
 
-/** What a function returns or throws, as a promise. */
-function promiseTry<T>(call: () => T | Promise<T>): Promise<T> {
-  return new Promise((resolve) => resolve(call()));
+/** What is kept of a key. The value is JSON, so that nobody can change what is stored by holding on to an object. */
+interface Entry {
+  value: string;
+  /** In seconds since the epoch. */
+  expires: number | null;
 }
 
-function isLive(expires: number | null | undefined): boolean {
-  return typeof expires !== "number" || expires > seconds();
+function isLive(entry: Entry | undefined): entry is Entry {
+  return entry !== undefined && (entry.expires === null || entry.expires > seconds());
 }
 
-function parse(json: string | undefined): unknown {
-  return json === undefined ? undefined : JSON.parse(json);
+/** Returns the value of an entry, or `undefined` if there is none or it has expired. */
+function valueOf(entry: Entry | undefined): unknown {
+  return isLive(entry) ? JSON.parse(entry.value) : undefined;
 }
 
-/**
- * Whether there is anything to write. What is still there, though expired, is deleted as well, or it would be there again
- * after the clock is set back.
- */
-function isChange(current: unknown, next: unknown, isThere: boolean): boolean {
-  return next !== current || (next === undefined && isThere);
+/** Returns what an `update` answers, and the entry that it writes: `null` deletes, `undefined` leaves all as it is. */
+function applyChange(found: Entry | undefined, change: (current: unknown) => unknown, expiresAt: number | undefined): {
+  next: unknown;
+  entry?: Entry | null;
+} {
+  const live = isLive(found) ? found : undefined;
+  const current = valueOf(live);
+  const next = change(current);
+  // What has expired is deleted as well, or it would be there again after the clock is set back.
+  if (next === undefined) return found ? { next, entry: null } : { next };
+  if (next === current) return { next };
+  return { next, entry: { value: JSON.stringify(next), expires: expiresAt ?? live?.expires ?? null } };
 }
 
 /**
@@ -3340,18 +3335,75 @@ function isChange(current: unknown, next: unknown, isThere: boolean): boolean {
  * far, must not cost a connection when it is right again.
  */
 const EXPIRED_KEPT = 1000;
+/** "mcpa" in ASCII: the `application_id` that marks a file as ours. */
+const APPLICATION_ID = 0x6d637061;
+/** The `user_version` of a file: which tables it has. */
+const FORMAT = 2;
+/** Seconds that a read or a write waits for a lock of another process. */
+const LOCK_PATIENCE = 5;
+
+/**
+ * Keeps state in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by the `node:sqlite` that Deno, Bun and
+ * Node all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`); updates that come
+ * at the same time share a commit. Several processes on one machine may share the folder; a network file system will
+ * not do. If the file is removed or replaced while it is in use, every call throws until the same file is back or the
+ * server is restarted.
+ *
+ * @throws {Error} if the folder cannot be written, or the file is damaged, of another format, or not ours. Such a file
+ * is never changed.
+ */
+export function fileStore(dir: string): Store {
+  assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
+  const advice = `only a shell replaces ~, so ${quote(dir)} would be a folder called "~": write the whole path`;
+  assert(!/^~([\\/]|$)/.test(dir), `fileStore: ${advice}`);
+  const { db, file } = openDatabase(dir);
+  const sql = prepareStatements(db);
+  const watch = watchFile(db, file);
+  const changes = batch((changes: Change[]) => retry(() => writeChanges(sql, watch, changes)));
+  const read = <T>(query: () => unknown): Promise<T> =>
+    retry(() => {
+      watch.look();
+      return query() as T;
+    });
+  return {
+    get: async (key) => valueOf(await read<Entry | undefined>(() => sql.select.get(key))),
+    update: (key, change, options) => changes.add({ key, change, expiresAt: options?.expiresAt }),
+    async *list(prefix) {
+      const rows = await read<(Entry & { key: string })[]>(() => sql.list.all(prefix, prefix + LAST_CHARACTER));
+      for (const row of rows) if (isLive(row)) yield [row.key, valueOf(row)];
+    },
+    version: watch.version,
+    close() {
+      changes.flush();
+      db.close();
+    },
+  };
+}
+
+/** Behind a prefix, the end of all keys that begin with it. */
+const LAST_CHARACTER = "\u{10ffff}";
 
 /** The part of `node:sqlite` that is used here; Deno and Bun have it too. */
 interface Sqlite {
   exec(sql: string): void;
-  prepare(sql: string): Statement;
+  prepare(sql: string): Record<"get" | "all" | "run", (...values: unknown[]) => unknown>;
   close(): void;
 }
 
-interface Statement {
-  get(...values: unknown[]): unknown;
-  all(...values: unknown[]): unknown[];
-  run(...values: unknown[]): unknown;
+function prepareStatements(db: Sqlite) {
+  return {
+    select: db.prepare("SELECT value, expires FROM entries WHERE key = ?"),
+    list: db.prepare("SELECT key, value, expires FROM entries WHERE key >= ? AND key < ? ORDER BY key"),
+    upsert: db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
+      ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`),
+    remove: db.prepare("DELETE FROM entries WHERE key = ?"),
+    // Two at a time, with each change: the past is cleared faster than it grows, and nothing ever waits for a sweep.
+    sweep: db.prepare(`DELETE FROM entries WHERE key IN
+      (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET ${EXPIRED_KEPT})`),
+    begin: db.prepare("BEGIN IMMEDIATE"),
+    commit: db.prepare("COMMIT"),
+    rollback: db.prepare("ROLLBACK"),
+  };
 }
 
 /** One `update`. */
@@ -3361,149 +3413,95 @@ interface Change {
   expiresAt: number | undefined;
 }
 
-interface Row {
-  key: string;
-  value: string;
-  expires: number | null;
-}
-
-/** "mcpa" in ASCII: the `application_id` that marks a file as ours. */
-const APPLICATION_ID = 0x6d637061;
-const LOCK_PATIENCE = 5;
-
-/**
- * State in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by the `node:sqlite` that Deno, Bun and Node
- * all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`); updates that come at the
- * same time share a commit. Several processes on one machine may share the folder; a network file system will not do.
- *
- * @throws {Error} if the folder cannot be written, or the file is damaged, newer than this code, or not ours. Such a
- * file is never changed.
- */
-export function fileStore(dir: string): Store {
-  assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
-  const db = openDatabase(dir);
-  const select = db.prepare("SELECT value, expires FROM entries WHERE key = ?");
-  const upsert = db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
-    ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`);
-  const remove = db.prepare("DELETE FROM entries WHERE key = ?");
-  const scan = db.prepare("SELECT key, value, expires FROM entries WHERE key >= ? ORDER BY key LIMIT 100");
-  // Two at a time, with each change: the past is cleared faster than it grows, and nothing ever waits for a sweep.
-  const sweep = db.prepare(`DELETE FROM entries WHERE key IN
-    (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET ${EXPIRED_KEPT})`);
-
-  const begin = db.prepare("BEGIN IMMEDIATE");
-  const commit = db.prepare("COMMIT");
-  const rollback = db.prepare("ROLLBACK");
-
-  const stamp = commitStamp(stateFile(dir));
-  let stamped = true;
-
-  const live = (row: Row | undefined) => row && isLive(row.expires) ? row : undefined;
-  const find = (key: string) => select.get(key) as Row | undefined;
-
-  /** Within a transaction: the new value, and whether that is a change. */
-  const applyChange = ({ key, change, expiresAt }: Change): { next: unknown; changed: boolean } => {
-    const found = find(key);
-    const row = live(found);
-    const current = parse(row?.value);
-    const next = change(current);
-    const changed = isChange(current, next, found !== undefined);
-    if (changed) {
-      if (next === undefined) remove.run(key);
-      else upsert.run(key, JSON.stringify(next), expiresAt ?? row?.expires ?? null);
-      sweep.run(seconds());
-    }
-    return { next, changed };
+/** Writes all changes in one transaction: the commit dominates the cost. They become durable together, or none does. */
+function writeChanges(
+  sql: ReturnType<typeof prepareStatements>,
+  watch: ReturnType<typeof watchFile>,
+  changes: Change[],
+): unknown[] {
+  let changed = false;
+  const write = ({ key, change, expiresAt }: Change): unknown => {
+    const { next, entry } = applyChange(sql.select.get(key) as Entry | undefined, change, expiresAt);
+    if (entry === undefined) return next;
+    if (entry) sql.upsert.run(key, entry.value, entry.expires);
+    else sql.remove.run(key);
+    sql.sweep.run(seconds());
+    changed = true;
+    return next;
   };
-
-  /** In one transaction, for a commit takes longer than all the rest: they become durable together, or none does. */
-  const write = (changes: Change[]): unknown[] => {
-    begin.run();
+  // Before, because what is written to a log that was deleted may end in a file that others use by now; and after,
+  // because nobody would find it there again: it must not be answered as done.
+  watch.assertInPlace();
+  sql.begin.run();
+  try {
+    const results = changes.map(write);
+    (changed ? sql.commit : sql.rollback).run();
+    if (changed) commits++;
+    watch.assertInPlace();
+    return results;
+  } catch (error) {
     try {
-      const results = changes.map(applyChange);
-      const before = stamp.read();
-      const changed = results.some(({ changed }) => changed);
-      (changed ? commit : rollback).run();
-      // A file system that keeps files and shared memory apart would hide every revocation: without a stamp, all is read.
-      if (changed && stamp.read() === before) stamped = false;
-      return results.map(({ next }) => next);
-    } catch (error) {
-      try {
-        rollback.run();
-      } catch {
-        // SQLite has rolled back by itself; the error that led here is the one to report.
-      }
-      throw error;
+      sql.rollback.run();
+    } catch {
+      // It is over: SQLite has rolled back by itself, or had committed. The error that led here is the one to report.
     }
-  };
-
-  const changes = batch((changes: Change[]) => retry(() => write(changes)));
-
-  return {
-    get: (key) => retry(() => parse(live(find(key))?.value)),
-    update: (key, change, options) => changes.add({ key, change, expiresAt: options?.expiresAt }),
-    async *list(prefix) {
-      let from = prefix;
-      while (true) {
-        const rows = await retry(() => scan.all(from) as Row[]);
-        for (const { key, value, expires } of rows) {
-          if (!key.startsWith(prefix)) return;
-          if (isLive(expires)) yield [key, parse(value)];
-        }
-        const last = rows.at(-1);
-        if (!last || rows.length < 100) return;
-        from = `${last.key}\0`; // the next key in order
-      }
-    },
-    version: () => stamped ? stamp.read() : undefined,
-    close() {
-      changes.flush();
-      db.close();
-      stamp.close();
-    },
-  };
+    throw error;
+  }
 }
 
-/** The shared memory files that are open in this process, and by how many stores. */
-const sharedMemory = new Map<string, { fd: number; users: number }>();
+/** The commits of all file stores in this process. */
+let commits = 0;
+/** Milliseconds for which what was seen of the files is taken to hold: on a busy server, looking costs too much. */
+const LOOK_INTERVAL = 1;
 
-/** What the head of SQLite's index of its log begins with: the format that is read here. */
-const WAL_INDEX_FORMAT = 3007000;
-
-/**
- * Tells whether anybody has committed anything, at a tenth of what the smallest query takes: the guard asks with every
- * request. SQLite has its processes share an index of the log, in memory that is a file beside the database; the head of
- * it (WAL-index format: a count of commits, and a checksum over what they wrote) is another one before a commit returns.
- * Where it is not as expected, or where files and shared memory may disagree, as on Windows, there is no stamp.
- */
-function commitStamp(file: string): { read(): number | undefined; close(): void } {
-  const fs = nodeModule("node:fs");
-  const path = `${fs.realpathSync(file)}-shm`;
-  if (nodeModule("node:process").platform === "win32" || !fs.existsSync(path)) {
-    return { read: () => undefined, close: () => {} };
-  }
-  // One descriptor for all stores on this file: to close one takes away the locks that SQLite has on the file for the
-  // others (POSIX), and with them what keeps another process from clearing the memory under their feet.
-  const shared = sharedMemory.get(path) ?? { fd: fs.openSync(path, "r"), users: 0 };
-  sharedMemory.set(path, shared);
-  shared.users++;
-  const head = new Uint32Array(8); // 0: the format, 2: the count of commits, 7: half of the checksum
-  const bytes = new Uint8Array(head.buffer);
-  return {
-    read() {
-      try {
-        fs.readSync(shared.fd, bytes, 0, bytes.length, 0);
-      } catch {
-        return undefined;
-      }
-      return head[0] === WAL_INDEX_FORMAT ? (head[2]! % 2 ** 20) * 2 ** 32 + head[7]! : undefined;
-    },
-    close() {
-      if (--shared.users > 0) return;
-      sharedMemory.delete(path);
-      fs.closeSync(shared.fd);
-    },
+/** Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. */
+function watchFile(db: Sqlite, file: string) {
+  const { statSync } = nodeModule("node:fs");
+  const names = [file, `${file}-wal`, `${file}-shm`];
+  const identify = (name: string) => {
+    const found = statSync(name, { throwIfNoEntry: false });
+    return found && `${found.dev} ${found.ino}`;
   };
+  const dataVersion = db.prepare("PRAGMA data_version");
+  const countOthers = () => Number(Object.values(dataVersion.get() as object)[0]);
+  let others = countOthers(); // a first read, which makes the log and its index if they are not there
+  const opened = names.map(identify);
+  let lookedAt = -Infinity;
+
+  /** Throws if the files are not the ones that were opened. */
+  function assertInPlace(): void {
+    const missing = names.find((name, i) => identify(name) !== opened[i]);
+    if (missing === undefined) return;
+    throw new StateFileError(
+      `${
+        quote(missing)
+      } was removed or replaced while the server was running. It accepts nothing until the same file ` +
+        "is back, or until it is restarted and uses what is in the folder then",
+    );
+  }
+
+  /** Does so before a read, and sees whether another connection has committed anything. */
+  function look(): void {
+    const now = performance.now();
+    if (now - lookedAt < LOOK_INTERVAL) return;
+    assertInPlace();
+    others = countOthers();
+    lookedAt = now;
+  }
+
+  function version(): number | undefined {
+    try {
+      look();
+      // SQLite counts what other connections commit; this process counts its own, at once. Neither count ever falls, so
+      // no sum comes twice. A revocation by another process holds here a millisecond later at most: whoever uses the
+      // token within that might as well have come before the revocation.
+      return commits + others;
+    } catch {
+      return undefined; // then the record is read, and that says what is wrong
+    }
+  }
+
+  return { assertInPlace, look, version };
 }
 
 /**
@@ -3522,49 +3520,6 @@ async function retry<T>(call: () => T | Promise<T>): Promise<T> {
   }
 }
 
-function delay(milliseconds: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, milliseconds));
-}
-
-/**
- * Collects tasks for as long as a turn of the event loop lasts, and has them performed together. One that fails does not
- * take the others with it: each is then tried alone.
- */
-function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
-  interface Waiting {
-    task: Task;
-    resolve: (result: Result) => void;
-    reject: (error: unknown) => void;
-  }
-  const { setImmediate } = nodeModule("node:timers");
-  let waiting: Waiting[] = [];
-
-  async function settle(batch: Waiting[]): Promise<void> {
-    try {
-      const results = await perform(batch.map(({ task }) => task));
-      batch.forEach(({ resolve }, i) => resolve(results[i]!));
-    } catch (error) {
-      // A lock concerns them all, and each has waited long enough for it.
-      if (batch.length > 1 && !isLocked(error)) batch.forEach((one) => settle([one]));
-      else batch.forEach(({ reject }) => reject(error));
-    }
-  }
-
-  function flush(): void {
-    const batch = waiting;
-    waiting = [];
-    if (batch.length > 0) settle(batch);
-  }
-
-  function add(task: Task): Promise<Result> {
-    return new Promise((resolve, reject) => {
-      if (waiting.push({ task, resolve, reject }) === 1) setImmediate(flush);
-    });
-  }
-
-  return { add, flush };
-}
-
 /** A compare-and-set found that somebody else had been there. */
 class LostRace extends Error {}
 
@@ -3573,26 +3528,62 @@ function isLocked(error: unknown): boolean {
     (error instanceof Error && /database (table )?is locked|busy/i.test(error.message));
 }
 
-function stateFile(dir: string): string {
-  return `${dir.replace(/[\\/]+$/, "")}/oauth.sqlite`;
+/**
+ * Collects tasks for as long as a turn of the event loop lasts, and has them performed together. One that fails does not
+ * take the others with it: each is then tried alone.
+ */
+function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
+  const { setImmediate } = nodeModule("node:timers");
+  let tasks: Task[] = [];
+  let begin: (results: Promise<Result[]>) => void;
+  let results: Promise<Result[]>;
+
+  function flush(): void {
+    if (tasks.length === 0) return;
+    const together = tasks;
+    tasks = [];
+    begin(perform(together));
+  }
+
+  async function add(task: Task): Promise<Result> {
+    const position = tasks.push(task) - 1;
+    if (position === 0) {
+      results = new Promise((resolve) => begin = resolve);
+      setImmediate(flush);
+    }
+    try {
+      return (await results)[position]!;
+    } catch (error) {
+      if (isLocked(error)) throw error; // a lock concerns them all, and each has waited long enough for it
+      return (await perform([task]))[0]!;
+    }
+  }
+
+  return { add, flush };
 }
 
-function openDatabase(dir: string): Sqlite {
+/** Opens the state file of a folder, made if there is none; returns it with its absolute path. */
+function openDatabase(dir: string): { db: Sqlite; file: string } {
   const { DatabaseSync } = nodeModule("node:sqlite");
-  const file = stateFile(dir);
+  // Absolute, because the working folder may change while the file is watched.
+  const file = nodeModule("node:path").resolve(dir, "oauth.sqlite") as string;
   try {
     ensureDatabase(dir, file);
   } catch (cause) {
     if (cause instanceof StateFileError) throw cause;
-    const advice = "make it writable for this user and see that there is room, or give fileStore() another folder";
+    const { name, message } = cause as Error;
+    const advice = name === "NotCapable" // what Deno throws; its message names the flag
+      ? `Deno was started without a permission. ${message}`
+      : "make it writable for this user and see that there is room, or give fileStore() another folder";
     throw new Error(`Cannot write the state folder ${quote(dir)}: ${advice}`, { cause });
   }
   try {
     checkFile(file);
     const db = new DatabaseSync(file) as Sqlite;
-    migrate(db);
+    // For what follows SQLite may wait; from then on retry() does, because SQLite would stop the whole server.
+    db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
     db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
-    return db;
+    return { db, file };
   } catch (cause) {
     if (cause instanceof StateFileError) throw cause;
     throw new StateFileError(
@@ -3623,31 +3614,10 @@ function ensureDatabase(dir: string, file: string): void {
   // Deno's accessSync() knows nothing of a file system that is mounted read-only.
   const probe = temporaryName(file);
   fs.closeSync(fs.openSync(probe, "wx", 0o600));
-  fs.unlinkSync(probe);
+  discard(probe);
 }
 
-/** What the format became, step by step: `user_version` counts the steps that a file has taken. */
-const MIGRATIONS = [
-  `CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL) WITHOUT ROWID;
-   CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;`,
-  // With rows, because without them a record that is larger than a quarter of a page takes pages of its own.
-  `ALTER TABLE entries RENAME TO former;
-   CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
-   INSERT INTO entries SELECT key, value, expires FROM former;
-   DROP TABLE former;
-   CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;`,
-];
-
-function migrate(db: Sqlite): void {
-  db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
-  const version = () => Number(Object.values(db.prepare("PRAGMA user_version").get() as Record<string, unknown>)[0]);
-  if (version() === MIGRATIONS.length) return;
-  db.exec("BEGIN IMMEDIATE"); // and look again: another process may be at it as well
-  for (let step = version(); step < MIGRATIONS.length; step++) db.exec(MIGRATIONS[step]!);
-  db.exec(`PRAGMA user_version = ${MIGRATIONS.length}; COMMIT`);
-}
-
-/** Made under another name and put in place whole: a file of this name without our mark is always damage. */
+/** Makes the file under another name and puts it in place whole: one of this name without our mark is always damage. */
 function createDatabase(file: string): void {
   const fs = nodeModule("node:fs");
   const { DatabaseSync } = nodeModule("node:sqlite");
@@ -3655,15 +3625,24 @@ function createDatabase(file: string): void {
   try {
     fs.closeSync(fs.openSync(fresh, "wx", 0o600)); // SQLite gives its side files the mode of this one
     const db = new DatabaseSync(fresh) as Sqlite;
-    db.exec(`PRAGMA application_id = ${APPLICATION_ID}`);
-    migrate(db);
-    db.exec("PRAGMA journal_mode = WAL"); // here, because a kill in between leaves a journal that must be rolled back
+    // With rows, because WITHOUT ROWID a record larger than a quarter of a page takes pages of its own. And with the log,
+    // because a kill in between would leave a journal that must be rolled back.
+    db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
+      CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
+      CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
+      PRAGMA journal_mode = WAL`);
     db.close();
-    fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
+    try {
+      fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
+    } catch {
+      // The file is there, or this file system has no hard links. Nor does "wx" replace anything; a kill in the middle
+      // leaves a damaged file, which the next start names, and in which nothing was.
+      fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
+    }
   } catch (error) {
     if ((error as { code?: string }).code !== "EEXIST") throw error;
   } finally {
-    for (const suffix of ["", "-journal", "-wal", "-shm"]) fs.rmSync(fresh + suffix, { force: true });
+    for (const suffix of ["", "-journal", "-wal", "-shm"]) discard(fresh + suffix);
   }
 }
 
@@ -3671,42 +3650,47 @@ function temporaryName(file: string): string {
   return `${file}.${random(4)}.new`;
 }
 
-/** What a process left behind that was killed while it made the file; a minute is more than that takes. */
+/** Removes a file that nobody needs. On Windows a virus scanner may hold it; then a later start clears it away. */
+function discard(file: string): void {
+  try {
+    nodeModule("node:fs").rmSync(file, { force: true });
+  } catch {
+    // It has a temporary name, which clearLeftovers() knows.
+  }
+}
+
+/** Removes what a process left behind that was killed while it made the file; a minute is more than that takes. */
 function clearLeftovers(dir: string): void {
   const fs = nodeModule("node:fs");
   for (const name of fs.readdirSync(dir)) {
     if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-journal|-wal|-shm)?$/.test(name)) continue;
     const path = `${dir}/${name}`;
     const { mtimeMs } = fs.statSync(path, { throwIfNoEntry: false }) ?? { mtimeMs: Infinity };
-    if (Date.now() - mtimeMs > MINUTE * 1000) fs.rmSync(path, { force: true });
+    if (Date.now() - mtimeMs > MINUTE * 1000) discard(path);
   }
 }
 
 class StateFileError extends Error {}
 
 /**
- * Whether this is a sound state file of ours. Opened only for reading, because SQLite may change a damaged file, or take
- * in its log, as soon as it may write. And by SQLite, because what is in the log counts, and because to close a file that
- * was opened in any other way takes away the locks that another store in this process has on it (POSIX).
+ * Throws unless this is a sound state file of ours. Opened only for reading, because SQLite may change a damaged file, or
+ * take in its log, as soon as it may write. And by SQLite, because what is in the log counts, and because to close a file
+ * that was opened in any other way takes away the locks that another store in this process has on it (POSIX).
  */
 function checkFile(file: string): void {
   const { DatabaseSync } = nodeModule("node:sqlite");
   if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
   const db = new DatabaseSync(file, { readOnly: true }) as Sqlite;
-  const pragma = (name: string) => Object.values(db.prepare(`PRAGMA ${name}`).get() as Record<string, unknown>)[0];
+  const pragma = (name: string) => Object.values(db.prepare(`PRAGMA ${name}`).get() as object)[0];
+  const refuse = (why: string) => {
+    throw new StateFileError(`${quote(file)} ${why}, or give fileStore() another folder. The file was left as it is`);
+  };
   try {
     db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
-    if (pragma("application_id") !== APPLICATION_ID) {
-      throw new StateFileError(
-        `${quote(file)} is not a state file of this program and was left as it is: give fileStore() another folder`,
-      );
-    }
-    const version = Number(pragma("user_version"));
-    if (version > MIGRATIONS.length) {
-      throw new StateFileError(
-        `${quote(file)} was written by a newer version of personal-auth (format ${version}, this one knows ` +
-          `${MIGRATIONS.length}) and was left as it is: update mod.ts`,
-      );
+    if (pragma("application_id") !== APPLICATION_ID) refuse("is not a state file of this program: move it away");
+    const format = pragma("user_version");
+    if (format !== FORMAT) {
+      refuse(`has format ${format}, not ${FORMAT}: if a newer version of personal-auth wrote it, update mod.ts`);
     }
     const verdict = pragma("quick_check");
     if (verdict !== "ok") throw new Error(String(verdict));
@@ -3718,19 +3702,13 @@ function checkFile(file: string): void {
 
 /** The part of a `Deno.Kv` that is used here, so that no Deno type is named. */
 export interface KvLike {
-  get(key: string[]): Promise<KvEntryLike>;
-  list(selector: { start: string[]; end: string[] }): AsyncIterable<KvEntryLike & { key: readonly unknown[] }>;
+  get(key: string[]): Promise<{ value: unknown; versionstamp: string | null }>;
+  list(selector: { start: string[]; end: string[] }): AsyncIterable<{ key: readonly unknown[]; value: unknown }>;
   atomic(): KvAtomicLike;
   close(): void;
 }
 
-/** What `KvLike` reads. */
-export interface KvEntryLike {
-  value: unknown;
-  versionstamp: string | null;
-}
-
-/** One compare-and-set. */
+/** One compare-and-set of a {@linkcode KvLike}. */
 export interface KvAtomicLike {
   check(entry: { key: string[]; versionstamp: string | null }): KvAtomicLike;
   set(key: string[], value: unknown, options?: { expireIn?: number }): KvAtomicLike;
@@ -3740,96 +3718,136 @@ export interface KvAtomicLike {
 
 /** Deno KV removes by its own clock; seconds that ours may differ from it, or have been wrong. */
 const EXPIRED_KV_KEPT = 30 * DAY;
+const MAX_KV_BYTES = 65_536;
 
 /**
- * State in a `Deno.Kv`: a local file, or the distributed store of Deno Deploy. `await Deno.openKv()` makes one;
- * `@deno/kv` does on Node.
+ * Keeps state in a `Deno.Kv`: a local file, or the distributed store of Deno Deploy or denokv. `await Deno.openKv()`
+ * makes one; so does `openKv()` of `@deno/kv` on Node and Bun. All three read what the others wrote.
  */
 export function kvStore(kv: KvLike): Store {
   assert(typeof kv?.atomic === "function", "kvStore needs an open Deno.Kv: kvStore(await Deno.openKv())");
   const path = (key: string) => ["personal-auth", key];
-  // Kept as text with its expiry: KV's own may take a minute longer, and its values may outlive a change of V8.
-  const decode = ({ value }: KvEntryLike) => {
-    const { json, expires } = (value ?? {}) as { json?: string; expires?: number | null };
-    return { current: isLive(expires) ? parse(json) : undefined, expires: isLive(expires) ? expires : undefined };
-  };
 
   async function compareAndSet(key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) {
-    const entry = await kv.get(path(key));
-    const { current, expires } = decode(entry);
-    const next = change(current);
-    if (!isChange(current, next, entry.versionstamp !== null)) return next;
-    const atomic = kv.atomic().check({ key: path(key), versionstamp: entry.versionstamp });
-    const until = expiresAt ?? expires ?? null;
-    const expireIn = until === null
-      ? {}
-      : { expireIn: Math.max(0, Math.ceil((until - seconds() + EXPIRED_KV_KEPT) * 1000)) };
-    if (next === undefined) atomic.delete(path(key));
-    else atomic.set(path(key), { json: JSON.stringify(next), expires: until }, expireIn);
+    const { value, versionstamp } = await kv.get(path(key));
+    const { next, entry } = applyChange(decodeEntry(key, value), change, expiresAt);
+    if (entry === undefined) return next;
+    const atomic = kv.atomic().check({ key: path(key), versionstamp });
+    if (entry === null) atomic.delete(path(key));
+    else {
+      // Our own expiry is in the value, because KV's may be a minute late.
+      const left = entry.expires === null ? undefined : entry.expires - seconds() + EXPIRED_KV_KEPT;
+      const options = left === undefined ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
+      atomic.set(path(key), encodeEntry(key, entry), options);
+    }
     if (!(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
     return next;
   }
 
   const inTurn = queue();
   return {
-    get: (key) => retry(async () => decode(await kv.get(path(key))).current),
+    get: (key) => retry(async () => valueOf(decodeEntry(key, (await kv.get(path(key))).value))),
     // One after the other within this process, so that only other processes are raced against.
     update: (key, change, options) => inTurn(key, () => retry(() => compareAndSet(key, change, options?.expiresAt))),
     async *list(prefix) {
-      for await (const entry of kv.list({ start: path(prefix), end: path(`${prefix}\u{10ffff}`) })) {
-        const { current } = decode(entry);
-        if (current !== undefined) yield [String(entry.key[1]), current];
+      for await (const found of kv.list({ start: path(prefix), end: path(prefix + LAST_CHARACTER) })) {
+        const key = String(found.key[1]);
+        const value = valueOf(decodeEntry(key, found.value));
+        if (value !== undefined) yield [key, value];
       }
     },
     close: () => kv.close(),
   };
 }
 
-/** Lets tasks of one key run one after the other, and forgets a key that has none. */
+/** Writes `[expires, value]` as JSON in UTF-8: of all that a KV takes, only bytes are the same in every version of V8. */
+function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
+  const bytes = utf8.encode(`[${JSON.stringify(expires)},${value}]`);
+  if (bytes.length <= MAX_KV_BYTES) return bytes;
+  throw new Error(`${quote(key)} would take ${bytes.length} bytes, and a Deno.Kv holds ${MAX_KV_BYTES} in a value`);
+}
+
+function decodeEntry(key: string, bytes: unknown): Entry | undefined {
+  if (bytes === null) return undefined; // what KV answers for a key that is not there
+  try {
+    const [expires, value] = JSON.parse(new TextDecoder().decode(bytes as Uint8Array));
+    assert(value !== undefined && (expires === null || typeof expires === "number"), "It is not [expires, value]");
+    return { expires, value: JSON.stringify(value) };
+  } catch (cause) {
+    const found = `The value of ["personal-auth", ${quote(key)}] in the Deno.Kv was not written by personal-auth`;
+    throw new Error(`${found} and was left as it is: delete it, or open another KV`, { cause });
+  }
+}
+
+/** Runs the tasks of one key one after the other, and forgets a key that has none. */
 function queue(): <T>(key: string, task: () => Promise<T>) => Promise<T> {
   const last = new Map<string, Promise<unknown>>();
   return (key, task) => {
-    const turn = (last.get(key) ?? Promise.resolve()).then(task, task);
-    last.set(key, turn);
-    const leave = () => {
-      if (last.get(key) === turn) last.delete(key);
-    };
-    turn.then(leave, leave);
+    const turn = (last.get(key) ?? Promise.resolve()).then(task);
+    // A task that never ends must not hold up its key for ever: who waits for it has been answered by then.
+    const done = withDeadline(turn).catch(() => {}).then(() => {
+      if (last.get(key) === done) last.delete(key);
+    });
+    last.set(key, done);
     return turn;
   };
 }
 
-/** What the rest of the server sees of the store: a failure is told to the owner in full, and to the wire as 503. */
-function reporting(store: Store, emit: Emit): Store {
-  const failed = (cause: unknown) => {
-    emit("server_error", "the store failed", { cause });
-    return new OAuthError("server_error", "The server cannot reach its state; try again", {
-      status: 503,
-      headers: { "Retry-After": "5" },
-    });
-  };
+/** Seconds that the store may take to answer: more than LOCK_PATIENCE, and less than the ten that Claude waits. */
+const STORE_DEADLINE = 8;
+
+function withDeadline<T>(answer: Promise<T>): Promise<T> {
+  return new Promise((resolve, reject) => {
+    const late = () => reject(new Error(`the store has not answered for ${STORE_DEADLINE} seconds`));
+    const timer = setTimeout(late, STORE_DEADLINE * 1000);
+    answer.then(resolve, reject).finally(() => clearTimeout(timer));
+  });
+}
+
+/**
+ * Makes the store what the rest of the server sees of it: when it fails, or does not answer in time, the owner is told in
+ * full and the wire gets a 503.
+ */
+function guardStore(store: Store, emit: Emit): Store {
+  async function guarded<T>(ask: () => Promise<T>): Promise<T> {
+    try {
+      return await withDeadline(promiseTry(ask));
+    } catch (cause) {
+      emit("server_error", "the store failed", { cause });
+      throw new OAuthError("server_error", "The server cannot reach its state; try again", {
+        status: 503,
+        headers: { "Retry-After": "5" },
+      });
+    }
+  }
+
+  async function update(key: string, change: (current: unknown) => unknown, options?: { expiresAt?: number }) {
+    let answered = false;
+    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where the change was
+    // computed in time and only its commit comes late, it is as if the answer had got lost on the way, which does no harm:
+    // a refresh or an approval is repeated with the same result, a code or a token without a holder opens nothing to
+    // anybody, and what was to end has ended.
+    const inTime = (current: unknown) => {
+      assert(!answered, "the store came back after the request was answered: nothing was changed");
+      return change(current);
+    };
+    try {
+      return await guarded(() => store.update(key, inTime, options));
+    } finally {
+      answered = true;
+    }
+  }
+
   return {
     ...(store.version && { version: () => store.version!() }),
-    async get(key) {
-      try {
-        return await store.get(key);
-      } catch (error) {
-        throw failed(error);
-      }
-    },
-    async update(key, change, options) {
-      try {
-        return await store.update(key, change, options);
-      } catch (error) {
-        throw failed(error);
-      }
-    },
+    get: (key) => guarded(() => store.get(key)),
+    update,
     async *list(prefix) {
-      try {
-        yield* store.list(prefix);
-      } catch (error) {
-        throw failed(error);
-      }
+      yield* await guarded(async () => {
+        const entries: [string, unknown][] = [];
+        for await (const entry of store.list(prefix)) entries.push(entry);
+        return entries;
+      });
     },
   };
 }
@@ -3839,6 +3857,15 @@ function reporting(store: Store, emit: Emit): Store {
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const utf8 = new TextEncoder();
+
+/** Calls a function, and returns what it returns or throws as a promise. */
+function promiseTry<T>(call: () => T | Promise<T>): Promise<T> {
+  return new Promise((resolve) => resolve(call()));
+}
+
+function delay(milliseconds: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
+}
 
 let latest = 0;
 
