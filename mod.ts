@@ -295,6 +295,12 @@ interface Settings {
   emit: Emit;
 }
 
+/** What every endpoint is given: the settings, and what they share. */
+interface Server extends Settings {
+  mac: Mac;
+  documents: DocumentCache;
+}
+
 /** The scopes on offer. */
 interface Scopes {
   all: string[];
@@ -463,18 +469,13 @@ function readAllowed(allowed: string[] | null | undefined): string[] | null {
   const entries = allowed ?? [...redirects.claude, ...redirects.local];
   assert(Array.isArray(entries), "allowedRedirectDomains must be a list of domains, or null to allow all");
   for (const entry of entries) {
+    const url = URL.parse(String(entry).includes("://") ? entry : `https://${entry}`);
+    const better = url && (/^https?:$/.test(url.protocol) && !isLoopback(url.hostname) ? url.host : allowEntry(url));
     assert(
-      entry !== "127.0.0.1" && entry !== "[::1]",
-      `allowedRedirectDomains: write "localhost" for every loopback address`,
-    );
-    assert(
-      !String(entry).endsWith(":443"),
-      `allowedRedirectDomains holds ${quote(entry)}: leave out the port, it is the default`,
-    );
-    assert(
-      typeof entry === "string" && ALLOW_ENTRY.test(entry),
-      `allowedRedirectDomains holds ${quote(entry)}: write "example.com", "*.example.com", "localhost" or, for an ` +
-        `app's own scheme, "scheme://host"`,
+      entry === better && ALLOW_ENTRY.test(entry),
+      `allowedRedirectDomains holds ${quote(entry)}: write ${better ? `${quote(better)}. An entry is ` : ""}` +
+        `"example.com", "*.example.com", "localhost" for every loopback address and port, or "scheme://host" for an ` +
+        "app's own scheme",
     );
   }
   return entries;
@@ -567,8 +568,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   const settings: Settings = { ...checked, emit: events.emit };
   const store = reporting(rawStore, settings.emit);
   const mac = serverMac(store);
-  const redirects = redirectPolicy(settings.allowed);
-  const clients = clientRegistry(settings, mac, redirects);
+  const server: Server = { ...settings, mac, documents: { copies: new Map(), underWay: new Map(), asked: new Map() } };
   const grants = grantKeeper(settings, store, mac);
   const owner = ownerDesk(settings, store, mac);
   const guard = resourceGuard(settings, grants.verify);
@@ -599,11 +599,11 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
       app.all(route, answering(() => methodNotAllowed("GET, HEAD, POST"), settings));
     }
   };
-  post("/register", clients.register);
-  post("/token", (c) => tokenEndpoint(c, clients, grants, settings));
-  post("/revoke", (c) => revocationEndpoint(c, clients, grants));
-  post("/introspect", (c) => introspectionEndpoint(c, clients, grants, settings));
-  pages("/authorize", authorizeEndpoint(settings, clients, redirects, grants, owner));
+  post("/register", (c) => registerClient(server, c));
+  post("/token", (c) => tokenEndpoint(server, c, grants));
+  post("/revoke", (c) => revocationEndpoint(server, c, grants));
+  post("/introspect", (c) => introspectionEndpoint(server, c, grants));
+  pages("/authorize", authorizeEndpoint(server, grants, owner));
   pages("/connections", connectionsEndpoint(settings, grants, owner, events));
 
   // Without the path of baseUrl too: a handler that was put there by mistake must not stand open.
@@ -729,141 +729,148 @@ interface SignedClient {
   o?: 1;
 }
 
-interface Clients {
-  register(c: Context): Promise<Response>;
-  resolve(client_id: string): Promise<Client | undefined>;
-  authenticate(c: Context, form: URLSearchParams): Promise<Client>;
-}
-
 const MAX_BODY_BYTES = 64 * 1024;
 const MAX_REDIRECT_URIS = 16;
+const MAX_URI_LENGTH = 4096;
 const MAX_CLIENT_ID_LENGTH = 2048;
 
 /**
- * Registration stores nothing: a `client_id` is the client's metadata and a MAC under the server's key, and a client
- * secret is a MAC of the client_id (RFC 7591 appendix A.5.2). So a flood of registrations leaves no trace, a restart
- * forgets no client, and registering twice gives the same client.
+ * Registers a client and stores nothing: a `client_id` is the client's metadata and a MAC under the server's key, and a
+ * client secret is a MAC of the client_id. So a flood of registrations leaves no trace, a restart forgets no client,
+ * and registering twice gives the same client.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 | RFC 7591 appendix A.5.2}
  */
-function clientRegistry(settings: Settings, mac: Mac, policy: RedirectPolicy): Clients {
-  const { clients, scopes, emit } = settings;
-  const documents = documentReader(settings.fetchClientMetadata);
-  const preregistered = new Map(clients.map((client) => [client.client_id, client]));
-
-  async function register(c: Context): Promise<Response> {
-    const metadata = readClientMetadata(await readJson(c));
-    const { client_name, grant_types, token_endpoint_auth_method: method = "none" } = metadata;
-    const report = (message: string) => emit("redirect_refused", message, { clientName: client_name });
-    const redirect_uris = keptRedirects(metadata.redirect_uris, policy, report);
-    const confidential = method === "client_secret_post" || method === "client_secret_basic";
-    const refreshes = grant_types?.includes("refresh_token") ?? true;
-    const client_id = await sign({
-      n: client_name,
-      r: redirect_uris,
-      ...(confidential && { s: 1 }),
-      ...(!refreshes && { o: 1 }),
-    });
-    emit("client_registered", "a client registered", { clientName: client_name });
-    const { client_uri, software_id, software_version, application_type } = metadata;
-    const answer = {
-      client_id,
-      client_id_issued_at: Math.floor(seconds()),
-      ...(confidential && { client_secret: await mac("client_secret", client_id), client_secret_expires_at: 0 }),
-      ...defined({
-        client_name: client_name || undefined,
-        client_uri,
-        software_id,
-        software_version,
-        application_type,
-      }),
-      redirect_uris,
-      // What was asked need not be what is given (RFC 7591 §3.2.1): clients read this, not what they sent.
-      token_endpoint_auth_method: confidential ? method : "none",
-      grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
-      response_types: ["code"],
-      scope: grantedScopes(metadata.scope, scopes).join(" "),
-    };
-    return c.json(answer, 201, { "Cache-Control": "no-store" });
-  }
-
-  async function sign(client: SignedClient): Promise<string> {
-    const payload = base64url(utf8.encode(JSON.stringify(client)));
-    const client_id = `${payload}.${await mac("client_id", payload)}`;
-    if (client_id.length <= MAX_CLIENT_ID_LENGTH) return client_id;
-    throw new OAuthError(
-      "invalid_client_metadata",
-      `The metadata is too long: client_name and redirect_uris come to a client_id of ${client_id.length} characters, ` +
-        `and ${MAX_CLIENT_ID_LENGTH} are possible`,
-    );
-  }
-
-  async function resolve(client_id: string): Promise<Client | undefined> {
-    const known = preregistered.get(client_id);
-    if (known) {
-      const { client_secret: secret, redirect_uris, client_name } = known;
-      const name = client_name ?? client_id;
-      return { id: client_id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
-    }
-    if (isDocumentUrl(client_id)) return await documents(client_id);
-    if (client_id.length > MAX_CLIENT_ID_LENGTH) return undefined;
-    const [payload = "", signature = ""] = client_id.split(".");
-    if (!equal(signature, await mac("client_id", payload)) || client_id !== `${payload}.${signature}`) {
-      return undefined;
-    }
-    const { n, r, s, o } = JSON.parse(decodeBase64(payload)!) as SignedClient;
-    const secret = s ? await mac("client_secret", client_id) : undefined;
-    return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, source: "registered" };
-  }
-
-  /** Client authentication at /token and /revoke: none, client_secret_post or client_secret_basic (RFC 6749 §2.3). */
-  async function authenticate(c: Context, form: URLSearchParams): Promise<Client> {
-    const { id, secrets } = clientCredentials(c.req.header("Authorization"), form, (id) => preregistered.has(id));
-    const refused = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
-    // A published document is read where it decides where to redirect to. Here the grant is bound to the id itself, and
-    // a connection must go on whether or not the client's site is up.
-    const client = isDocumentUrl(id) && !preregistered.has(id) ? publicClient(id) : await resolve(id);
-    // 401 invalid_client is what makes clients that cached a registration register again.
-    if (!client) throw refused("This client is unknown here: register again");
-    if (client.secret === undefined) return client;
-    // Both sides are hashed, so that neither length nor content of the secret shows in the time this takes.
-    const expected = await sha256(client.secret);
-    for (const secret of secrets) if (equal(await sha256(secret), expected)) return client;
-    throw refused("The client_secret is missing or wrong");
-  }
-
-  return { register, resolve, authenticate };
+async function registerClient(server: Server, c: Context): Promise<Response> {
+  const metadata = readClientMetadata(await readJson(c));
+  const { client_name, grant_types, token_endpoint_auth_method: method = "none" } = metadata;
+  const redirect_uris = keptRedirects(server, metadata);
+  const confidential = method === "client_secret_post" || method === "client_secret_basic";
+  const refreshes = grant_types?.includes("refresh_token") ?? true;
+  const client_id = await signClient(server, {
+    n: client_name,
+    r: redirect_uris,
+    ...(confidential && { s: 1 }),
+    ...(!refreshes && { o: 1 }),
+  });
+  server.emit("client_registered", "a client registered", { clientName: client_name });
+  const { client_uri, software_id, software_version, application_type } = metadata;
+  const answer = {
+    client_id,
+    client_id_issued_at: Math.floor(seconds()),
+    ...(confidential && { client_secret: await server.mac("client_secret", client_id), client_secret_expires_at: 0 }),
+    ...defined({ client_name: client_name || undefined, client_uri, software_id, software_version, application_type }),
+    redirect_uris,
+    // The server decides, and may grant something else than was requested (RFC 7591 §3.2.1): clients read this answer.
+    token_endpoint_auth_method: confidential ? method : "none",
+    grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
+    response_types: ["code"],
+    scope: grantedScopes(metadata.scope, server.scopes).join(" "),
+  };
+  return c.json(answer, 201, { "Cache-Control": "no-store" });
 }
 
-/** The members of RFC 7591 §2 that are read; every other one is ignored. */
-interface ClientMetadata {
-  redirect_uris: string[];
-  client_name: string;
-  token_endpoint_auth_method?: string;
-  grant_types?: string[];
-  scope?: string;
-  client_uri?: string;
-  software_id?: string;
-  software_version?: string;
-  application_type?: string;
+async function signClient({ mac }: Server, client: SignedClient): Promise<string> {
+  const payload = base64url(utf8.encode(JSON.stringify(client)));
+  const client_id = `${payload}.${await mac("client_id", payload)}`;
+  if (client_id.length <= MAX_CLIENT_ID_LENGTH) return client_id;
+  throw new OAuthError(
+    "invalid_client_metadata",
+    `The metadata is too long: client_name and redirect_uris come to a client_id of ${client_id.length} characters, ` +
+      `and ${MAX_CLIENT_ID_LENGTH} are possible`,
+  );
 }
 
-function readClientMetadata(body: unknown): ClientMetadata {
+/** Finds the client that a client_id names, whatever its origin. */
+async function resolveClient(server: Server, client_id: string): Promise<Client | undefined> {
+  const known = preregistered(server, client_id);
+  if (known) {
+    const { client_secret: secret, redirect_uris, client_name } = known;
+    const name = client_name ?? client_id;
+    return { id: client_id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
+  }
+  if (isDocumentUrl(client_id)) return await documentClient(server, client_id);
+  if (client_id.length > MAX_CLIENT_ID_LENGTH) return undefined;
+  const [payload = "", signature = ""] = client_id.split(".");
+  if (!equal(signature, await server.mac("client_id", payload)) || client_id !== `${payload}.${signature}`) {
+    return undefined;
+  }
+  const { n, r, s, o } = JSON.parse(decodeBase64(payload)!) as SignedClient;
+  const secret = s ? await server.mac("client_secret", client_id) : undefined;
+  return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, source: "registered" };
+}
+
+function preregistered({ clients }: Server, id: string): PreregisteredClient | undefined {
+  return clients.find(({ client_id }) => client_id === id);
+}
+
+/**
+ * Authenticates the client of a request to /token, /revoke or /introspect: none, client_secret_post or
+ * client_secret_basic.
+ *
+ * @throws {OAuthError} 401 `invalid_client`, which makes clients that kept an old registration register again.
+ * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-2.3 | RFC 6749 §2.3}
+ */
+async function authenticateClient(server: Server, c: Context, form: URLSearchParams): Promise<Client> {
+  const { id, secrets } = clientCredentials(server, c.req.header("Authorization"), form);
+  const refused = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
+  // The document matters where it is decided where to redirect to. Here the grant is bound to the id itself, and a
+  // connection must go on whether or not the client's site is up.
+  const isPublished = isDocumentUrl(id) && !preregistered(server, id);
+  const client = isPublished ? publicClient(id) : await resolveClient(server, id);
+  if (!client) throw refused("This client is unknown here: register again");
+  if (client.secret === undefined) return client;
+  // Both sides are hashed, so that neither length nor content of the secret shows in the time this takes.
+  const expected = await sha256(client.secret);
+  for (const secret of secrets) if (equal(await sha256(secret), expected)) return client;
+  throw refused("The client_secret is missing or wrong");
+}
+
+/**
+ * Reads client_id and secret from the header or the form. RFC 6749 §2.3.1 has both halves of Basic form-encoded, and many
+ * clients send them as they are: the secret is taken either way, and the id in whichever way is known.
+ */
+function clientCredentials(server: Server, authorization: string | undefined, form: URLSearchParams) {
+  const failed = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
+  const id = form.get("client_id");
+  const isBasic = authorization?.slice(0, 6).toLowerCase() === "basic ";
+  if (!isBasic) {
+    if (id === null) throw failed("client_id is missing");
+    return { id, secrets: form.getAll("client_secret") };
+  }
+  if (form.has("client_secret")) {
+    throw new OAuthError("invalid_request", "The client authenticates both by header and by body (RFC 6749 §2.3)");
+  }
+  const credentials = authorization.length > MAX_CREDENTIALS_LENGTH ? "" : decodeBase64(authorization.slice(6).trim());
+  const colon = credentials?.indexOf(":") ?? -1;
+  if (!credentials || colon < 0) throw failed("The Basic credentials cannot be read");
+  const [name, password] = [credentials.slice(0, colon), credentials.slice(colon + 1)];
+  const known = preregistered(server, name) ? name : decodeForm(name);
+  if (id !== null && id !== known) throw failed("client_id differs between header and body");
+  return { id: known, secrets: [password, decodeForm(password)] };
+}
+
+/** Room for the longest client_id and its secret, form-encoded and in base64. */
+const MAX_CREDENTIALS_LENGTH = 16 * 1024;
+
+function decodeForm(value: string): string {
+  return new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
+}
+
+/** Reads the members of RFC 7591 §2 that matter here; every other one is ignored. */
+function readClientMetadata(body: unknown) {
   const invalid = (description: string) => new OAuthError("invalid_client_metadata", description);
-  if (typeof body !== "object" || body === null || Array.isArray(body)) {
-    throw invalid("The body must be a JSON object");
-  }
-  const own = (name: string): unknown =>
-    Object.hasOwn(body, name) ? (body as Record<string, unknown>)[name] : undefined;
+  if (!isObject(body)) throw invalid("The body must be a JSON object");
+  const own = (name: string): unknown => Object.hasOwn(body, name) ? body[name] ?? undefined : undefined; // null: absent
   const text = (name: string): string | undefined => {
-    const value = own(name) ?? undefined; // null is what some serialisers write for "absent"
+    const value = own(name);
     if (value !== undefined && typeof value !== "string") throw invalid(`${name} must be a string`);
     return value || undefined;
   };
   const list = (name: string): string[] | undefined => {
-    const value = own(name) ?? undefined;
-    if (value !== undefined && !(Array.isArray(value) && value.every((item) => typeof item === "string"))) {
-      throw invalid(`${name} must be a list of strings`);
-    }
-    return value as string[] | undefined;
+    const value = own(name);
+    if (value === undefined || (Array.isArray(value) && value.every((item) => typeof item === "string"))) return value;
+    throw invalid(`${name} must be a list of strings`);
   };
   const redirect_uris = [...new Set(list("redirect_uris"))];
   if (redirect_uris.length === 0) {
@@ -878,70 +885,48 @@ function readClientMetadata(body: unknown): ClientMetadata {
   }
   const response_types = list("response_types");
   if (response_types && !response_types.includes("code")) throw invalid("response_types must hold code");
-  const client_uri = text("client_uri");
+  const client_uri = text("client_uri")?.slice(0, MAX_URI_LENGTH);
   return {
     redirect_uris,
     client_name: printable(text("client_name") ?? ""),
-    ...defined({
-      grant_types,
-      token_endpoint_auth_method: text("token_endpoint_auth_method"),
-      scope: text("scope"),
-      client_uri: client_uri && URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
-      software_id: text("software_id"),
-      software_version: text("software_version"),
-      application_type: text("application_type"),
-    }),
+    grant_types,
+    token_endpoint_auth_method: text("token_endpoint_auth_method"),
+    scope: text("scope"),
+    client_uri: client_uri && URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
+    software_id: text("software_id"),
+    software_version: text("software_version"),
+    application_type: text("application_type"),
   };
 }
 
 /**
- * A client's name as it may stand on the owner's page: control characters, invisible ones and those that turn the
- * direction of writing are dropped, because with them a name can make the page read as something else.
+ * Returns a client's name as it may stand on the owner's page. Characters that are invisible or turn the direction of
+ * writing are dropped, because with them a name makes the page read as something else; without the zero-width joiner
+ * among them, an emoji is no larger than itself. More than two combining marks would draw over the lines around them,
+ * and wide spaces would push the rest of the line away.
  */
 function printable(name: string): string {
-  const visible = name.replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "");
+  const visible = name.slice(0, 2000)
+    .replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
+    .replace(/(\p{M}{2})\p{M}+/gu, "$1")
+    .replace(/\p{Zs}+/gu, " ");
   return [...visible.trim()].slice(0, 200).join(""); // by characters: half of one breaks other people's parsers
 }
 
-/** RFC 7591 §3.2.1 lets a server keep part of what was asked: Cursor and VS Code send lists no allow-list takes whole. */
-function keptRedirects(uris: string[], policy: RedirectPolicy, report: (message: string) => void): string[] {
+/** Returns the redirect URIs that are allowed: RFC 7591 §3.2.1 lets a server keep a part, and Cursor sends mixed lists. */
+function keptRedirects(server: Server, { redirect_uris, client_name }: ReturnType<typeof readClientMetadata>) {
   const kept = [];
   const refused = [];
-  for (const uri of uris) {
-    const reason = policy.refusal(uri);
+  for (const uri of redirect_uris) {
+    const reason = redirectRefusal(server.allowed, uri);
     if (reason) refused.push(reason);
     else kept.push(uri);
   }
-  if (refused.length > 0) report(refused.join("; ").slice(0, 1000));
+  const reasons = refused.join("; ");
+  if (reasons) server.emit("redirect_refused", reasons.slice(0, 1000), { clientName: client_name });
   // At once, and not later at /authorize: Claude Desktop then tries again with localhost.
-  if (kept.length === 0) throw new OAuthError("invalid_redirect_uri", refused.join("; "));
+  if (kept.length === 0) throw new OAuthError("invalid_redirect_uri", reasons);
   return kept;
-}
-
-/**
- * RFC 6749 §2.3.1 has both halves of Basic form-encoded, and many clients send them as they are: the secret is taken
- * either way, and the id in whichever way is known.
- */
-function clientCredentials(authorization: string | undefined, form: URLSearchParams, isKnown: (id: string) => boolean) {
-  const failed = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
-  const id = form.get("client_id");
-  const encoded = authorization?.match(/^Basic +(\S+) *$/i)?.[1];
-  if (encoded === undefined) {
-    if (id === null) throw failed("client_id is missing");
-    return { id, secrets: form.getAll("client_secret") };
-  }
-  if (form.has("client_secret")) {
-    throw new OAuthError("invalid_request", "The client authenticates both by header and by body (RFC 6749 §2.3)");
-  }
-  const [, name, password] = decodeBase64(encoded)?.match(/^([^:]*):(.*)$/s) ?? [];
-  if (name === undefined || password === undefined) throw failed("The Basic credentials cannot be read");
-  const known = isKnown(name) ? name : decodeForm(name);
-  if (id !== null && id !== known) throw failed("client_id differs between header and body");
-  return { id: known, secrets: [password, decodeForm(password)] };
-}
-
-function decodeForm(value: string): string {
-  return new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -951,14 +936,43 @@ function decodeForm(value: string): string {
 const DOCUMENT_TIMEOUT_SECONDS = 5;
 const MAX_DOCUMENT_BYTES = 16 * 1024;
 const MAX_DOCUMENTS = 100;
-const MAX_DOCUMENT_REQUESTS = 8;
 /** Whatever a document's own headers say: it is not asked for more often than the one, nor trusted longer than the other. */
 const MIN_DOCUMENT_AGE = MINUTE;
 const MAX_DOCUMENT_AGE = DAY;
-/** How long an old copy stands in for a document that cannot be had. */
+/** How long an old copy stands in for a document that cannot be had at the moment. */
 const STALE_DOCUMENT_AGE = 30 * DAY;
+/**
+ * What strangers can make this server do at once. One that takes longer than a healthy one gives way to a newcomer, so
+ * that silent hosts cannot keep the first visit of another app out. Errors are not remembered; what bounds the
+ * requests to a host that keeps failing is the number a minute.
+ */
+const MAX_DOWNLOADS = 8;
+const MAX_DOWNLOADS_PER_HOST = 2;
+const MAX_DOWNLOADS_PER_HOST_AND_MINUTE = 60;
+const SLOW_DOWNLOAD_SECONDS = 1;
 
-/** A client_id that is the address of the client's own metadata: https with a path (draft-ietf-oauth-client-id-metadata-document §3). */
+/** What this server knows of other people's: nothing is stored, and what strangers can fill is bounded. */
+interface DocumentCache {
+  copies: Map<string, { body: unknown; fresh: number; until: number }>;
+  underWay: Map<string, Download>;
+  /** How often each host was asked within a minute. */
+  asked: Map<string, { times: number; since: number }>;
+}
+
+/** A request under way. It counts until it is really over, which may be after everybody has given up waiting. */
+interface Download {
+  host: string;
+  started: number;
+  answer: Promise<{ body: unknown; maxAge: number }>;
+  over: Promise<void>;
+  controller: AbortController;
+}
+
+/**
+ * Whether a client_id is the address of the client's own metadata: https with a path.
+ *
+ * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-client-id-metadata-document#section-3 | CIMD §3}
+ */
 function isDocumentUrl(client_id: string): boolean {
   if (!client_id.startsWith("https://") || client_id.length > MAX_CLIENT_ID_LENGTH) return false;
   const url = URL.parse(client_id);
@@ -968,64 +982,75 @@ function isDocumentUrl(client_id: string): boolean {
 }
 
 function publicClient(id: string, more: Partial<Client> = {}): Client {
-  return {
-    id,
-    name: new URL(id).host,
-    redirect_uris: [],
-    secret: undefined,
-    refreshes: true,
-    source: "document",
-    ...more,
-  };
+  const name = new URL(id).host;
+  return { id, name, redirect_uris: [], secret: undefined, refreshes: true, source: "document", ...more };
 }
 
 /**
- * Reads client metadata documents, with a cache that follows their HTTP headers within bounds. Nothing is stored: what
- * anybody can make this server fetch lives in bounded memory. The address of a document is a stranger's choice, which
- * is why it is fetched with {@linkcode fetchPublicly}.
+ * Finds the client that publishes its metadata at this address. An outage at its site locks nobody out: an old copy
+ * stands in, or what is known of the clients that most people use. A document that was withdrawn or is wrong gets no
+ * stand-in, because its author may have meant that.
+ *
+ * @throws {OAuthError} `invalid_request` if the document cannot be used, 503 if too many are asked for at once.
  */
-function documentReader(fetcher: MetadataFetcher): (client_id: string) => Promise<Client> {
-  const cache = new Map<string, { client: Client; fresh: number; until: number }>();
-  // Apart from the good ones, so that a crowd of bad addresses cannot push these out.
-  const failures = new Map<string, { error: unknown; until: number }>();
-  const underWay = new Map<string, Promise<Client>>();
-
-  async function read(client_id: string): Promise<Client> {
-    try {
-      const { client, maxAge } = await fetchDocument(client_id, fetcher);
-      const now = seconds();
-      remember(cache, client_id, { client, fresh: now + maxAge, until: now + STALE_DOCUMENT_AGE });
-      return client;
-    } catch (error) {
-      remember(failures, client_id, { error, until: seconds() + MIN_DOCUMENT_AGE });
-      return standIn(client_id, error);
-    }
+async function documentClient(server: Server, client_id: string): Promise<Client> {
+  try {
+    return await fetchCached(server, client_id, (body) => readClientDocument(client_id, body));
+  } catch (cause) {
+    const known = isTemporary(cause) && wellKnownClient(client_id);
+    if (known) return known;
+    if (cause instanceof OAuthError && cause.status === 503) throw cause;
+    const reason = cause instanceof OAuthError ? cause.message : "it cannot be read";
+    // Not invalid_client: the client would take its registration for dead and come back with the same address.
+    throw new OAuthError("invalid_request", `The app's metadata at ${client_id} cannot be used: ${reason}`, {
+      event: "client_document_refused",
+      cause,
+    });
   }
+}
 
-  /** The last good copy, or what is known of the big ones: an outage at the client's site must lock nobody out. */
-  function standIn(client_id: string, error: unknown): Client {
-    const cached = cache.get(client_id);
-    const client = cached && cached.until > seconds() ? cached.client : wellKnownClient(client_id);
-    if (!client) throw error;
-    return client;
+function readClientDocument(client_id: string, body: unknown): Client {
+  const { client_name: name, redirect_uris, grant_types, ...metadata } = readClientMetadata(body);
+  const { client_id: own, client_secret, token_endpoint_auth_methods_supported: offered } = body as
+    & typeof metadata
+    & Record<string, unknown>;
+  const unusable = (reason: string) => new OAuthError("invalid_client_metadata", reason);
+  if (own !== client_id) throw unusable("it names another client_id"); // a copy of somebody else's document
+  if (!name) throw unusable("it has no client_name");
+  const method = metadata.token_endpoint_auth_method ?? "none";
+  // A published document can hold no secret. One that can sign says so, and is taken as public if it offers that too.
+  if (client_secret !== undefined || method.startsWith("client_secret")) throw unusable("it relies on a shared secret");
+  if (method !== "none" && !(Array.isArray(offered) && offered.includes("none"))) {
+    throw unusable(`it asks for ${quote(method)}, which this server does not offer`);
   }
+  return publicClient(client_id, { name, redirect_uris, refreshes: grant_types?.includes("refresh_token") ?? true });
+}
 
-  return async (client_id) => {
-    const cached = cache.get(client_id);
-    if (cached && cached.fresh > seconds()) return cached.client;
-    const failure = failures.get(client_id);
-    if (failure && failure.until > seconds()) return standIn(client_id, failure.error);
-    const running = underWay.get(client_id);
-    if (running) return await running;
-    if (underWay.size >= MAX_DOCUMENT_REQUESTS) {
-      const description = "Too many apps are asking at once; try again in a few seconds";
-      const busy = new OAuthError("server_error", description, { status: 503, headers: { "Retry-After": "5" } });
-      return standIn(client_id, busy);
-    }
-    const reading = read(client_id).finally(() => underWay.delete(client_id));
-    underWay.set(client_id, reading);
-    return await reading;
-  };
+/**
+ * Reads a JSON document of a client, from a cache that follows its HTTP headers within bounds. Only what `parse` takes is
+ * kept: errors are never cached, so that what its author repairs works at once.
+ */
+async function fetchCached<T>(server: Server, url: string, parse: (body: unknown) => T): Promise<T> {
+  const { copies } = server.documents;
+  const copy = copies.get(url);
+  if (copy && copy.fresh > seconds()) return parse(copy.body);
+  try {
+    const { body, maxAge } = await download(server, url);
+    const parsed = parse(body);
+    remember(copies, url, { body, fresh: seconds() + maxAge, until: seconds() + STALE_DOCUMENT_AGE });
+    return parsed;
+  } catch (error) {
+    if (isTemporary(error) && copy && copy.until > seconds()) return parse(copy.body);
+    if (!isTemporary(error)) copies.delete(url);
+    throw error;
+  }
+}
+
+/** Another server cannot be reached at the moment, as opposed to one that answers that there is nothing. */
+class Unreached extends Error {}
+
+function isTemporary(error: unknown): boolean {
+  return error instanceof Unreached || (error instanceof OAuthError && error.status === 503);
 }
 
 /** Sets an entry of a map that forgets its oldest ones. */
@@ -1035,52 +1060,77 @@ function remember<T>(map: Map<string, T>, key: string, value: T): void {
   if (map.size > MAX_DOCUMENTS) map.delete(map.keys().next().value!);
 }
 
-/** Fetches and checks one document. Time and size are counted here, on the stream, whatever its headers promise. */
-async function fetchDocument(client_id: string, fetcher: MetadataFetcher): Promise<{ client: Client; maxAge: number }> {
-  const unusable = (reason: string, cause?: unknown) =>
-    // Not invalid_client: the client would take its registration for dead and come back with the same address.
-    new OAuthError("invalid_request", `The app's metadata at ${client_id} ${reason}`, {
-      event: "client_document_refused",
-      cause,
-    });
-  const signal = AbortSignal.timeout(DOCUMENT_TIMEOUT_SECONDS * 1000);
+/**
+ * Downloads a document, once for all who ask for it meanwhile.
+ *
+ * @throws {OAuthError} 503 if too many downloads are under way, or too many were made from this host.
+ */
+async function download(server: Server, url: string): Promise<Awaited<Download["answer"]>> {
+  const { underWay, asked } = server.documents;
+  const { hostname: host } = new URL(url);
+  const inTheWay = (): Download[] => {
+    const all = [...underWay.values()]; // the oldest first
+    const ofHost = all.filter((download) => download.host === host);
+    return ofHost.length >= MAX_DOWNLOADS_PER_HOST ? ofHost : all.length >= MAX_DOWNLOADS ? all : [];
+  };
+  const slow = inTheWay().find(({ started, controller }) =>
+    seconds() - started > SLOW_DOWNLOAD_SECONDS && !controller.signal.aborted
+  );
+  if (slow && !underWay.has(url)) {
+    slow.controller.abort();
+    await Promise.race([slow.over, delay(100)]);
+  }
+  const running = underWay.get(url);
+  if (running) return await running.answer;
+  const now = seconds();
+  const recent = asked.get(host);
+  const { times, since } = recent && Math.abs(now - recent.since) < MINUTE ? recent : { times: 0, since: now };
+  if (inTheWay().length > 0 || times >= MAX_DOWNLOADS_PER_HOST_AND_MINUTE) {
+    const description = "Too many apps are asking at once; try again in a few seconds";
+    throw new OAuthError("server_error", description, { status: 503, headers: { "Retry-After": "5" } });
+  }
+  remember(asked, host, { times: times + 1, since });
+  return await startDownload(server, url, host).answer;
+}
+
+function startDownload({ documents: { underWay }, fetchClientMetadata }: Server, url: string, host: string): Download {
+  const controller = new AbortController();
+  const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(DOCUMENT_TIMEOUT_SECONDS * 1000)]);
+  const work = fetchJson(fetchClientMetadata, url, signal);
+  const over = work.then(() => {}, () => {}).finally(() => underWay.delete(url));
+  const answer = inTime(work, signal);
+  answer.catch(() => {}); // whoever asked may have been answered in another way
+  const started = { host, started: seconds(), answer, over, controller };
+  underWay.set(url, started);
+  return started;
+}
+
+/** Fetches one document. Time and size are counted here, on the stream, whatever its headers promise. */
+async function fetchJson(
+  fetcher: MetadataFetcher,
+  url: string,
+  signal: AbortSignal,
+): Promise<Awaited<Download["answer"]>> {
+  let response: Response;
   let text: string;
-  let maxAge: number;
   try {
-    const response = await inTime(fetcher(client_id, signal), signal);
-    if (response.status !== 200) throw new Error(`answered ${response.status}`); // no redirects: they could lead anywhere
-    text = await inTime(readLimited(response.body, MAX_DOCUMENT_BYTES), signal);
-    maxAge = cacheSeconds(response.headers);
+    response = await fetcher(url, signal);
+    const { status, body } = response;
+    // A refusal by a firewall, or too many requests, tell nothing about the document itself.
+    if (status >= 500 || status === 403 || status === 429) throw new Error(`answered ${status}`);
+    text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : "";
+    if (status !== 200) await body?.cancel();
   } catch (cause) {
-    throw unusable("cannot be read", cause);
+    if (cause instanceof TooLarge) throw cause;
+    throw new Unreached(cause instanceof Error ? cause.message : String(cause), { cause });
   }
-  let body: unknown;
-  try {
-    body = JSON.parse(text);
-  } catch (cause) {
-    throw unusable("is not JSON", cause);
-  }
-  const metadata = readClientMetadata(body);
-  const { client_id: own, client_secret, token_endpoint_auth_methods_supported: offered } = body as Record<
-    string,
-    unknown
-  >;
-  if (own !== client_id) throw unusable("names another client_id"); // a copy of somebody else's document
-  if (!metadata.client_name) throw unusable("has no client_name");
-  const method = metadata.token_endpoint_auth_method ?? "none";
-  // A published document can hold no secret. One that can sign says so, and is taken as public if it offers that too.
-  if (client_secret !== undefined || method.startsWith("client_secret")) throw unusable("relies on a shared secret");
-  if (method !== "none" && !(Array.isArray(offered) && offered.includes("none"))) {
-    throw unusable(`asks for ${quote(method)}, which this server does not offer`);
-  }
-  const { client_name: name, redirect_uris, grant_types } = metadata;
-  const refreshes = grant_types?.includes("refresh_token") ?? true;
-  return { client: publicClient(client_id, { name, redirect_uris, refreshes }), maxAge };
+  if (response.status !== 200) throw new Error(`answered ${response.status}`); // no redirects: they could lead anywhere
+  return { body: JSON.parse(text), maxAge: cacheSeconds(response.headers) };
 }
 
 /** RFC 9111 §5.2.2, as much as matters for a small document. */
 function cacheSeconds(headers: Headers): number {
-  const control = headers.get("Cache-Control")?.toLowerCase() ?? "";
+  const control = headers.get("Cache-Control")?.slice(0, 1000).toLowerCase() ?? "";
   const age = /no-store|no-cache/.test(control) ? 0 : Number(control.match(/max-age=(\d+)/)?.[1] ?? HOUR);
   return Math.min(Math.max(age, MIN_DOCUMENT_AGE), MAX_DOCUMENT_AGE);
 }
@@ -1088,61 +1138,68 @@ function cacheSeconds(headers: Headers): number {
 /** Gives up on a promise when the signal says so, even if whoever made it does not listen. */
 function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
   return new Promise((resolve, reject) => {
-    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+    const giveUp = () => reject(new Unreached("did not answer in time"));
+    if (signal.aborted) giveUp();
+    signal.addEventListener("abort", giveUp, { once: true });
     promise.then(resolve, reject);
   });
 }
 
-/** Fetches a document at an address that a stranger chose. */
+/** Fetches a document at an address that a stranger chose. It must end when the signal is aborted. */
 type MetadataFetcher = (url: string, signal: AbortSignal) => Promise<Response>;
 
 /**
- * GET over TLS to a public address, and to no other: not to this machine, its network, or the metadata service of a
- * cloud. The name is resolved once; every address it has is checked, and the connection is made to one of those that
- * were checked, so a name that changes its answer in between gains nothing. Addresses in a URL are seen by the same
+ * Fetches over TLS from a public address, and from no other: not from this machine, its network, or the metadata service
+ * of a cloud. The name is resolved once; every address it has is checked, and the connection is made to one of those
+ * that were checked, so a name that changes its answer in between gains nothing. Addresses in a URL are seen by the same
  * check in whatever form they are written. Redirects are not followed.
  *
  * Deno, Bun and Node all connect through the `lookup` they are given, so all three guarantee this. Where `node:https`
- * is missing, nothing is fetched, and only the documents known beforehand are there. A proxy that the environment
- * prescribes is not used.
+ * is missing, nothing is fetched, and only the documents known beforehand are there.
  */
 async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response> {
   const { hostname } = new URL(url);
-  const { net, https, stream } = {
-    net: nodeModule("node:net"),
-    https: nodeModule("node:https"),
-    stream: nodeModule("node:stream"),
-  };
+  const https = nodeModule("node:https");
   const literal = hostname.replace(/^\[|\]$/g, "");
-  // An address is connected to without a lookup.
-  if (net.isIP(literal) && !isPublicAddress(literal)) throw new Error(`${hostname} is not a public address`);
+  const isAddress = nodeModule("node:net").isIP(literal) !== 0; // such a one is connected to without a lookup
+  const addresses = isAddress ? [{ address: literal, family: 0 }] : await resolveName(hostname, signal);
+  const inside = addresses.find(({ address }) => !isPublicAddress(address));
+  if (inside) throw new Error(`${hostname} resolves to ${inside.address}, which is not a public address`);
+  const [first] = addresses;
+  if (!first) throw new Error(`${hostname} has no address`);
+  // deno-lint-ignore no-explicit-any
+  const lookup = (_name: string, { all }: { all?: boolean }, callback: (...args: any[]) => void) =>
+    all ? callback(null, addresses) : callback(null, first.address, first.family);
+  // A proxy that the environment prescribes would look the name up again, and connect to whatever it finds.
+  const agent = new https.Agent({ proxyEnv: {} });
+  const headers = { Accept: "application/json", "User-Agent": "personal-auth" };
   // deno-lint-ignore no-explicit-any
   const message: any = await new Promise((resolve, reject) => {
-    const headers = { Accept: "application/json", "User-Agent": "personal-auth" };
-    https.get(url, { agent: false, lookup: publicLookup, signal, headers }, resolve).on("error", reject);
+    https.get(url, { agent, lookup, signal, headers }, resolve).on("error", reject);
   });
-  const headers = new Headers();
-  for (const name of ["content-type", "cache-control"]) {
-    if (message.headers[name]) headers.set(name, message.headers[name]);
-  }
-  return new Response(message.statusCode === 200 ? stream.Readable.toWeb(message) : null, {
-    status: message.statusCode === 200 ? 200 : 502,
-    headers,
-  });
+  const status: number = message.statusCode;
+  if (status !== 200) message.destroy(); // or the socket stays open for as long as the other side likes
+  const cacheControl = message.headers["cache-control"] ?? "";
+  const body = status === 200 ? nodeModule("node:stream").Readable.toWeb(message) : null;
+  return new Response(body, { status, headers: { "Cache-Control": cacheControl } });
 }
 
-// deno-lint-ignore no-explicit-any
-function publicLookup(hostname: string, options: { all?: boolean }, callback: (...args: any[]) => void): void {
-  const done = (error: Error | null, addresses: { address: string; family: number }[] = []) => {
-    const inside = addresses.find(({ address }) => !isPublicAddress(address));
-    if (error || inside || addresses.length === 0) {
-      callback(
-        error ?? new Error(`${hostname} resolves to ${inside?.address ?? "nothing"}, which is not a public address`),
-      );
-    } else if (options.all) callback(null, addresses);
-    else callback(null, addresses[0]!.address, addresses[0]!.family);
-  };
-  nodeModule("node:dns").lookup(hostname, { ...options, all: true }, done);
+/**
+ * Resolves a name by queries that end when the signal is aborted. getaddrinfo() would go on for as long as a silent name
+ * server likes, in one of the few threads that everything else in this process shares.
+ */
+async function resolveName(hostname: string, signal: AbortSignal): Promise<{ address: string; family: number }[]> {
+  const { Resolver } = nodeModule("node:dns");
+  const resolver = new Resolver({ timeout: 1000, tries: 2 });
+  signal.addEventListener("abort", () => resolver.cancel(), { once: true });
+  const ask = (family: 4 | 6) =>
+    new Promise<{ address: string; family: number }[]>((resolve) =>
+      resolver[`resolve${family}`](
+        hostname,
+        (_error: Error | null, found: string[] = []) => resolve(found.map((address) => ({ address, family }))),
+      )
+    );
+  return (await Promise.all([ask(4), ask(6)])).flat(); // a name may well have addresses of one family only
 }
 
 /** What is not the public internet, by the special-purpose address registries (RFC 6890) and their later entries. */
@@ -1217,35 +1274,29 @@ function wellKnownClient(client_id: string): Client | undefined {
 // Redirect policy
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-interface RedirectPolicy {
-  /** Why a redirect URI is refused, for the client and the owner alike; `undefined` if it is allowed. */
-  refusal(uri: string): string | undefined;
-  /** Whether the owner's list names the site of this URL. */
-  vouchesFor(url: URL): boolean;
+/**
+ * Returns why a redirect URI is refused, for the client and the owner alike; `undefined` if it is allowed. The allow-list
+ * names the apps that may ask, and so keeps strangers' clients off the owner's page. It is not what keeps strangers out:
+ * every Claude account has the same redirect URI.
+ */
+function redirectRefusal(allowed: string[] | null, uri: string): string | undefined {
+  const fault = unsafeRedirect(uri);
+  if (fault) return `redirect_uri ${quote(uri)} ${fault}`;
+  const url = new URL(uri);
+  if (allowed === null || isListed(allowed, url)) return undefined;
+  const entry = quote(allowEntry(url));
+  return `redirect_uri ${quote(uri)} is not allowed here; the owner can add ${entry} to allowedRedirectDomains`;
 }
 
-/**
- * The allow-list names the apps that may ask, and so keeps strangers' clients off the owner's page. It is not what
- * keeps strangers out: every Claude account has the same redirect URI.
- */
-function redirectPolicy(allowed: string[] | null): RedirectPolicy {
-  const exact = new Set(allowed);
-  const suffixes = (allowed ?? []).filter((entry) => entry.startsWith("*.")).map((entry) => entry.slice(1));
-  const listed = (url: URL) => {
-    const entry = allowEntry(url);
-    return exact.has(entry) || (url.protocol === "https:" && suffixes.some((suffix) => entry.endsWith(suffix)));
-  };
-  return {
-    refusal(uri) {
-      const fault = unsafeRedirect(uri);
-      if (fault) return `redirect_uri ${quote(uri)} ${fault}`;
-      const url = new URL(uri);
-      if (allowed === null || listed(url)) return undefined;
-      const entry = quote(allowEntry(url));
-      return `redirect_uri ${quote(uri)} is not allowed here; the owner can add ${entry} to allowedRedirectDomains`;
-    },
-    vouchesFor: (url) => url.protocol === "https:" && !isLoopback(url.hostname) && listed(url),
-  };
+function isListed(allowed: string[] | null, url: URL): boolean {
+  const entry = allowEntry(url);
+  const isBelow = (wildcard: string) => wildcard.startsWith("*.") && entry.endsWith(wildcard.slice(1));
+  return allowed?.some((item) => item === entry || (url.protocol === "https:" && isBelow(item))) ?? false;
+}
+
+/** Whether the owner's list names this site itself, and not just some program on some computer. */
+function isListedSite(allowed: string[] | null, url: URL): boolean {
+  return url.protocol === "https:" && !isLoopback(url.hostname) && isListed(allowed, url);
 }
 
 /** The entry of `allowedRedirectDomains` that lets a URL in. */
@@ -1259,7 +1310,10 @@ const NEVER_SCHEMES = /^(javascript|data|file|blob|filesystem|vbscript|about|vie
 
 /** What no list can allow. Each rule closes a known way to make a URI look like another one, or run as script. */
 function unsafeRedirect(uri: unknown): string | undefined {
-  if (typeof uri !== "string" || !/^[\x21-\x7e]+$/.test(uri)) return "must be printable ASCII without spaces";
+  if (typeof uri !== "string" || uri.length > MAX_URI_LENGTH) {
+    return `must be a string of ${MAX_URI_LENGTH} at the most`;
+  }
+  if (!/^[\x21-\x7e]+$/.test(uri)) return "must be printable ASCII without spaces";
   if (uri.includes("\\")) return "must not hold a backslash"; // https://claude.ai\@evil.example
   if (uri.includes("#")) return "must not have a fragment"; // RFC 6749 §3.1.2
   if (NEVER_SCHEMES.test(uri)) return "has a scheme that browsers run or open themselves";
@@ -1311,13 +1365,7 @@ const MAX_REQUEST_LENGTH = 16 * 1024;
  * GET shows what is asked and changes nothing, so that a prefetch, a preview or a crawler does no harm; POST decides.
  * The form carries the request word for word, and POST checks it again from the start.
  */
-function authorizeEndpoint(
-  settings: Settings,
-  clients: Clients,
-  policy: RedirectPolicy,
-  grants: Grants,
-  owner: Owner,
-): { show: Handler; decide: Handler } {
+function authorizeEndpoint(settings: Server, grants: Grants, owner: Owner): { show: Handler; decide: Handler } {
   const { issuer, wording, emit } = settings;
 
   /** Runs with a checked request; answers a faulty one where it has to be answered: to the client, or on a page. */
@@ -1331,7 +1379,7 @@ function authorizeEndpoint(
     try {
       if (encoded.length > MAX_REQUEST_LENGTH) throw new OAuthError("invalid_request", "The request is too long");
       params = parameters(encoded);
-      target = await authorizationTarget(params, clients, policy);
+      target = await authorizationTarget(settings, params);
     } catch (error) {
       return unanswerable(c, error, settings);
     }
@@ -1366,7 +1414,7 @@ function authorizeEndpoint(
   }): Promise<Response> {
     const { client, redirect_uri } = request;
     const csrf = again?.csrf ?? await owner.seal(browser, encoded);
-    const vouched = policy.vouchesFor(new URL(client.source === "document" ? client.id : redirect_uri));
+    const vouched = isListedSite(settings.allowed, new URL(client.source === "document" ? client.id : redirect_uri));
     return consentPage(c, settings, request, { who, encoded, csrf, vouched, ...(again && { problem: again.problem }) });
   }
 
@@ -1422,10 +1470,10 @@ function authorizeEndpoint(
 }
 
 /** Client and redirect URI: until both are known good, nothing may be redirected anywhere (OAuth 2.1 §4.1.2.1). */
-async function authorizationTarget(params: URLSearchParams, clients: Clients, policy: RedirectPolicy): Promise<Target> {
+async function authorizationTarget(server: Server, params: URLSearchParams): Promise<Target> {
   const client_id = params.get("client_id");
   if (client_id === null) throw new OAuthError("invalid_request", "The request names no client_id");
-  const client = await clients.resolve(client_id);
+  const client = await resolveClient(server, client_id);
   if (!client) {
     throw new OAuthError("invalid_client", "This server does not know the app that sent you here", { status: 401 });
   }
@@ -1435,13 +1483,14 @@ async function authorizationTarget(params: URLSearchParams, clients: Clients, po
     throw new OAuthError("invalid_request", "The request names no redirect_uri");
   }
   if (!client.redirect_uris.some((registered) => sameRedirect(registered, redirect_uri))) {
-    throw new OAuthError(
-      "invalid_request",
-      `redirect_uri ${quote(redirect_uri)} is not one that the client registered`,
-    );
+    const wrong = `redirect_uri ${quote(redirect_uri)} is not one that the client registered`;
+    server.emit("redirect_refused", `${wrong}: ${quote(client.redirect_uris)}`, { clientName: client.name });
+    throw new OAuthError("invalid_request", wrong);
   }
   // Again, although registration asked: the owner may have shortened the list since, and a signed client_id stays.
-  const refused = client.source === "preregistered" ? unsafeRedirect(redirect_uri) : policy.refusal(redirect_uri);
+  const refused = client.source === "preregistered"
+    ? unsafeRedirect(redirect_uri)
+    : redirectRefusal(server.allowed, redirect_uri);
   if (refused) throw new OAuthError("invalid_request", refused, { event: "redirect_refused" });
   return { client, redirect_uri, state: params.get("state") };
 }
@@ -1528,17 +1577,17 @@ function narrowedScopes(asked: string, granted: string[]): string[] {
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** OAuth 2.1 §3.2: a code or a refresh token in, an access token out. */
-async function tokenEndpoint(c: Context, clients: Clients, grants: Grants, settings: Settings): Promise<Response> {
+async function tokenEndpoint(server: Server, c: Context, grants: Grants): Promise<Response> {
   const arrived = seconds();
   const form = await readForm(c);
-  const client = await clients.authenticate(c, form);
+  const client = await authenticateClient(server, c, form);
   const required = (name: string): string => {
     const value = form.get(name);
     if (value === null) throw new OAuthError("invalid_request", `${name} is missing`);
     return value;
   };
   const grant_type = required("grant_type");
-  checkResource(form, settings);
+  checkResource(form, server);
   c.header("Cache-Control", "no-store");
   if (grant_type === "authorization_code") {
     const code_verifier = required("code_verifier");
@@ -1559,9 +1608,9 @@ async function tokenEndpoint(c: Context, clients: Clients, grants: Grants, setti
  * RFC 7009: ends the connection that a token of either kind belongs to; the client itself stays, because Claude Code
  * signs out and then comes back with the same client_id. An unknown token is answered 200 as well (§2.2).
  */
-async function revocationEndpoint(c: Context, clients: Clients, grants: Grants): Promise<Response> {
+async function revocationEndpoint(server: Server, c: Context, grants: Grants): Promise<Response> {
   const form = await readForm(c);
-  const client = await clients.authenticate(c, form);
+  const client = await authenticateClient(server, c, form);
   const token = form.get("token");
   if (token === null) throw new OAuthError("invalid_request", "token is missing");
   await grants.revokeToken(token, client);
@@ -1573,14 +1622,9 @@ async function revocationEndpoint(c: Context, clients: Clients, grants: Grants):
  * RFC 7662, for a resource server that runs elsewhere. Only clients that the owner registered with a secret may ask:
  * to anybody else an answer would tell whether a token found somewhere is alive.
  */
-async function introspectionEndpoint(
-  c: Context,
-  clients: Clients,
-  grants: Grants,
-  { issuer }: Settings,
-): Promise<Response> {
+async function introspectionEndpoint(server: Server, c: Context, grants: Grants): Promise<Response> {
   const form = await readForm(c);
-  const { source, secret } = await clients.authenticate(c, form);
+  const { source, secret } = await authenticateClient(server, c, form);
   if (source !== "preregistered" || secret === undefined) {
     throw new OAuthError("unauthorized_client", "Introspection is for clients registered with a secret by the owner");
   }
@@ -1590,7 +1634,15 @@ async function introspectionEndpoint(
   try {
     const { clientId: client_id, scopes, expiresAt: exp, resource } = await grants.verify(token);
     const scope = scopes.join(" ");
-    return c.json({ active: true, client_id, scope, exp, token_type: "Bearer", iss: issuer, aud: resource?.href });
+    return c.json({
+      active: true,
+      client_id,
+      scope,
+      exp,
+      token_type: "Bearer",
+      iss: server.issuer,
+      aud: resource?.href,
+    });
   } catch (error) {
     if (error instanceof OAuthError && error.code === "invalid_token") return c.json({ active: false });
     throw error;
