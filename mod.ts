@@ -341,7 +341,10 @@ const OPTIONS: Record<keyof PersonalAuthOptions, [isGood: (it: any) => unknown, 
     (it) => it === false || (isString(it) && normalizePassword(it) !== ""),
     "must be a non-empty string; leave it out to have one generated",
   ],
-  allowedRedirectDomains: [(it) => it === null || isStringList(it), "must be a list of domains, or null to allow all"],
+  allowedRedirectDomains: [
+    (it) => it === null || isStringList(it),
+    `must be a list of domains such as ["example.com"], or null to allow all`,
+  ],
   accessTokenTtl: [isLifetime, LIFETIME],
   refreshTokenTtl: [isLifetime, LIFETIME],
   store: [
@@ -1038,7 +1041,7 @@ interface Download {
   started: number;
   answer: Promise<{ body: unknown; maxAge: number }>;
   over: Promise<void>;
-  abort(): void;
+  controller: AbortController;
 }
 
 /**
@@ -1141,14 +1144,16 @@ function remember<T>(map: Map<string, T>, key: string, value: T): void {
 async function download(server: Server, url: string): Promise<Awaited<Download["answer"]>> {
   const { underWay, asked } = server.documents;
   const { hostname: host } = new URL(url);
-  const inTheWay = (): Download | undefined => {
+  const inTheWay = (): Download[] => {
     const all = [...underWay.values()]; // the oldest first
     const ofHost = all.filter((download) => download.host === host);
-    return ofHost.length >= MAX_DOWNLOADS_PER_HOST ? ofHost[0] : all.length >= MAX_DOWNLOADS ? all[0] : undefined;
+    return ofHost.length >= MAX_DOWNLOADS_PER_HOST ? ofHost : all.length >= MAX_DOWNLOADS ? all : [];
   };
-  const slow = underWay.has(url) ? undefined : inTheWay();
-  if (slow && seconds() - slow.started > SLOW_DOWNLOAD_SECONDS) {
-    slow.abort();
+  const slow = inTheWay().find(({ started, controller }) =>
+    seconds() - started > SLOW_DOWNLOAD_SECONDS && !controller.signal.aborted
+  );
+  if (slow && !underWay.has(url)) {
+    slow.controller.abort();
     await Promise.race([slow.over, delay(100)]);
   }
   const running = underWay.get(url);
@@ -1156,7 +1161,7 @@ async function download(server: Server, url: string): Promise<Awaited<Download["
   const now = seconds();
   const recent = asked.get(host);
   const { times, since } = recent && Math.abs(now - recent.since) < MINUTE ? recent : { times: 0, since: now };
-  if (inTheWay() || times >= MAX_DOWNLOADS_PER_HOST_AND_MINUTE) {
+  if (inTheWay().length > 0 || times >= MAX_DOWNLOADS_PER_HOST_AND_MINUTE) {
     const description = "Too many apps are asking at once; try again in a few seconds";
     throw new OAuthError("server_error", description, { status: 503, headers: { "Retry-After": "5" } });
   }
@@ -1171,7 +1176,7 @@ function startDownload({ documents: { underWay }, fetchClientMetadata }: Server,
   const over = work.then(() => {}, () => {}).finally(() => underWay.delete(url));
   const answer = inTime(work, signal);
   answer.catch(() => {}); // whoever asked may have been answered in another way
-  const started = { host, started: seconds(), answer, over, abort: () => controller.abort(new Unreached("gave way")) };
+  const started = { host, started: seconds(), answer, over, controller };
   underWay.set(url, started);
   return started;
 }
@@ -1510,7 +1515,7 @@ async function askOwner(
 ): Promise<Response> {
   const { client, redirect_uri } = request;
   const csrf = again?.csrf ?? await createCsrf(server, browser, encoded);
-  const listed = isListed(server.allowed, new URL(client.source === "document" ? client.id : redirect_uri));
+  const listed = isListedSite(server.allowed, new URL(client.source === "document" ? client.id : redirect_uri));
   return consentPage(c, server, request, {
     who,
     encoded,
@@ -1570,13 +1575,20 @@ async function authorizationTarget(server: Server, params: URLSearchParams): Pro
   }
   if (!client.redirect_uris.some((registered) => sameRedirect(registered, redirect_uri))) {
     const description = `redirect_uri ${quote(redirect_uri)} is not one that the client registered`;
-    throw new OAuthError("invalid_request", description, { event: "redirect_refused" });
+    const reason = `${description}: ${quote(client.redirect_uris)}`;
+    throw new OAuthError("invalid_request", description, {
+      event: "redirect_refused",
+      reason,
+      clientName: client.name,
+    });
   }
   // Checked again although registration did: the owner may have shortened the list, and a signed client_id stays valid.
   const refused = client.source === "preregistered"
     ? unsafeRedirect(redirect_uri)
     : redirectRefusal(server.allowed, redirect_uri);
-  if (refused) throw new OAuthError("invalid_request", refused, { event: "redirect_refused" });
+  if (refused) {
+    throw new OAuthError("invalid_request", refused, { event: "redirect_refused", clientName: client.name });
+  }
   return { client, redirect_uri, state: params.get("state") };
 }
 
@@ -1605,8 +1617,8 @@ function authorizationRequest(server: Server, params: URLSearchParams, target: T
 /** Answers a request that names nobody who could be answered: a page, or JSON for a program that asks for it. */
 function faultPage(server: Server, c: Context, error: unknown): Response | Promise<Response> {
   if (!(error instanceof OAuthError) || error.status >= 500) throw error;
-  const { code, message, event, cause } = error;
-  if (event) server.emit(event, message, defined({ cause }));
+  const { code, message, event, reason, clientName, cause } = error;
+  if (event) server.emit(event, reason ?? message, defined({ clientName, cause }));
   const accept = c.req.header("Accept") ?? "";
   // mcp-remote asks for JSON before it opens the browser, and registers again if it reads invalid_client.
   if (accept.includes("application/json") && !accept.includes("text/html")) return errorResponse(server, c, error);
@@ -4151,6 +4163,8 @@ export interface OAuthErrorOptions {
   reason?: string | undefined;
   /** The event to raise when this is answered. */
   event?: AuthEvent["type"];
+  /** The name the client gives itself. */
+  clientName?: string;
   /** What was thrown before. */
   cause?: unknown;
 }
@@ -4175,6 +4189,8 @@ export class OAuthError extends Error {
   readonly reason: string | undefined;
   /** The event to raise when this is answered. */
   readonly event: AuthEvent["type"] | undefined;
+  /** The name the client gives itself. */
+  readonly clientName: string | undefined;
 
   /** Makes an error with a code of the standard and a description for the client's developer. */
   constructor(code: string, description: string, options: OAuthErrorOptions = {}) {
@@ -4184,6 +4200,7 @@ export class OAuthError extends Error {
     this.headers = options.headers ?? {};
     this.reason = options.reason;
     this.event = options.event;
+    this.clientName = options.clientName;
   }
 }
 

@@ -6,6 +6,7 @@
 import node from "node:assert/strict";
 import { createHmac } from "node:crypto";
 import dns from "node:dns";
+import https from "node:https";
 import { spawn, spawnSync } from "node:child_process";
 import {
   chmodSync,
@@ -21,8 +22,10 @@ import {
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { PassThrough } from "node:stream";
 import process from "node:process";
 import { test, type TestContext } from "node:test";
+import { fileURLToPath } from "node:url";
 import { serve } from "@hono/node-server";
 import type { OAuthClientProvider } from "@modelcontextprotocol/sdk/client/auth.js";
 import { Client } from "@modelcontextprotocol/sdk/client/index.js";
@@ -641,6 +644,7 @@ test("a client of the clients option comes with its own redirects, outside the a
 // ─── Client ID Metadata Documents ──────────────────────────────────────────────────────────────────────────────────
 
 const DOCUMENT = "https://app.example/oauth/client.json";
+type MetadataFetcher = NonNullable<PersonalAuthOptions["fetchClientMetadata"]>;
 const document = (more: Record<string, unknown> = {}) => ({
   client_id: DOCUMENT,
   client_name: "Published App",
@@ -713,9 +717,53 @@ test("a document is cached as its headers say, within bounds, and outlives an ou
   assertEquals(await visit(), [200, 3]);
   up = false;
   travel(2);
-  assertEquals([await visit(), await visit()], [[200, 4], [200, 4]]);
+  assertEquals([await visit(), await visit()], [[200, 4], [200, 5]]); // the old copy stands in, and no error is cached
   travel(61);
-  assertEquals(await visit(), [200, 5]);
+  assertEquals(await visit(), [200, 6]);
+});
+
+test("a document's errors are never cached, and only what is unreachable has a stand-in", async (t) => {
+  const travel = timeMachine(t);
+  let answer: () => Response = () => Response.json(document());
+  let fetched = 0;
+  const { app, events } = world({
+    fetchClientMetadata: async () => {
+      fetched++;
+      return await Promise.resolve(answer());
+    },
+  });
+  const visit = async (id = DOCUMENT) => (await browse(app).open(authorizeUrl(id))).status;
+  const status = (code: number) => () => new Response(null, { status: code });
+  const network = () => {
+    throw new TypeError("fetch failed");
+  };
+  const cut = () => new Response(new ReadableStream({ pull: (controller) => controller.error(new Error("reset")) }));
+  for (const unreachable of [network, cut, status(500), status(502), status(503), status(403), status(429)]) {
+    answer = () => Response.json(document());
+    assertEquals(await visit(), 200);
+    travel(3601);
+    answer = unreachable;
+    assertEquals([await visit(), await visit()], [200, 200]);
+    assertEquals(await visit("https://claude.ai/oauth/mcp-oauth-client-metadata"), 200);
+  }
+  const invalid = () => Response.json(document({ client_id: "https://other.example/" }));
+  const noJson = () => new Response("<!doctype html>");
+  for (const withdrawn of [status(404), status(410), status(302), status(204), noJson, invalid]) {
+    answer = () => Response.json(document());
+    assertEquals(await visit(), 200);
+    travel(3601);
+    answer = withdrawn;
+    const before = fetched;
+    assertEquals([await visit(), await visit()], [400, 400]);
+    assertEquals(fetched - before, 2, "an error was cached");
+    assertEquals(await visit("https://claude.ai/oauth/mcp-oauth-client-metadata"), 400);
+    assertEquals(events.at(-1)!.type, "client_document_refused");
+    answer = network; // what was withdrawn before does not come back
+    assertEquals(await visit(), 400);
+    answer = () => Response.json(document());
+    assertEquals(await visit(), 200); // repaired by its author, it works at once
+    travel(61);
+  }
 });
 
 test("a document that is not what it should be lets nobody in", async () => {
@@ -826,7 +874,7 @@ test("documents are fetched once for many who ask, and few at a time", async () 
   });
   const visit = async (id: string) => (await browse(app).open(authorizeUrl(id))).status;
   const many = Array.from({ length: 10 }, () => visit(DOCUMENT));
-  const others = Array.from({ length: 20 }, (_, i) => visit(`${DOCUMENT}?${i}`));
+  const others = Array.from({ length: 20 }, (_, i) => visit(`https://app${i}.example/client.json`));
   while (fetched < 8) await new Promise((resolve) => setTimeout(resolve, 5));
   const { client_id } = await register(app); // nobody else has to wait
   assertEquals(await visit(client_id), 200);
@@ -834,6 +882,55 @@ test("documents are fetched once for many who ask, and few at a time", async () 
   assertEquals(new Set(await Promise.all(many)), new Set([200]));
   assertEquals((await Promise.all(others)).filter((status) => status === 503).length, 13);
   assertEquals(fetched, 8);
+  const sameHost = Array.from({ length: 5 }, (_, i) => visit(`https://app99.example/${i}.json`));
+  while (fetched < 10) await new Promise((resolve) => setTimeout(resolve, 5));
+  open.forEach((answer) => answer());
+  assertEquals((await Promise.all(sameHost)).sort(), [200, 200, 503, 503, 503]);
+});
+
+test("a download counts until it is really over, and a slow one gives way to another app", async () => {
+  let running = 0;
+  let most = 0;
+  const silent: MetadataFetcher = (url, signal) => {
+    if (url === DOCUMENT) return Promise.resolve(Response.json(document()));
+    most = Math.max(most, ++running);
+    return new Promise((_, reject) =>
+      signal.addEventListener("abort", () => {
+        setTimeout(() => (running--, reject(signal.reason)), 20); // ends a little later than it is told to, as sockets do
+      })
+    );
+  };
+  const { app } = world({ fetchClientMetadata: silent });
+  const visit = async (id: string) => (await browse(app).open(authorizeUrl(id))).status;
+  const flood = Array.from({ length: 8 }, (_, i) => visit(`https://silent${i}.example/client.json`));
+  assertEquals(await visit(DOCUMENT), 503); // all are young
+  await new Promise((resolve) => setTimeout(resolve, 1100));
+  for (let i = 8; i < 12; i++) flood.push(visit(`https://silent${i}.example/client.json`));
+  assertEquals(await visit(DOCUMENT), 200);
+  assertEquals(most, 8);
+  await Promise.all(flood);
+  await new Promise((resolve) => setTimeout(resolve, 50));
+  assertEquals(running, 0);
+
+  let begun = 0;
+  const deaf = world({ fetchClientMetadata: () => (begun++, new Promise(() => {})) }).app; // hears no signal
+  const ask = (i: number) => browse(deaf).open(authorizeUrl(`https://silent${i}.example/client.json`));
+  await Promise.all(Array.from({ length: 8 }, (_, i) => ask(i)));
+  for (let i = 8; i < 12; i++) assertEquals((await ask(i)).status, 503);
+  assertEquals([(await ask(0)).status, begun], [400, 8]);
+});
+
+test("a host that fails is asked sixty times a minute at the most", async (t) => {
+  const travel = timeMachine(t);
+  let fetched = 0;
+  const { app } = world({ fetchClientMetadata: () => (fetched++, Promise.reject(new Error("down"))) });
+  const visit = async (id: string) => (await browse(app).open(authorizeUrl(id))).status;
+  for (let i = 0; i < 70; i++) await visit(`${DOCUMENT}?${i}`);
+  assertEquals(fetched, 60);
+  assertEquals(await visit(DOCUMENT), 503);
+  assertEquals(await visit("https://other.example/client.json"), 400);
+  travel(61);
+  assertEquals(await visit(DOCUMENT), 400);
 });
 
 test("a document that never comes is given up, and holds up nobody", async () => {
@@ -879,6 +976,36 @@ test("the clients that most people use need no document to be reachable", async 
   }
 });
 
+/** Answers the names that mod.ts looks up, once for both families; `undefined` is a name server that stays silent. */
+function patchResolver(t: TestContext, answer: (name: string) => string[] | undefined): { waiting: number } {
+  const { Resolver } = dns;
+  const state = { waiting: 0 };
+  class Patched {
+    #found = new Map<string, string[] | undefined>();
+    #waiting = new Set<() => void>();
+    #resolve(name: string, family: 4 | 6, callback: (error: Error | null, found?: string[]) => void): void {
+      if (!this.#found.has(name)) this.#found.set(name, answer(name));
+      const found = this.#found.get(name);
+      if (found) return callback(null, found.filter((address) => address.includes(":") === (family === 6)));
+      state.waiting++;
+      this.#waiting.add(() => (state.waiting--, callback(new Error("ECANCELLED"))));
+    }
+    resolve4(name: string, callback: () => void): void {
+      this.#resolve(name, 4, callback);
+    }
+    resolve6(name: string, callback: () => void): void {
+      this.#resolve(name, 6, callback);
+    }
+    cancel(): void {
+      this.#waiting.forEach((end) => end());
+      this.#waiting.clear();
+    }
+  }
+  Object.assign(dns, { Resolver: Patched });
+  t.after(() => Object.assign(dns, { Resolver }));
+  return state;
+}
+
 test("no request for a document leaves for an address that is not public", async (t) => {
   let connections = 0;
   const server = createServer((socket) => {
@@ -890,7 +1017,6 @@ test("no request for a document leaves for an address that is not public", async
   const { port } = server.address() as { port: number };
 
   // names that resolve inside, at once, beside a public address, or at the second look
-  const lookup = dns.lookup;
   const asked: string[] = [];
   const answers: Record<string, string[][]> = {
     "inside.example": [["127.0.0.1"]],
@@ -900,17 +1026,11 @@ test("no request for a document leaves for an address that is not public", async
     "nothing.example": [[]],
     "rebinding.example": [["127.0.0.1"], ["93.184.216.34"]],
   };
-  // deno-lint-ignore no-explicit-any
-  (dns as any).lookup = (name: string, options: any, callback: any) => {
+  patchResolver(t, (name) => {
     asked.push(name);
     const list = answers[name]?.[0] ?? ["127.0.0.1"];
     if ((answers[name]?.length ?? 0) > 1) answers[name]!.shift();
-    const addresses = list.map((address) => ({ address, family: address.includes(":") ? 6 : 4 }));
-    if (options.all) callback(null, addresses);
-    else callback(null, addresses[0]?.address, addresses[0]?.family);
-  };
-  t.after(() => {
-    dns.lookup = lookup;
+    return list;
   });
 
   const { app, events } = world();
@@ -939,6 +1059,68 @@ test("no request for a document leaves for an address that is not public", async
     told.some(({ cause }) => /mixed\.example resolves to 127\.0\.0\.1/.test(String(cause))),
     String(told[0]?.cause),
   );
+});
+
+test("a silent name server takes none of the runtime's threads, and is given up for another app", async (t) => {
+  const { lookup } = dns;
+  Object.assign(dns, { lookup: () => assert(false, "a look-up that nobody can end") });
+  t.after(() => Object.assign(dns, { lookup }));
+  const state = patchResolver(t, (name) => name === "inside.example" ? ["10.0.0.1"] : undefined);
+  const { app, events } = world();
+  const visit = async (host: string) => (await browse(app).open(authorizeUrl(`https://${host}/client.json`))).status;
+  const flood = Array.from({ length: 20 }, (_, i) => visit(`silent${i}.example`));
+  await new Promise((resolve) => setTimeout(resolve, 50));
+  assertEquals(state.waiting, 16); // 8 names, 2 families
+  assertEquals(await visit("inside.example"), 503);
+  await new Promise((resolve) => setTimeout(resolve, 1100));
+  assertEquals(await visit("inside.example"), 400);
+  assertMatch(String((events.at(-1)!.cause as Error).message), /inside.example resolves to 10.0.0.1/);
+  assertEquals(state.waiting, 14);
+  await Promise.all(flood);
+  assertEquals(state.waiting, 0);
+});
+
+test("a response other than 200 is destroyed, and no proxy of the environment is used", async (t) => {
+  patchResolver(t, () => ["93.184.216.34"]);
+  const { get } = https;
+  const messages: (PassThrough & { statusCode?: number; headers?: unknown })[] = [];
+  const agents: Json[] = [];
+  const fake = (_url: string, options: Json, callback: (message: unknown) => void) => {
+    agents.push(options.agent);
+    const message = Object.assign(new PassThrough(), { statusCode: 404 + messages.length, headers: {} });
+    messages.push(message);
+    queueMicrotask(() => callback(message));
+    return new PassThrough();
+  };
+  Object.assign(https, { get: fake });
+  t.after(() => Object.assign(https, { get }));
+  const { app } = world();
+  for (let i = 0; i < 3; i++) await browse(app).open(authorizeUrl(`${DOCUMENT}?${i}`));
+  assertEquals(messages.map(({ destroyed }) => destroyed), [true, true, true]);
+  for (const agent of agents) assertEquals(agent.options.proxyEnv, {});
+});
+
+test("no request for a document goes through a proxy of the environment", async (t) => {
+  const asked: string[] = [];
+  const proxy = createServer((socket) => {
+    socket.once("data", (data) => (asked.push(String(data).split("\r\n")[0]!), socket.destroy())).on("error", () => {});
+  });
+  await new Promise<void>((resolve) => proxy.listen(0, "127.0.0.1", resolve));
+  t.after(() => new Promise((resolve) => proxy.close(resolve)));
+  const { port } = proxy.address() as { port: number };
+  const url = `http://127.0.0.1:${port}`;
+  const names = ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
+  const file = fileURLToPath(new URL("./.ci/lib/proxied.ts", import.meta.url));
+  const args = "Deno" in globalThis ? ["run", "-A", "--cached-only", file] : [file];
+  const env = {
+    ...process.env,
+    NODE_USE_ENV_PROXY: "1",
+    DENO_NO_UPDATE_CHECK: "1",
+    ...Object.fromEntries(names.map((name) => [name, url])),
+  };
+  const child = spawn(process.execPath, args, { env, stdio: "inherit" });
+  assertEquals(await new Promise((resolve) => child.on("exit", resolve)), 0);
+  assertEquals(asked, []);
 });
 
 test("isPublicAddress() knows the inside in every form", () => {
@@ -1088,6 +1270,33 @@ test("redirect_uri at /authorize is compared as a string, but for the port of a 
     "http://localhost:1111/callback#x",
   ];
   for (const uri of different) assertEquals(await status(uri), 400, uri);
+});
+
+test("a redirect URI that was not registered is told to the owner, with those that were", async () => {
+  const { app, events } = world();
+  const { client_id } = await register(app);
+  const page = await browse(app).open(authorizeUrl(client_id, { redirect_uri: "https://claude.ai/other" }));
+  assertEquals(page.status, 400);
+  assert(!page.text.includes(CLAUDE));
+  const { type, message, clientName } = events.at(-1)!;
+  assertEquals([type, clientName], ["redirect_refused", "Claude"]);
+  assert(
+    message.includes('"https://claude.ai/other" is not one that the client registered') && message.includes(CLAUDE),
+  );
+});
+
+test("a redirect URI is read in a time that grows with its length", async () => {
+  const { app } = world({ allowedRedirectDomains: null });
+  const { client_id } = await register(app);
+  const start = performance.now();
+  for (const unit of ["/", "a", "@", ":", ".", "?", "%41", "xn--a", "[", "\\", "-", "+", " "]) {
+    for (const prefix of ["", "https://", "http://localhost:", "x:", "https://xn--"]) {
+      const uri = (prefix + unit.repeat(30_000)).slice(0, 30_000);
+      assertEquals((await app.request(`${BASE}/register`, json({ redirect_uris: [uri] }))).status, 400);
+      await browse(app).open(authorizeUrl(client_id, { redirect_uri: uri.slice(0, 15_000) }));
+    }
+  }
+  assert(performance.now() - start < 5000, `${performance.now() - start} ms`);
 });
 
 test("a shorter allow-list holds for clients that registered before", async () => {
@@ -3558,6 +3767,15 @@ test("a name that nobody can see is no name, and none is cut in the middle of a 
   assert((await browse(app).open(authorizeUrl(invisible.client_id))).text.includes("an app without a name"));
   const long = await register(app, { client_name: "x" + "🔐".repeat(300) });
   assertEquals(long.client_name, "x" + "🔐".repeat(199));
+  const name = async (client_name: string) => (await register(app, { client_name })).client_name;
+  assertEquals(await name("e" + "\u0301\u0302\u0303".repeat(20) + "x\u0488\u20dd\u20dd"), "e\u0301\u0302x\u0488\u20dd");
+  assertEquals(await name("a\u0301\u200d\u0301\ufe0f\u0301b"), "a\u0301\u0301b"); // nothing invisible in between helps
+  assertEquals(await name("a\u3000\u2003\u00a0 \u1680b"), "a b");
+  assertEquals(await name("👨\u200d👩\u200d👧".repeat(300)), "👨👩👧".repeat(66) + "👨👩");
+  const start = performance.now();
+  await name("\u0301".repeat(30_000));
+  await name("\u3000 ".repeat(15_000) + "x");
+  assert(performance.now() - start < 1000);
 });
 
 test("fileStore() leaves the write-ahead log of a damaged file alone, so that nothing is lost with it", async (t) => {
@@ -3667,6 +3885,16 @@ test("personalAuth() refuses options that look right and are not", () => {
     [{ mcpPath: "/.well-known/oauth-authorization-server" }, "mcpPath"],
     [{ allowedRedirectDomains: ["claude.ai:443"] }, "port"],
     [{ allowedRedirectDomains: ["127.0.0.1"] }, "localhost"],
+    [{ allowedRedirectDomains: ["localhost:3000"] }, 'write "localhost"'],
+    [{ allowedRedirectDomains: ["[::1]:3000"] }, 'write "localhost"'],
+    [{ allowedRedirectDomains: ["http://localhost:3000/callback"] }, 'write "localhost"'],
+    [{ allowedRedirectDomains: ["https://claude.ai"] }, 'write "claude.ai"'],
+    [{ allowedRedirectDomains: ["http://claude.ai"] }, 'write "claude.ai"'],
+    [{ allowedRedirectDomains: ["claude.ai/api"] }, 'write "claude.ai"'],
+    [{ allowedRedirectDomains: ["Claude.AI"] }, 'write "claude.ai"'],
+    [{ allowedRedirectDomains: ["cursor://anysphere.cursor-mcp/oauth"] }, 'write "cursor://anysphere.cursor-mcp"'],
+    [{ allowedRedirectDomains: ["a.*.example"] }, 'write "'],
+    [{ allowedRedirectDomains: [5] }, "example.com"],
     [{ clients: [null] }, "clients"],
     [{ clients: [{ client_id: "a", redirect_uris: [CLAUDE] }, { client_id: "a", redirect_uris: [CLAUDE] }] }, "two"],
     [{ accessTokenTtl: 1e12 }, "accessTokenTtl"],
