@@ -145,6 +145,7 @@ export interface AuthEvent {
     | "token_created"
     | "owner_unprotected"
     | "password_weak"
+    | "store_shared"
     | "server_error";
   /** Seconds since the epoch. */
   at: number;
@@ -608,7 +609,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   for (const [place, document] of discoveryDocuments(server)) {
     for (const path of [place, `${place}/`]) {
       app.use(path, CORS);
-      app.get(path, (c) => c.json(document, 200, { "Cache-Control": "public, max-age=300", ...NOSNIFF }));
+      app.get(path, (c) => c.json(document, 200, { ...NOSNIFF, "Cache-Control": "public, max-age=300" }));
       app.all(path, withErrors(server, () => methodNotAllowed("GET, HEAD")));
     }
   }
@@ -633,7 +634,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   for (const [path, show, change] of pages) {
     for (const route of withSlash(path)) {
       app.get(route, withErrors(server, show, errorPage));
-      app.post(route, withErrors(server, change, errorPage));
+      app.post(route, withErrors(server, (server, c) => assertOwnSite(server, c) ?? change(server, c), errorPage));
       app.all(route, withErrors(server, () => methodNotAllowed("GET, HEAD, POST"), errorPage));
     }
   }
@@ -658,7 +659,7 @@ function createServer(options: PersonalAuthOptions): Server {
   const emit: Emit = (type, message, more) => recordEvent(events, settings.onEvent, { type, message, ...more });
   const store = guardStore(options.store ?? fileStore(".oauth-state"), emit);
   const events: EventLog = { store, key: `events/${settings.issuer}`, waiting: [], writing: Promise.resolve() };
-  const longMac = serverMac(store);
+  const longMac = serverMac(store, settings.issuer, emit);
   const server: Server = {
     ...settings,
     emit,
@@ -671,13 +672,15 @@ function createServer(options: PersonalAuthOptions): Server {
     checked: new WeakMap(),
     passwordReady: once(() => ensurePassword(server)),
   };
+  // At start, so that a store that another server uses is noticed. A failure is reported, and tried again when needed.
+  longMac("start").catch(() => {});
   if (settings.password === false) {
     emit("owner_unprotected", "password is false: anybody with an account at an allowed client can connect");
   } else if (!settings.authenticateOwner) {
     if (settings.password !== undefined && settings.password.length < 12) {
       emit("password_weak", "the owner's password is short: take 12 characters or more");
     }
-    // At start, so that a generated password is printed there. A failure is reported, and tried again when needed.
+    // Likewise, so that a generated password is printed.
     server.passwordReady().catch(() => {});
   }
   return server;
@@ -2632,6 +2635,20 @@ async function signIn(
   return undefined;
 }
 
+/**
+ * Refuses a form that another site sent. The cookie's SameSite and the form's own token stop it already; this is a
+ * second line for browsers and proxies that get those wrong. Without these headers nobody is locked out.
+ */
+function assertOwnSite({ origin }: Server, c: Context): undefined {
+  const site = c.req.header("Sec-Fetch-Site") ?? "none";
+  const sender = c.req.header("Origin") ?? origin;
+  // The page may be open under another name of this server, such as 127.0.0.1: then Origin and Host agree.
+  const isOwn = sender === origin || (sender.includes("://") && sender.split("://")[1] === c.req.header("Host")) ||
+    (sender === "null" && site === "same-origin");
+  if (isOwn && (site === "same-origin" || site === "none")) return undefined;
+  throw new OAuthError("invalid_request", "The form was sent by another site", { status: 403 });
+}
+
 const NOT_OWNER = "You are not signed in as the owner of this server.";
 
 /** Prolongs a session, at most once a minute. */
@@ -3984,10 +4001,28 @@ async function hmac(key: string): Promise<(text: string) => Promise<string>> {
 /** Computes HMAC-SHA-512 under the server's key, in hex. The purpose keeps one use apart from another. */
 type Mac = (purpose: string, ...parts: string[]) => Promise<string>;
 
-/** The key is drawn at the first start. It opens nothing by itself: what it signs is checked against the store. */
-function serverMac(store: Store): Mac {
+/**
+ * Makes the server's MAC. Its key is drawn at the first start, and opens nothing by itself: what it signs is checked
+ * against the store. The address beside it tells when another server uses the same store.
+ */
+function serverMac(store: Store, issuer: string, emit: Emit): Mac {
+  const drawn = random(32);
   const keyed = once(async () => {
-    const { key } = await store.update("server", (current) => current ?? { key: random(32) }) as { key: string };
+    let before: string | undefined;
+    const { key } = await store.update("server", (current) => {
+      const record = current as { key: string; issuer: string } | undefined;
+      before = record?.issuer;
+      return before === issuer ? current : { key: record?.key ?? drawn, issuer };
+    }) as { key: string };
+    if (before !== undefined && before !== issuer) {
+      emit(
+        "store_shared",
+        `this store was last used by a server at ${
+          quote(before)
+        }: if that one still runs, give each a store of its own; ` +
+          "if the address has changed, all clients must connect again",
+      );
+    }
     return hmac(key);
   });
   // JSON, so that no two lists of parts come out as the same bytes.
@@ -4243,6 +4278,7 @@ function errorPage(server: Server, c: Context, thrown: unknown): Response | Prom
 /** Makes a route of an endpoint: whatever it throws is answered. */
 function withErrors(server: Server, handler: Handler, answer: typeof errorPage = errorResponse) {
   return async (c: Context): Promise<Response> => {
+    for (const [name, value] of Object.entries(NOSNIFF)) c.header(name, value);
     try {
       return await handler(server, c);
     } catch (error) {

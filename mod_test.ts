@@ -33,7 +33,7 @@ import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/
 import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 import { WebStandardStreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/webStandardStreamableHttp.js";
 import * as schemas from "@modelcontextprotocol/sdk/shared/auth.js";
-import { Hono } from "hono";
+import { type Context, Hono } from "hono";
 import { z } from "zod";
 import { storeContract } from "./.ci/stores/contract.ts";
 import {
@@ -234,6 +234,15 @@ async function connect(app: World["app"], metadata: Record<string, unknown> = {}
   });
   assertEquals(status, 200);
   return { client, code, ...body } as Json;
+}
+
+/** The same on a server with a password. */
+async function connectAs(app: World["app"], password: string): Promise<Json> {
+  const client = await register(app);
+  const { location } = await browse(app).approve(authorizeUrl(client.client_id), password);
+  const code = location!.searchParams.get("code")!;
+  const fields = { grant_type: "authorization_code", client_id: client.client_id, code, code_verifier: VERIFIER };
+  return { client, ...(await post(app, "/token", fields)).body };
 }
 
 const refreshing = (app: World["app"], client_id: string, refresh_token: string, more: Record<string, string> = {}) =>
@@ -1864,6 +1873,62 @@ test("/connections signs in by a double click, too", async () => {
   }
 });
 
+test("the owner's pages refuse a form that names another site, even with everything else right", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { browser } = await signedIn(app);
+  const { client_id } = await register(app);
+  const headers: [headers: Record<string, string>, isOwn: boolean][] = [
+    [{ Origin: "https://evil.example" }, false],
+    [{ Origin: "https://sub.mcp.example.com" }, false],
+    [{ Origin: "http://mcp.example.com:8080" }, false],
+    [{ Origin: "null" }, false],
+    [{ Origin: "nonsense" }, false],
+    [{ "Sec-Fetch-Site": "cross-site" }, false],
+    [{ "Sec-Fetch-Site": "same-site" }, false],
+    [{ "Sec-Fetch-Site": "same-origin", Origin: "https://evil.example" }, false],
+    [{ "Sec-Fetch-Site": "cross-site", Origin: BASE }, false],
+    [{ "Sec-Fetch-Site": "same-origin", Origin: BASE }, true],
+    [{ "Sec-Fetch-Site": "same-origin", Origin: "null" }, true],
+    [{ Origin: "http://127.0.0.1:8050", Host: "127.0.0.1:8050" }, true],
+    [{}, true],
+  ];
+  for (const [more, isOwn] of headers) {
+    const page = await browser.open(authorizeUrl(client_id));
+    const { headers, ...init } = form({ ...page.fields, decision: "approve" });
+    const answer = await browser.open(`${BASE}/authorize`, { ...init, headers: { ...headers, ...more } });
+    assertEquals(answer.status, isOwn ? 302 : 403, JSON.stringify(more));
+    const list = await browser.open(PAGE);
+    const fields = { ...list.fields, action: "sign_out_nowhere" };
+    const changed = await browser.open(PAGE, { ...form(fields), headers: { ...headers, ...more } });
+    assertEquals(changed.status, isOwn ? 303 : 403, JSON.stringify(more));
+  }
+});
+
+test("every answer says that its type is not to be guessed", async () => {
+  const { app, auth } = world();
+  const { client, refresh_token } = await connect(app);
+  const { token } = await auth.createToken({ name: "x" });
+  const answers = [
+    app.request(`${BASE}/register`, json({ redirect_uris: [CLAUDE] })),
+    app.request(`${BASE}/register`, json("{")),
+    app.request(`${BASE}/token`, form({ grant_type: "refresh_token", client_id: client.client_id, refresh_token })),
+    app.request(`${BASE}/token`, form({})),
+    app.request(`${BASE}/revoke`, form({ client_id: client.client_id, token })),
+    app.request(`${BASE}/introspect`, form({ token })),
+    app.request(authorizeUrl(client.client_id)),
+    app.request(authorizeUrl("nobody")),
+    app.request(PAGE),
+    app.request(`${BASE}/mcp`),
+    app.request(`${BASE}/token`),
+    app.request(`${BASE}/.well-known/openid-configuration`),
+    app.request(`${BASE}/.well-known/oauth-authorization-server`),
+    app.request(`${BASE}/.well-known/oauth-protected-resource/mcp`),
+  ];
+  for (const answer of await Promise.all(answers)) {
+    assertEquals(answer.headers.get("X-Content-Type-Options"), "nosniff", `${answer.url} ${answer.status}`);
+  }
+});
+
 test("/connections makes a personal access token, shown once and made once", async () => {
   const { app, auth } = world({ password: PASSWORD, scopes: ["read", "write"] });
   const { browser, page } = await signedIn(app);
@@ -2215,6 +2280,48 @@ test("a lost answer can be asked for again, however late, with an access token t
   assertEquals((await refreshing(app, client.client_id, again.refresh_token)).status, 200);
 });
 
+test("an answer that is repeated late is told to the owner, and in two rotations in a row ends the connection", async (t) => {
+  const travel = timeMachine(t);
+  const { app, auth, events } = world();
+  const { client, refresh_token } = await connect(app);
+  const refresh = async (token: string) => await refreshing(app, client.client_id, token);
+  const repeats = () => events.filter(({ type }) => type === "refresh_token_repeated").length;
+  // A thief rotates first, and leaves the answer unused. The honest client comes days later.
+  const stolen = await refresh(refresh_token);
+  travel(3 * 86400);
+  const first = await refresh(refresh_token);
+  assertEquals([first.status, first.body.refresh_token, repeats()], [200, stolen.body.refresh_token, 1]);
+  assertEquals((await callMcp(app, first.body.access_token)).status, 200);
+  // Again in the same rotation: an answer can be lost twice.
+  const next = await refresh(first.body.refresh_token);
+  travel(86400);
+  const again = await refresh(first.body.refresh_token);
+  assertEquals([again.status, again.body.error], [400, "invalid_grant"]);
+  assertEquals(events.at(-1)!.type, "refresh_token_reused");
+  assertEquals((await callMcp(app, next.body.access_token)).status, 401);
+  assertEquals(await auth.connections(), []);
+});
+
+test("lost answers in rotations that are not consecutive cost nothing", async (t) => {
+  const travel = timeMachine(t);
+  const { app, events } = world();
+  const { client, refresh_token } = await connect(app);
+  let token = refresh_token;
+  for (let rotation = 0; rotation < 6; rotation++) {
+    let answer = await refreshing(app, client.client_id, token);
+    if (rotation % 2 === 0) {
+      for (let i = 0; i < 2; i++) {
+        travel(86400);
+        answer = await refreshing(app, client.client_id, token);
+      }
+    }
+    assertEquals(answer.status, 200);
+    token = answer.body.refresh_token;
+    travel(86400);
+  }
+  assertEquals(events.filter(({ type }) => type === "refresh_token_reused").length, 0);
+});
+
 test("a lost answer that is given again prolongs its connection like any other", async (t) => {
   const travel = timeMachine(t);
   const { app } = world({ refreshTokenTtl: 60 * 86400 });
@@ -2540,6 +2647,82 @@ test("the guard tells a bad token from none", async () => {
       Authorization,
     );
   }
+});
+
+test("guard() keeps a handler closed wherever it stands", async () => {
+  const { app: issuing, store } = world();
+  const { access_token } = await connect(issuing);
+  const auth = () => personalAuth({ baseUrl: BASE, store, authenticateOwner: () => true, onEvent: () => {} });
+  const handler = (c: Context<AuthEnv>) => c.json({ clientName: c.var.auth.extra?.clientName });
+  const mistakes: Record<string, (app: Hono, auth: PersonalAuth) => string> = {
+    "before app.route": (app, auth) => {
+      app.all("/mcp", auth.guard, handler);
+      app.route("/", auth);
+      return "/mcp";
+    },
+    "without the routes": (app, auth) => {
+      app.all("/mcp", auth.guard, handler);
+      return "/mcp";
+    },
+    "routes mounted at another path": (app, auth) => {
+      app.route("/auth", auth);
+      app.all("/mcp", auth.guard, handler);
+      return "/mcp";
+    },
+    "at another path": (app, auth) => {
+      app.route("/", auth);
+      app.all("/mcp2", auth.guard, handler);
+      return "/mcp2";
+    },
+    "in an app below": (app, auth) => {
+      app.route("/", auth);
+      app.route("/below", new Hono().all("/mcp", auth.guard, handler));
+      return "/below/mcp";
+    },
+    "in its place": (app, auth) => {
+      app.route("/", auth);
+      app.all("/mcp", auth.guard, handler);
+      return "/mcp";
+    },
+  };
+  for (const [mistake, mount] of Object.entries(mistakes)) {
+    const app = new Hono();
+    const path = mount(app, auth());
+    for (const method of ["GET", "POST", "DELETE"]) {
+      const sent: Record<string, string>[] = [{}, { Authorization: "Bearer x" }, {
+        Origin: "https://elsewhere.example",
+      }];
+      for (const headers of sent) {
+        const refused = await app.request(BASE + path, { method, headers });
+        assertEquals(refused.status, 401, mistake);
+        assert(refused.headers.get("WWW-Authenticate")!.includes(`${BASE}/.well-known/oauth-protected-resource/mcp`));
+      }
+    }
+    const allowed = await app.request(BASE + path, { headers: { Authorization: `Bearer ${access_token}` } });
+    assertEquals([allowed.status, await allowed.json()], [200, { clientName: "Claude" }], mistake);
+  }
+});
+
+test("guard() checks a token once per request, and trusts nobody else's c.var.auth", async () => {
+  const memory = memoryStore();
+  let reads = 0;
+  const { version: _version, ...store } = memory; // a store that cannot tell whether anything changed
+  const counting: Store = { ...store, get: (key) => (reads++, memory.get(key)) };
+  const { auth } = world({ store: counting });
+  const { token } = await auth.createToken({ name: "script" });
+  const app = new Hono();
+  app.use(async (c, next) => {
+    c.set("auth" as never, { token: "forged", clientId: "x", scopes: ["mcp"] } as never);
+    await next();
+  });
+  app.route("/", auth);
+  app.all("/mcp", auth.guard, auth.requireScopes("mcp"), (c) => c.json(c.var.auth.token));
+  reads = 0;
+  const response = await app.request(`${BASE}/mcp`, { headers: { Authorization: `Bearer ${token}` } });
+  assertEquals([response.status, await response.json(), reads], [200, token, 1]);
+  assertEquals((await app.request(`${BASE}/mcp`)).status, 401);
+  // Types: c.var.auth is there without new Hono<AuthEnv>().
+  new Hono().get("/x", auth.guard, (c) => c.json(c.var.auth.scopes satisfies string[]));
 });
 
 test("the guard gives the handler the SDK's AuthInfo", async () => {
@@ -3465,6 +3648,25 @@ test("a server that has only Web Crypto shares its connections with one that has
   assertEquals((await callMcp(web, one.access_token)).status, 200);
 });
 
+test("two servers at different addresses on one store say so, and touch nothing of each other's", async () => {
+  const store = memoryStore();
+  const first = world({ store, password: PASSWORD });
+  const { access_token, refresh_token, client } = await connectAs(first.app, PASSWORD);
+  assert(!first.events.some(({ type }) => type === "store_shared"));
+  const second = world({ store, baseUrl: "https://other.example", password: "another long password" });
+  await second.auth.connections();
+  const told = second.events.filter(({ type }) => type === "store_shared");
+  assert(told.length === 1 && told[0]!.message.includes(BASE));
+  assertEquals(await second.auth.connections(), []);
+  const [{ id }] = await first.auth.connections() as [Json];
+  assertEquals(await second.auth.revoke(id), false);
+  assertEquals((await callMcp(first.app, access_token)).status, 200);
+  assertEquals((await refreshing(first.app, client.client_id, refresh_token)).status, 200);
+  // Each keeps its own password, sessions and events.
+  assertEquals((await browse(first.app).approve(authorizeUrl(client.client_id), PASSWORD)).status, 302);
+  assert(!JSON.stringify(second.events).includes("connection_approved"));
+});
+
 test("two servers on one store serve one set of connections", async (t) => {
   const dir = temporaryFolder(t);
   const stores = [fileStore(dir), fileStore(dir)] as [Store, Store];
@@ -3564,6 +3766,23 @@ test("a generated password opens the door whatever strangers have used up; wrong
   for (let i = 0; i < 15; i++) statuses.push((await browse(app).approve(url, "wrong")).status);
   assertEquals(statuses.join(), [...Array(10).fill(403), ...Array(5).fill(429)].join());
   assertEquals((await browse(app).approve(url, password)).status, 302);
+});
+
+test("right passwords use up no attempts", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  for (let i = 0; i < 12; i++) {
+    assertEquals((await browse(app).approve(authorizeUrl(client_id), PASSWORD)).status, 302, `private window ${i}`);
+  }
+});
+
+test("a password with a NUL behind it is another password", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  for (const typed of [`${PASSWORD}\0`, `${PASSWORD}\0\0`]) {
+    assertEquals((await browse(app).approve(authorizeUrl(client_id), typed)).status, 403);
+  }
+  assertEquals((await browse(app).approve(authorizeUrl(client_id), PASSWORD)).status, 302);
 });
 
 test("a throttle that was filled under a wrong clock refills under the right one", async (t) => {
