@@ -87,7 +87,7 @@ export interface PersonalAuthOptions {
    * runtime without `node:https`, or a network where everything passes a proxy. It must follow no redirects.
    */
   fetchClientMetadata?: ((url: string, signal: AbortSignal) => Promise<Response>) | undefined;
-  /** How the owner's pages look, and what they say. */
+  /** How the owner's pages look. */
   pages?: PageOptions | undefined;
   /** Called with everything worth a log line or an alarm. Default: one line each on the console. */
   onEvent?: ((event: AuthEvent) => void) | undefined;
@@ -291,7 +291,6 @@ interface Settings {
   authenticateOwner: PersonalAuthOptions["authenticateOwner"];
   fetchClientMetadata: MetadataFetcher;
   pages: PageOptions;
-  wording: Wording;
   emit: Emit;
 }
 
@@ -300,8 +299,8 @@ interface Scopes {
   all: string[];
   /** What a client gets that does not ask, or asks for nothing that is known here. */
   byDefault: string[];
-  /** What a scope allows, in words; if there are none, what is given with {scope} filled in. */
-  words(scope: string, otherwise?: string): string;
+  /** What a scope allows, in words; its name if there are none. */
+  words(scope: string): string;
   /** These and all they include. */
   withIncluded(scopes: string[]): string[];
 }
@@ -367,7 +366,6 @@ function readOptions(options: PersonalAuthOptions): Omit<Settings, "emit"> {
     authenticateOwner,
     fetchClientMetadata: fetchClientMetadata ?? fetchPublicly,
     pages: readPages(options.pages ?? {}),
-    wording: { ...WORDING, ...options.pages?.wording },
   };
 }
 
@@ -447,8 +445,7 @@ function readScopes(scopes: string[] | Record<string, string | ScopeOption>): Sc
     }
     return [...reached];
   };
-  const words = (scope: string, otherwise = "{scope}") =>
-    options.get(scope)?.description || format(otherwise, { scope });
+  const words = (scope: string) => options.get(scope)?.description || scope;
   return { all, byDefault, words, withIncluded };
 }
 
@@ -514,14 +511,10 @@ function readClients(clients: PreregisteredClient[]): PreregisteredClient[] {
 }
 
 function readPages(pages: PageOptions): PageOptions {
-  const { title, accent, wording = {} } = pages;
+  const { title, accent } = pages;
   assert(title === undefined || typeof title === "string", "pages.title must be a string");
   // It becomes part of a style sheet, where nothing is escaped.
   assert(accent === undefined || /^#[0-9a-f]{6}$/i.test(accent), `pages.accent must be a colour such as "#7a3cff"`);
-  for (const [name, text] of Object.entries(wording)) {
-    assert(Object.hasOwn(WORDING, name), `pages.wording has no text ${quote(name)}`);
-    assert(typeof text === "string", `pages.wording.${name} must be a string`);
-  }
   return pages;
 }
 
@@ -1318,7 +1311,7 @@ function authorizeEndpoint(
   grants: Grants,
   owner: Owner,
 ): { show: Handler; decide: Handler } {
-  const { issuer, wording, emit } = settings;
+  const { issuer, emit } = settings;
 
   /** Runs with a checked request; answers a faulty one where it has to be answered: to the client, or on a page. */
   async function withRequest(
@@ -1379,7 +1372,7 @@ function authorizeEndpoint(
     return withRequest(c, encoded, async (request) => {
       const visit = await owner.visit(c);
       if (visit.answer) return visit.answer;
-      if (visit.who === "stranger") return messagePage(c, settings, 403, wording.strangerTitle, wording.stranger);
+      if (visit.who === "stranger") return strangerPage(c, settings);
       return await ask(c, request, encoded, visit);
     });
   };
@@ -1392,15 +1385,17 @@ function authorizeEndpoint(
     if (visit.answer) return visit.answer;
     const decision = form.get("decision");
     if (!await owner.sealed(visit.browser, encoded, csrf) || (decision !== "approve" && decision !== "deny")) {
-      if (encoded === "" || !visit.known) return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
+      if (encoded === "" || !visit.known) return expiredPage(c, settings);
       return withRequest(c, encoded, async (request) => {
         // Of two clicks, the first may have been answered before the second: that signed the owner in, and the browser's
         // secret is no longer the form's. The form proves nothing then, but the session does: only the owner is told.
         const answer = visit.who === "owner" ? await grants.answered(csrf, request) : undefined;
         if (answer) return answered(c, request, answer);
         // A form left open too long, or in a second tab while the first one signed in: asked again, and nothing lost.
-        const problem: Problem = { status: 403, message: wording.expiredAgain };
-        return await ask(c, request, encoded, visit, { csrf: await owner.seal(visit.browser, encoded), problem });
+        return await ask(c, request, encoded, visit, {
+          csrf: await owner.seal(visit.browser, encoded),
+          problem: OPEN_TOO_LONG,
+        });
       });
     }
     return withRequest(c, encoded, async (request) => {
@@ -1476,11 +1471,17 @@ function unanswerable(c: Context, error: unknown, settings: Settings): Response 
   const accept = c.req.header("Accept") ?? "";
   // mcp-remote asks this way before it opens the browser, and registers again when it reads invalid_client.
   if (accept.includes("application/json") && !accept.includes("text/html")) return errorResponse(c, error, settings);
-  const { wording } = settings;
-  let [title, advice] = [wording.faulty, wording.faultyAdvice];
-  if (code === "invalid_client") [title, advice] = [wording.unknownClient, wording.unknownClientAdvice];
-  if (event === "redirect_refused") title = wording.refusedRedirect;
-  if (event === "client_document_refused") [title, advice] = [wording.unreadClient, wording.unreadClientAdvice];
+  let title = "This request cannot be answered";
+  let advice = "Nothing was shared. If you did not start this, close the page. Otherwise connect again in the app.";
+  if (event === "redirect_refused") title = "This app is not allowed here";
+  if (event === "client_document_refused") {
+    title = "This app cannot be checked";
+    advice = "The app describes itself at an address of its own, which this server could not read. Try again later.";
+  }
+  if (code === "invalid_client") {
+    title = "This server does not know the app";
+    advice = "Remove this server from the app and add it again: the app then registers anew.";
+  }
   return messagePage(c, settings, 400, title, `${message}.`, advice);
 }
 
@@ -2287,7 +2288,7 @@ const ATTEMPT_INTERVAL = MINUTE;
 
 /** Who is at the browser: the password, its sessions, the forms bound to both, and the throttle on guessing. */
 function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
-  const { secure, authenticateOwner, wording, emit } = settings;
+  const { secure, authenticateOwner, emit } = settings;
   const cookie = cookieName(settings);
   const prefix = secure ? "host" as const : undefined;
   const passwordInPlace = once(() => placePassword(settings, store));
@@ -2368,10 +2369,10 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
     }
     if (who === "stranger") {
       emit("sign_in_failed", "authenticateOwner did not recognise the owner");
-      return { status: 403, message: wording.stranger };
+      return { status: 403, message: "You are not signed in as the owner of this server." };
     }
     // A form from before the session ended has no password: that is no wrong one, and costs no attempt.
-    if (password === "") return { status: 403, message: wording.passwordNeeded };
+    if (password === "") return { status: 403, message: "Please type your password." };
     const wait = await takeAttempt(key);
     const record = await ownerRecord();
     // Nobody guesses a generated password, so the right one is let through whatever strangers have used up. One that
@@ -2381,11 +2382,11 @@ function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
     if (!right && wait > 0) {
       emit("sign_in_throttled", "too many wrong passwords");
       c.header("Retry-After", String(wait));
-      return { status: 429, message: format(wording.throttled, { seconds: wait }) };
+      return { status: 429, message: `Too many attempts. Try again in ${wait} seconds.` };
     }
     if (!right) {
       emit("sign_in_failed", "a wrong password was entered");
-      return { status: 403, message: wording.wrongPassword };
+      return { status: 403, message: "That is not the password." };
     }
     await signIn(c, key, record);
     return undefined;
@@ -2512,7 +2513,7 @@ function connectionsEndpoint(
   owner: Owner,
   events: EventLog,
 ): { show: Handler; decide: Handler } {
-  const { basePath, password, scopes, wording } = settings;
+  const { basePath, password, scopes } = settings;
   const path = `${basePath}/connections`;
 
   async function render(c: Context, visit: Visit, problem?: Problem): Promise<Response> {
@@ -2526,9 +2527,12 @@ function connectionsEndpoint(
   /** Whether this visit may see the page at all; what to answer if not. */
   function turnedAway(c: Context, { who, answer }: Visit): Response | Promise<Response> | undefined {
     // Without any proof of the owner, this page would be everybody's, and with it tokens and the list of what is here.
-    if (password === false) return messagePage(c, settings, 403, wording.noOwner, wording.noOwnerAdvice);
+    if (password === false) {
+      const advice = "Without it, this page would be open to everybody. To use it, give personalAuth() a password.";
+      return messagePage(c, settings, 403, "The password check is off", advice);
+    }
     if (answer) return answer;
-    return who === "stranger" ? messagePage(c, settings, 403, wording.strangerTitle, wording.stranger) : undefined;
+    return who === "stranger" ? strangerPage(c, settings) : undefined;
   }
 
   const show: Handler = async (c) => {
@@ -2543,10 +2547,10 @@ function connectionsEndpoint(
     if (away) return away;
     const csrf = form.get("csrf") ?? "";
     if (!await owner.sealed(visit.browser, path, csrf)) {
-      if (!visit.known) return messagePage(c, settings, 403, wording.expired, wording.expiredAdvice);
+      if (!visit.known) return expiredPage(c, settings);
       // The second of two clicks, after the answer to the first one has signed the owner in.
       if (visit.who === "owner" && !form.has("action")) return c.redirect(path, 303);
-      return await render(c, visit, { status: 403, message: wording.expiredAgain });
+      return await render(c, visit, OPEN_TOO_LONG);
     }
     const problem = await owner.prove(c, visit, form.get("password") ?? "");
     if (problem) return await render(c, visit, problem);
@@ -2577,7 +2581,9 @@ function connectionsEndpoint(
           ...(scopes.all.length > 1 && { scopes: form.getAll("scope") }),
         };
         const made = await grants.createToken(request, csrf).catch((error) => {
-          if (error instanceof TypeError) throw new OAuthError("invalid_request", wording.tokenRefused);
+          if (error instanceof TypeError) {
+            throw new OAuthError("invalid_request", "The token needs a name, a lifetime and a scope");
+          }
           throw error;
         });
         return made && await tokenPage(c, settings, { ...made, name: request.name, back: path });
@@ -2664,89 +2670,16 @@ function eventLog(store: Store, onEvent: (event: AuthEvent) => void): EventLog {
 type Html = ReturnType<typeof html>;
 type PageStatus = 200 | 409 | 429 | ErrorStatus;
 
-/** Every text on the owner's pages. `pages.wording` replaces any of them; what stands in braces is filled in. */
-const WORDING = {
-  connect: "Connect {client}?",
-  unnamed: "an app without a name",
-  server: "Server",
-  asks: "Who asks",
-  registered: "The app registered itself; its name is its own claim.",
-  preregistered: "You registered this app yourself.",
-  published: "Described by {host}",
-  vouched: "You allow this site.",
-  target: "The answer goes to",
-  targetHere: "an app on this computer",
-  targetApp: "an app on this device",
-  allows: "It may",
-  allowsScope: "use {scope}",
-  local: "Only go on if you started this yourself, just now, on this computer. Otherwise deny.",
-  password: "Your password for this server",
-  approve: "Approve",
-  deny: "Deny",
-  signIn: "Sign in",
-  signInText: "This page is for the owner of this server.",
-  wrongPassword: "That is not the password.",
-  passwordNeeded: "Please type your password.",
-  throttled: "Too many attempts. Try again in {seconds} seconds.",
-  stranger: "You are not signed in as the owner of this server.",
-  strangerTitle: "For the owner only",
-  noOwner: "This server asks nobody for a password",
-  noOwnerAdvice: "So there is no page for its owner. Give personalAuth() a password to have one.",
-  expired: "This page has expired",
-  expiredAgain: "The page was open for too long. Please look again, and answer once more.",
-  expiredAdvice: "Go back to the app and connect again. If that does not help, allow cookies for this site.",
-  answered: "Already answered",
-  answeredAdvice: "This request was approved before. If the app is not connected, go back to it and connect again.",
-  goOn: "Go on to {client}",
-  unknownClient: "This server does not know the app",
-  unknownClientAdvice: "Remove this server from the app and add it again: the app then registers anew.",
-  unreadClient: "This app cannot be checked",
-  unreadClientAdvice: "The app describes itself at an address of its own, which has to be reachable. Try again later.",
-  refusedRedirect: "This app is not allowed here",
-  faulty: "That request cannot be answered",
-  faultyAdvice: "Go back to the app and connect again. If you run this server, its log says more.",
-  failed: "Something went wrong here",
-  connections: "Connections",
-  none: "Nothing is connected yet.",
-  since: "Since {time}",
-  lastUsed: "last used {time}",
-  neverUsed: "never used",
-  until: "until {time}",
-  personalToken: "personal access token",
-  revoke: "Revoke",
-  revokeAll: "Revoke all",
-  revokeAllText: "Every app and every token has to be connected anew.",
-  newToken: "New personal access token",
-  newTokenText: "For scripts, and for clients without a browser.",
-  tokenName: "What is it for?",
-  tokenDays: "How long is it good?",
-  days: "{days} days",
-  createToken: "Create token",
-  tokenRefused: "The token needs a name, a lifetime and a scope",
-  tokenMade: "Your new token",
-  tokenOnce: "Copy it now: it is not shown again.",
-  tokenUse: "In Claude Code, for example:",
-  back: "Back to your connections",
-  events: "What happened lately",
-  noEvents: "Nothing worth telling.",
-  times: "{count} times in all",
-  session: "This browser",
-  signOut: "Sign out here",
-  signOutEverywhere: "Sign out everywhere",
-};
-
-/** The texts of the owner's pages, by name. */
-export type Wording = Record<keyof typeof WORDING, string>;
-
-/** How the owner's pages look and what they say. */
+/** How the owner's pages look. */
 export interface PageOptions {
   /** What the owner calls this server. Default: the host of `baseUrl`. */
   title?: string;
   /** The colour of the button that approves, as `#rrggbb`; its text is black or white by itself. */
   accent?: string;
-  /** Texts to use instead of the built-in ones. */
-  wording?: Partial<Wording>;
 }
+
+/** What a client is called that has no name. */
+const UNNAMED = "an app without a name";
 
 const STYLE = `
 :root{color-scheme:light dark;--ink:#1d1b18;--soft:#5c574f;--paper:#f5f3ee;--card:#fff;--line:#dcd7cc;--link:#1d4f9c;--accent:#1d4f9c;--on-accent:#fff;--warn:#7a3d00;--warn-paper:#fff4e0}
@@ -2784,11 +2717,6 @@ a{color:var(--link)}
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
 `;
 
-/** A text with its braces filled in; the page escapes the result as a whole. */
-function format(text: string, values: Record<string, string | number>): string {
-  return text.replace(/\{(\w+)\}/g, (braces, name) => String(values[name] ?? braces));
-}
-
 /** The question to the owner, and with it the password form if nobody is signed in. */
 function consentPage(
   c: Context,
@@ -2796,51 +2724,53 @@ function consentPage(
   request: AuthorizationRequest,
   form: { who: Visit["who"]; encoded: string; csrf: string; vouched: boolean; problem?: Problem },
 ): Response | Promise<Response> {
-  const { issuer, basePath, scopes, wording } = settings;
+  const { issuer, basePath, scopes } = settings;
   const { client, redirect_uri } = request;
   const target = new URL(redirect_uri);
   const here = isLoopback(target.hostname);
-  const name = client.name || wording.unnamed;
-  const title = format(wording.connect, { client: name });
-  const origin =
-    { registered: wording.registered, preregistered: wording.preregistered, document: "" }[client.source] ||
-    format(wording.published, { host: new URL(client.id).host });
+  const name = client.name || UNNAMED;
+  const title = `Connect ${name}?`;
+  const origin = client.source === "document"
+    ? `Described by ${new URL(client.id).host}`
+    : client.source === "registered"
+    ? "The app chose this name; it is not verified."
+    : "You registered this app yourself.";
   const allowed = request.scopes.filter((scope) => scope !== OFFLINE_ACCESS);
   // Beside what it vouches for: the site of the document, or else the one that the answer goes to; never a mere name.
-  const mark = form.vouched && html`<br><small class="mark">✓ ${wording.vouched}</small>`;
+  const mark = form.vouched && html`<br><small class="mark">✓ On your list</small>`;
   const body = html`
     <h1>${title}</h1>
     <dl>
       <div>
-        <dt>${wording.asks}</dt>
+        <dt>App</dt>
         <dd><strong>${name}</strong><br><small>${origin}</small>
           ${client.source === "document" && mark}</dd>
       </div>
       <div>
-        <dt>${wording.target}</dt>
+        <dt>You'll be sent back to</dt>
         <dd><strong>${target.protocol}//${target.host}</strong>
           ${client.source !== "document" && mark}
-          ${here && html`<br><small>${wording.targetHere}</small>`}
-          ${!/^https?:$/.test(target.protocol) && html`<br><small>${wording.targetApp}</small>`}</dd>
+          ${here && html`<br><small>an app on this computer</small>`}
+          ${!/^https?:$/.test(target.protocol) && html`<br><small>an app on this device</small>`}</dd>
       </div>
       <div>
-        <dt>${wording.allows}</dt>
+        <dt>It may</dt>
         <dd>
-          <ul>${allowed.map((scope) => html`<li>${scopes.words(scope, wording.allowsScope)}</li>`)}</ul>
+          <ul>${allowed.map((scope) => html`<li>${scopes.words(scope)}</li>`)}</ul>
         </dd>
       </div>
       <div>
-        <dt>${wording.server}</dt>
+        <dt>Server</dt>
         <dd>${issuer}</dd>
       </div>
     </dl>
-    ${here && html`<p class="warn">${wording.local}</p>`}
+    ${here && html`<p class="warn">Approve only if you just started this.</p>`}
     <form method="post" action="${basePath}/authorize">
       <input type="hidden" name="request" value="${form.encoded}">
       <input type="hidden" name="csrf" value="${form.csrf}">
-      ${passwordField(settings, form)}
-      <button class="approve" name="decision" value="approve">${wording.approve}</button>
-      <button name="decision" value="deny" formnovalidate>${wording.deny}</button>
+      ${passwordField(form)}
+      <button class="approve" name="decision" value="approve">Approve</button>
+      <button name="decision" value="deny" formnovalidate>Deny</button>
     </form>
   `;
   return page(c, settings, { status: form.problem?.status ?? 200, title, body });
@@ -2848,13 +2778,12 @@ function consentPage(
 
 /** `ready`: with the cursor in it; not where that would scroll the question out of sight on a phone. */
 function passwordField(
-  { wording }: Settings,
   { who, problem, ready = problem !== undefined }: { who: Visit["who"]; problem?: Problem; ready?: boolean },
 ): Html {
   return html`
     ${problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`}
     ${who === "anybody" && html`
-      <label for="password">${wording.password}</label>
+      <label for="password">Your password for this server</label>
       <input id="password" name="password" type="password" autocomplete="current-password" required
         ${problem && raw('aria-describedby="problem" aria-invalid="true"')} ${ready && raw("autofocus")}>
     `}
@@ -2866,17 +2795,16 @@ function signInPage(
   settings: Settings,
   { action, csrf, problem }: { action: string; csrf: string; problem?: Problem },
 ): Response | Promise<Response> {
-  const { wording } = settings;
   const body = html`
-    <h1>${wording.signIn}</h1>
-    <p>${wording.signInText}</p>
+    <h1>Sign in</h1>
+    <p>This page is for the owner of this server.</p>
     <form method="post" action="${action}">
       <input type="hidden" name="csrf" value="${csrf}">
-      ${passwordField(settings, { who: "anybody", ready: true, ...(problem && { problem }) })}
-      <button class="approve">${wording.signIn}</button>
+      ${passwordField({ who: "anybody", ready: true, ...(problem && { problem }) })}
+      <button class="approve">Sign in</button>
     </form>
   `;
-  return page(c, settings, { status: problem?.status ?? 200, title: wording.signIn, body });
+  return page(c, settings, { status: problem?.status ?? 200, title: "Sign in", body });
 }
 
 function connectionsPage(
@@ -2890,7 +2818,7 @@ function connectionsPage(
     problem?: Problem;
   },
 ): Response | Promise<Response> {
-  const { wording, authenticateOwner } = settings;
+  const { authenticateOwner } = settings;
   const form = (name: string, content: Html) =>
     html`
       <form method="post" action="${action}">
@@ -2899,19 +2827,19 @@ function connectionsPage(
     `;
   const button = (name: string, text: string) => form(name, html`<button>${text}</button>`);
   const body = html`
-    <h1>${wording.connections}</h1>
+    <h1>Connections</h1>
     ${problem && html`<p class="warn" role="alert">${problem.message}</p>`}
-    ${connections.length === 0 && html`<p class="soft">${wording.none}</p>`}
+    ${connections.length === 0 && html`<p class="soft">Nothing is connected yet.</p>`}
     <ul class="list">${connections.map((connection) => connectionItem(settings, connection, form))}</ul>
     ${connections.length > 1 && html`
-      <details><summary>${wording.revokeAll}</summary>
-        <p>${wording.revokeAllText}</p>${button("revoke_all", wording.revokeAll)}</details>
+      <details><summary>Revoke all</summary>
+        <p>Every app and every token has to be connected anew.</p>${button("revoke_all", "Revoke all")}</details>
     `}
-    <h2>${wording.newToken}</h2>
-    <p class="soft">${wording.newTokenText}</p>
+    <h2>New personal access token</h2>
+    <p class="soft">For scripts, and for clients without a browser.</p>
     ${form("create_token", tokenFields(settings))}
-    <h2>${wording.events}</h2>
-    ${events.length === 0 && html`<p class="soft">${wording.noEvents}</p>`}
+    <h2>Recent activity</h2>
+    ${events.length === 0 && html`<p class="soft">No activity yet.</p>`}
     <ul class="list">${events.map(({ at, message, clientName, count }) =>
       html`
         <li>
@@ -2919,39 +2847,39 @@ function connectionsPage(
             <strong>${clientName}</strong>:
           `}${message}<br>
           <small>${formatTime(at)}${count > 1 && html`
-            · ${format(wording.times, { count })}
+            · ${count} times in all
           `}</small></div>
         </li>
       `
     )}</ul>
     ${!authenticateOwner && html`
-      <h2>${wording.session}</h2>
-      <div class="row">${button("sign_out", wording.signOut)}
-              ${button("sign_out_everywhere", wording.signOutEverywhere)}</div>
+      <h2>This browser</h2>
+      <div class="row">${button("sign_out", "Sign out here")}
+              ${button("sign_out_everywhere", "Sign out everywhere")}</div>
     `}
   `;
-  return page(c, settings, { status: problem?.status ?? 200, title: wording.connections, body, wide: true });
+  return page(c, settings, { status: problem?.status ?? 200, title: "Connections", body, wide: true });
 }
 
 function connectionItem(
-  { wording, scopes }: Settings,
+  { scopes }: Settings,
   { id, kind, clientName, redirectUri, scopes: granted, createdAt, lastUsedAt, expiresAt }: Connection,
   form: (name: string, content: Html) => Html,
 ): Html {
   const target = redirectUri && new URL(redirectUri);
-  const used = lastUsedAt ? format(wording.lastUsed, { time: formatTime(lastUsedAt) }) : wording.neverUsed;
-  const name = clientName || wording.unnamed;
+  const used = lastUsedAt ? `last used ${formatTime(lastUsedAt)}` : "never used";
+  const name = clientName || UNNAMED;
   return html`<li>
     <div><strong>${name}</strong> <small>${
-    target ? `${target.protocol}//${target.host}` : wording.personalToken
+    target ? `${target.protocol}//${target.host}` : "personal access token"
   }</small><br>
       <small>${
     granted.filter((scope) => scope !== OFFLINE_ACCESS).map((scope) => scopes.words(scope)).join(", ")
   }</small><br>
-      <small>${format(wording.since, { time: formatTime(createdAt) })} · ${used}
+      <small>Since ${formatTime(createdAt)} · ${used}
         ${
     kind === "token" && html`
-      · ${format(wording.until, { time: formatTime(expiresAt) })}
+      · until ${formatTime(expiresAt)}
     `
   }</small></div>
     ${
@@ -2959,22 +2887,22 @@ function connectionItem(
       "revoke",
       html`
         <input type="hidden" name="id" value="${id}">
-        <button aria-label="${wording.revoke}: ${name}">${wording.revoke}</button>
+        <button aria-label="Revoke: ${name}">Revoke</button>
       `,
     )
   }
   </li>`;
 }
 
-function tokenFields({ wording, scopes }: Settings): Html {
+function tokenFields({ scopes }: Settings): Html {
   return html`
-    <label for="name">${wording.tokenName}</label>
+    <label for="name">What is it for?</label>
     <input id="name" name="name" required maxlength="200" autocomplete="off">
-    <label for="days">${wording.tokenDays}</label>
+    <label for="days">Expires after</label>
     <select id="days" name="days">${[30, 90, 365].map((days) =>
-      html`<option value="${days}">${format(wording.days, { days })}</option>`
+      html`<option value="${days}">${days} days</option>`
     )}</select>
-    ${scopes.all.length > 1 && html`<fieldset><legend>${wording.allows}</legend>${
+    ${scopes.all.length > 1 && html`<fieldset><legend>It may</legend>${
       scopes.all.map((scope) =>
         html`
           <label><input type="checkbox" name="scope" value="${scope}"
@@ -2982,7 +2910,7 @@ function tokenFields({ wording, scopes }: Settings): Html {
         `
       )
     }</fieldset>`}
-    <button>${wording.createToken}</button>
+    <button>Create token</button>
   `;
 }
 
@@ -2992,18 +2920,18 @@ function tokenPage(
   settings: Settings,
   { token, name, back }: { token: string; name: string; back: string },
 ): Response | Promise<Response> {
-  const { wording, resource } = settings;
+  const { resource } = settings;
   const label = name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "personal";
   const command = `claude mcp add --transport http ${label} ${resource} --header "Authorization: Bearer ${token}"`;
   const body = html`
-    <h1>${wording.tokenMade}</h1>
-    <p class="warn">${wording.tokenOnce}</p>
+    <h1>Your new token</h1>
+    <p class="warn">Copy it now: it is not shown again.</p>
     <pre tabindex="0">${token}</pre>
-    <p>${wording.tokenUse}</p>
+    <p>In Claude Code, for example:</p>
     <pre tabindex="0">${command}</pre>
-    <p><a href="${back}">${wording.back}</a></p>
+    <p><a href="${back}">Back to your connections</a></p>
   `;
-  return page(c, settings, { status: 200, title: wording.tokenMade, body });
+  return page(c, settings, { status: 200, title: "Your new token", body });
 }
 
 /** In UTC: without script, a page cannot know the owner's own time. */
@@ -3013,12 +2941,12 @@ function formatTime(at: number): string {
 
 /** The answer to a form that was sent before, and the way on if the first answer did not get through. */
 function answeredPage(c: Context, settings: Settings, client: string, uri?: string): Response | Promise<Response> {
-  const { answered, answeredAdvice, goOn, unnamed } = settings.wording;
   const body = html`
-    <h1>${answered}</h1><p>${answeredAdvice}</p>
-    ${uri && html`<p><a href="${uri}">${format(goOn, { client: client || unnamed })}</a></p>`}
+    <h1>Already answered</h1>
+    <p>You approved this request before. If the app is not connected, go back to it and connect again.</p>
+    ${uri && html`<p><a href="${uri}">Go on to ${client || UNNAMED}</a></p>`}
   `;
-  return page(c, settings, { status: 409, title: answered, body });
+  return page(c, settings, { status: 409, title: "Already answered", body });
 }
 
 /** Black or white, whichever is easier to read on a colour `#rrggbb` (relative luminance, WCAG 2). */
@@ -3039,6 +2967,21 @@ function messagePage(
     title,
     body: html`<h1>${title}</h1>${texts.map((text) => html`<p>${text}</p>`)}`,
   });
+}
+
+const OPEN_TOO_LONG: Problem = {
+  status: 403,
+  message: "This page was open for too long. Please check it and answer again.",
+};
+
+function expiredPage(c: Context, settings: Settings): Response | Promise<Response> {
+  const advice = "Go back to the app and connect again. If that does not help, allow cookies for this site.";
+  return messagePage(c, settings, 403, "This page has expired", advice);
+}
+
+function strangerPage(c: Context, settings: Settings): Response | Promise<Response> {
+  const text = "You are not signed in as the owner of this server.";
+  return messagePage(c, settings, 403, "For the owner only", text);
 }
 
 /**
@@ -3925,7 +3868,7 @@ function errorPage(c: Context, thrown: unknown, settings: Settings): Response | 
     c,
     settings,
     status,
-    status < 500 ? settings.wording.faulty : settings.wording.failed,
+    status < 500 ? "This request cannot be answered" : "Something went wrong here",
     `${message}.`,
   );
 }

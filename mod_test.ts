@@ -1731,30 +1731,23 @@ test("/connections with authenticateOwner or without any owner", async () => {
   assert(closed.status === 403 && !closed.text.includes("a secret name"));
 });
 
-test("the owner's texts, title and colour replace the built-in ones, escaped", async () => {
+test("the owner's title and colour replace the built-in ones, escaped", async () => {
   const { app } = world({
     password: PASSWORD,
-    pages: {
-      title: "Ada's <notes>",
-      accent: "#ffcc00",
-      wording: { approve: "Ja & los", connect: "{client} verbinden? {x}" },
-    },
+    pages: { title: "Ada's <notes>", accent: "#ffcc00" },
   });
   const { client_id } = await register(app, { client_name: "$& {server}" });
   const { text } = await browse(app).open(authorizeUrl(client_id));
   for (
     const part of [
       "Ada&#39;s &lt;notes&gt;",
-      "Ja &amp; los",
-      "$&amp; {server} verbinden? {x}",
+      "Connect $&amp; {server}?",
       "--accent:#ffcc00;--on-accent:#000",
     ]
   ) {
     assert(text.includes(part), part);
   }
-  const wrong: Json[] = [{ accent: "red" }, { accent: "#fff}</style>" }, { title: 1 }, { wording: { nonsense: "x" } }, {
-    wording: { approve: 1 },
-  }];
+  const wrong: Json[] = [{ accent: "red" }, { accent: "#fff}</style>" }, { title: 1 }];
   for (const pages of wrong) assertThrows(() => world({ pages }), TypeError, "pages.", JSON.stringify(pages));
 });
 

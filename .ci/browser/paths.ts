@@ -123,7 +123,7 @@ const authorize: Checks<Walk> = {
   "consent: password and approval in one page": async ({ owner, site, local, apps }) => {
     await owner.open(local);
     await owner.says("Connect Claude Code?", new URL(apps.local).origin, "read your notes", "change your notes");
-    await owner.says("Only go on if you started this yourself");
+    await owner.says("Approve only if you just started this.");
     await owner.inspect("consent-password");
     await owner.approve(PASSWORD);
     assertEquals(await owner.title(), "Connected", "the page after approving");
@@ -240,7 +240,7 @@ const authorize: Checks<Walk> = {
     travel(11 * 60);
     await owner.press("Approve", 403);
     await owner.inspect("expired");
-    await owner.says("Connect Claude?", "The page was open for too long.");
+    await owner.says("Connect Claude?", "This page was open for too long.");
     assertEquals(apps.callbacks.length, 0, "the number of callbacks");
     await owner.approve();
     await site.redeem(web, await apps.arrived());
@@ -534,7 +534,7 @@ const byKeyboard: Checks<Walk> = {
         "button Revoke: Claude Code",
         "summary Revoke all",
         "input What is it for?",
-        "select How long is it good?",
+        "select Expires after",
         "input read your notes",
         "input change your notes",
         "button Create token",
@@ -553,7 +553,7 @@ const byKeyboard: Checks<Walk> = {
     await owner.open(`${site.base}/connections`);
     await tabTo(owner, "What is it for?");
     await page.keyboard.type("By keyboard");
-    await tabTo(owner, "How long");
+    await tabTo(owner, "Expires after");
     await page.keyboard.press("ArrowDown");
     await tabTo(owner, "change your notes");
     await page.keyboard.press("Space");
