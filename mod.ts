@@ -146,6 +146,8 @@ export interface Connection {
   kind: "client" | "token";
   clientId: string;
   clientName: string;
+  /** What the owner calls it. */
+  label?: string;
   redirectUri?: string;
   scopes: string[];
   createdAt: number;
@@ -598,6 +600,8 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   post("/introspect", (c) => introspectionEndpoint(c, clients, grants, settings));
   pages("/authorize", authorizeEndpoint(settings, clients, redirects, grants, owner));
   pages("/connections", connectionsEndpoint(settings, grants, owner, events));
+
+  for (const path of new Set([basePath || "/", `${basePath}/`])) app.get(path, homePage(settings));
 
   // Without the path of baseUrl too: a handler that was put there by mistake must not stand open.
   for (const path of new Set([mcpPath, mcpPath.slice(basePath.length)])) app.use(`${path}/*`, guard.middleware);
@@ -1347,10 +1351,14 @@ function authorizeEndpoint(
     return `${redirect_uri}${redirect_uri.includes("?") ? "&" : "?"}${query}`;
   }
 
-  function redirectBack(c: Context, target: Target, answer: Record<string, string>): Response {
+  function redirectBack(c: Context, target: Target, answer: Record<string, string>): Response | Promise<Response> {
+    const uri = answerUri(target, answer);
+    if (!/^https?:/i.test(uri)) {
+      return openAppPage(c, settings, uri, target.client.name, "code" in answer);
+    }
     c.header("Cache-Control", "no-store");
     // 302, never 307: the browser would post the owner's password on to the client.
-    return c.redirect(answerUri(target, answer), 302);
+    return c.redirect(uri, 302);
   }
 
   async function ask(c: Context, request: AuthorizationRequest, encoded: string, { browser, who }: Visit, again?: {
@@ -1384,7 +1392,8 @@ function authorizeEndpoint(
     const visit = await owner.visit(c);
     if (visit.answer) return visit.answer;
     const decision = form.get("decision");
-    if (!await owner.sealed(visit.browser, encoded, csrf) || (decision !== "approve" && decision !== "deny")) {
+    const known = ["approve", "approve_elsewhere", "deny"].includes(decision ?? "");
+    if (!known || !await owner.sealed(visit.browser, encoded, csrf)) {
       if (encoded === "" || !visit.known) return expiredPage(c, settings);
       return withRequest(c, encoded, async (request) => {
         // Of two clicks, the first may have been answered before the second: that signed the owner in, and the browser's
@@ -1400,6 +1409,12 @@ function authorizeEndpoint(
     }
     return withRequest(c, encoded, async (request) => {
       const { client, redirect_uri } = request;
+      const elsewhere = decision === "approve_elsewhere";
+      // Only the address of a loopback listener is shown: any other app is reached from here, and its code is no text
+      // that somebody could be talked into sending on.
+      if (elsewhere && !isLocal(new URL(redirect_uri))) {
+        throw new OAuthError("invalid_request", "This app can be reached from this browser");
+      }
       if (decision === "deny") {
         emit("connection_denied", "the request was denied", { clientName: client.name });
         return redirectBack(c, request, { error: "access_denied", error_description: "The owner denied the request" });
@@ -1407,8 +1422,9 @@ function authorizeEndpoint(
       const problem = await owner.prove(c, visit, form.get("password") ?? "");
       if (problem) return await ask(c, request, encoded, visit, { csrf, problem });
       const { code, repeated } = await grants.approve(csrf, request);
+      if (!repeated) emit("connection_approved", `approved for ${redirect_uri}`, { clientName: client.name });
+      if (elsewhere && code) return elsewherePage(c, settings, answerUri(request, { code }));
       if (repeated) return answered(c, request, { code });
-      emit("connection_approved", `approved for ${redirect_uri}`, { clientName: client.name });
       return redirectBack(c, request, { code: code! });
     });
   };
@@ -1609,6 +1625,8 @@ async function introspectionEndpoint(
  */
 export interface Grant {
   client: { id: string; name: string };
+  /** What the owner calls it. */
+  label?: string;
   /** Absent for a personal access token. */
   redirect_uri?: string;
   scopes: string[];
@@ -1807,6 +1825,15 @@ export function revokeGrant({ code: _code, refresh: _refresh, ...rest }: Grant, 
   return { ...rest, access: [], revoked: rest.revoked ?? now };
 }
 
+/**
+ * The owner's own name for a connection; an empty one takes it away.
+ *
+ * @internal
+ */
+export function renameGrant({ label: _label, ...grant }: Grant, label: string): Grant {
+  return { ...grant, ...(label && { label }) };
+}
+
 interface TokenResponse {
   access_token: string;
   token_type: "Bearer";
@@ -1833,6 +1860,7 @@ interface Grants {
   verify(token: string): AuthInfo | Promise<AuthInfo>;
   connections: PersonalAuth["connections"];
   revoke: PersonalAuth["revoke"];
+  rename(id: string, label: string): Promise<void>;
   /** With a form: nothing if it was sent before, and what it made is in use. */
   createToken(request: TokenRequest, form?: string): Promise<NewToken | undefined>;
 }
@@ -1987,6 +2015,10 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     return ended !== undefined;
   }
 
+  async function rename(id: string, label: string): Promise<void> {
+    await store.update(`grant/${id}`, (current) => current && renameGrant(current as Grant, label));
+  }
+
   function verify(token: string): AuthInfo | Promise<AuthInfo> {
     const now = seconds();
     const version = store.version?.(); // before the record is read, or a change in between would go unseen
@@ -2046,7 +2078,11 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
         kind: grant.client.id === PERSONAL ? "token" : "client",
         clientId: grant.client.id,
         clientName: grant.client.name,
-        ...defined({ redirectUri: grant.redirect_uri, lastUsedAt: grant.used && Math.floor(grant.used) }),
+        ...defined({
+          label: grant.label,
+          redirectUri: grant.redirect_uri,
+          lastUsedAt: grant.used && Math.floor(grant.used),
+        }),
         scopes: grant.scopes,
         createdAt: Math.floor(grant.created),
         expiresAt: Math.floor(grant.expires),
@@ -2084,7 +2120,7 @@ function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
     emit(type, message, { connection, ...defined({ clientName: grant?.client.name }) });
   }
 
-  return { approve, answered, redeem, refresh, revokeToken, revoke, verify, connections, createToken };
+  return { approve, answered, redeem, refresh, revokeToken, revoke, rename, verify, connections, createToken };
 }
 
 /** What the store said of a good access token, under which version. */
@@ -2506,6 +2542,19 @@ async function stretch(password: string, { salt, iterations }: { salt: string; i
 // Owner's page
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+/** What the owner's page works with; `path`: its own. */
+type OwnersPage = { settings: Settings; grants: Grants; owner: Owner; events: EventLog; path: string };
+
+/** What was done, told on the page that follows. Its address names one of these, so that no link can make it say more. */
+const DONE = {
+  disconnected: "Disconnected. It has to ask you again.",
+  all_disconnected: "Everything is disconnected.",
+  renamed: "Renamed.",
+};
+
+/** The longest name that the owner can give to a connection. */
+const MAX_LABEL = 60;
+
 /** `/connections`: what is connected, personal access tokens, and what happened lately. */
 function connectionsEndpoint(
   settings: Settings,
@@ -2513,86 +2562,109 @@ function connectionsEndpoint(
   owner: Owner,
   events: EventLog,
 ): { show: Handler; decide: Handler } {
-  const { basePath, password, scopes } = settings;
-  const path = `${basePath}/connections`;
+  const server: OwnersPage = { settings, grants, owner, events, path: `${settings.basePath}/connections` };
+  return { show: (c) => showConnections(server, c), decide: (c) => changeConnections(server, c) };
+}
 
-  async function render(c: Context, visit: Visit, problem?: Problem): Promise<Response> {
-    const csrf = await owner.seal(visit.browser, path);
-    if (visit.who !== "owner") return signInPage(c, settings, { action: path, csrf, ...(problem && { problem }) });
-    const connections = await grants.connections();
-    const latest = await events.latest();
-    return connectionsPage(c, settings, { action: path, csrf, connections, events: latest, ...defined({ problem }) });
+async function showConnections(server: OwnersPage, c: Context): Promise<Response> {
+  const visit = await server.owner.visit(c);
+  return await turnedAway(server, c, visit) ?? await renderConnections(server, c, visit);
+}
+
+async function changeConnections(server: OwnersPage, c: Context): Promise<Response> {
+  const { settings, owner, path } = server;
+  const form = await readForm(c, "scope");
+  const visit = await owner.visit(c);
+  const away = await turnedAway(server, c, visit);
+  if (away) return away;
+  const csrf = form.get("csrf") ?? "";
+  if (!await owner.sealed(visit.browser, path, csrf)) {
+    if (!visit.known) return expiredPage(c, settings);
+    // The second of two clicks, after the answer to the first one has signed the owner in.
+    if (visit.who === "owner" && !form.has("action")) return c.redirect(path, 303);
+    return await renderConnections(server, c, visit, OPEN_TOO_LONG);
   }
-
-  /** Whether this visit may see the page at all; what to answer if not. */
-  function turnedAway(c: Context, { who, answer }: Visit): Response | Promise<Response> | undefined {
-    // Without any proof of the owner, this page would be everybody's, and with it tokens and the list of what is here.
-    if (password === false) {
-      const advice = "Without it, this page would be open to everybody. To use it, give personalAuth() a password.";
-      return messagePage(c, settings, 403, "The password check is off", advice);
-    }
-    if (answer) return answer;
-    return who === "stranger" ? strangerPage(c, settings) : undefined;
+  const problem = await owner.prove(c, visit, form.get("password") ?? "");
+  if (problem) return await renderConnections(server, c, visit, problem);
+  if (form.get("action") === "create_token") {
+    const made = await createToken(server, c, form, csrf);
+    if (made) return made;
   }
+  const done = await act(server, visit, form);
+  // 303: a reload of the page that follows must not do it again.
+  return c.redirect(done ? `${path}?done=${done}` : path, 303);
+}
 
-  const show: Handler = async (c) => {
-    const visit = await owner.visit(c);
-    return turnedAway(c, visit) ?? await render(c, visit);
-  };
+/** What to answer a visit that may not see the page at all. */
+async function turnedAway({ settings }: OwnersPage, c: Context, { who, answer }: Visit): Promise<Response | undefined> {
+  // Without any proof of the owner, this page would be everybody's, and with it tokens and the list of what is here.
+  if (settings.password === false) {
+    const advice = "Without it, this page would be open to everybody. To use it, give personalAuth() a password.";
+    return await messagePage(c, settings, 403, "The password check is off", advice);
+  }
+  return answer ?? (who === "stranger" ? await strangerPage(c, settings) : undefined);
+}
 
-  const decide: Handler = async (c) => {
-    const form = await readForm(c, "scope");
-    const visit = await owner.visit(c);
-    const away = turnedAway(c, visit);
-    if (away) return away;
-    const csrf = form.get("csrf") ?? "";
-    if (!await owner.sealed(visit.browser, path, csrf)) {
-      if (!visit.known) return expiredPage(c, settings);
-      // The second of two clicks, after the answer to the first one has signed the owner in.
-      if (visit.who === "owner" && !form.has("action")) return c.redirect(path, 303);
-      return await render(c, visit, OPEN_TOO_LONG);
-    }
-    const problem = await owner.prove(c, visit, form.get("password") ?? "");
-    if (problem) return await render(c, visit, problem);
-    const answer = await act(c, visit, form, csrf);
-    // 303: a reload of the page that follows must not do it again.
-    return answer ?? c.redirect(path, 303);
-  };
+async function renderConnections(server: OwnersPage, c: Context, visit: Visit, problem?: Problem): Promise<Response> {
+  const { settings, grants, owner, events, path } = server;
+  const csrf = await owner.seal(visit.browser, path);
+  const key = c.req.query("done") ?? "";
+  const done = Object.hasOwn(DONE, key) ? DONE[key as keyof typeof DONE] : undefined;
+  if (visit.who !== "owner") return await signInPage(c, settings, path, csrf, problem);
+  const known = { connections: await grants.connections(), events: await events.latest(), attempts: [] };
+  return await connectionsPage(c, settings, { action: path, csrf, ...known, ...defined({ done, problem }) });
+}
 
-  async function act(c: Context, visit: Visit, form: URLSearchParams, csrf: string): Promise<Response | undefined> {
-    switch (form.get("action")) {
-      case "revoke":
-        await grants.revoke(form.get("id") ?? "");
-        return undefined;
-      case "revoke_all":
-        for (const { id } of await grants.connections()) await grants.revoke(id);
-        return undefined;
-      case "sign_out":
-        await owner.signOut(visit);
-        return undefined;
-      case "sign_out_everywhere":
-        await owner.signOutEverywhere();
-        return undefined;
-      case "create_token": {
-        const request = {
-          name: form.get("name") ?? "",
-          expiresIn: Number(form.get("days") ?? 0) * DAY,
-          // With one scope there is nothing to choose; with several, none ticked is none, not all.
-          ...(scopes.all.length > 1 && { scopes: form.getAll("scope") }),
-        };
-        const made = await grants.createToken(request, csrf).catch((error) => {
-          if (error instanceof TypeError) {
-            throw new OAuthError("invalid_request", "The token needs a name, a lifetime and a scope");
-          }
-          throw error;
-        });
-        return made && await tokenPage(c, settings, { ...made, name: request.name, back: path });
+/** Does what a button says, and returns how to tell of it. */
+async function act({ grants, owner }: OwnersPage, visit: Visit, form: URLSearchParams) {
+  const id = form.get("id") ?? "";
+  switch (form.get("action")) {
+    case "revoke":
+      await grants.revoke(id);
+      return "disconnected";
+    case "revoke_all":
+      for (const connection of await grants.connections()) await grants.revoke(connection.id);
+      return "all_disconnected";
+    case "rename": {
+      const label = printable(form.get("label") ?? "");
+      if (label.length > MAX_LABEL) {
+        throw new OAuthError("invalid_request", `The name may have up to ${MAX_LABEL} characters`);
       }
+      await grants.rename(id, label);
+      return "renamed";
     }
-    return undefined;
+    case "sign_out":
+      return await owner.signOut(visit);
+    case "sign_out_everywhere":
+      return await owner.signOutEverywhere();
   }
+}
 
-  return { show, decide };
+async function createToken({ settings, grants }: OwnersPage, c: Context, form: URLSearchParams, csrf: string) {
+  const request = {
+    name: form.get("name") ?? "",
+    expiresIn: Number(form.get("days") ?? 0) * DAY,
+    // With one scope there is nothing to choose; with several, none ticked is none, not all.
+    ...(settings.scopes.all.length > 1 && { scopes: form.getAll("scope") }),
+  };
+  const made = await grants.createToken(request, csrf).catch((error) => {
+    if (!(error instanceof TypeError)) throw error;
+    throw new OAuthError("invalid_request", "The token needs a name, a lifetime and a scope");
+  });
+  return made && await tokenPage(c, settings, made.token, request.name);
+}
+
+/**
+ * Leads a browser from the root to the owner's page if the app has nothing there: `next()` asks all routes that come
+ * after this one. A program that probes the root still finds nothing.
+ */
+function homePage({ basePath }: Settings): MiddlewareHandler {
+  return async (c, next) => {
+    await next();
+    if (c.res.status !== 404 || !c.req.header("Accept")?.includes("text/html")) return;
+    c.res = undefined; // or its headers would be kept
+    c.res = new Response(null, { status: 302, headers: { Location: `${basePath}/connections` } });
+  };
 }
 
 /** `events`: the latest of each kind. */
@@ -2601,8 +2673,11 @@ type LoggedEvent = Pick<AuthEvent, "at" | "message" | "clientName" | "connection
 
 interface EventLog {
   emit: Emit;
-  latest(): Promise<(LoggedEvent & { type: AuthEvent["type"]; count: number })[]>;
+  latest(): Promise<LoggedEvents>;
 }
+
+/** The latest first; `count`: all of that type so far. */
+type LoggedEvents = (LoggedEvent & { type: AuthEvent["type"]; count: number })[];
 
 const MAX_EVENTS_PER_TYPE = 5;
 /** What strangers can cause at will: kept in memory until something worth a write comes along, so they cause no writes. */
@@ -2672,7 +2747,7 @@ type PageStatus = 200 | 409 | 429 | ErrorStatus;
 
 /** How the owner's pages look. */
 export interface PageOptions {
-  /** What the owner calls this server. Default: the host of `baseUrl`. */
+  /** What the owner calls this server. Default: its address. */
   title?: string;
   /** The colour of the button that approves, as `#rrggbb`; its text is black or white by itself. */
   accent?: string;
@@ -2681,108 +2756,117 @@ export interface PageOptions {
 /** What a client is called that has no name. */
 const UNNAMED = "an app without a name";
 
+// What apps say of themselves is a .name: two lines at most, and clipped, so that combining marks draw over nothing else.
 const STYLE = `
-:root{color-scheme:light dark;--ink:#1d1b18;--soft:#5c574f;--paper:#f5f3ee;--card:#fff;--line:#dcd7cc;--link:#1d4f9c;--accent:#1d4f9c;--on-accent:#fff;--warn:#7a3d00;--warn-paper:#fff4e0}
-@media(prefers-color-scheme:dark){:root{--ink:#f1efe9;--soft:#b8b2a7;--paper:#161513;--card:#211f1d;--line:#3d3a35;--link:#8db4f5;--accent:#8db4f5;--on-accent:#0d1d35;--warn:#ffcf8f;--warn-paper:#36260f}}
-@media(prefers-contrast:more){:root{--soft:var(--ink);--line:var(--ink)}}
+:root{color-scheme:light dark;--ink:#1d1b18;--soft:#5c574f;--paper:#f5f3ee;--card:#fff;--line:#e0dbd0;--link:#1d4f9c;
+--accent:#1d4f9c;--on-accent:#fff;--warn:#7a3d00;--warn-paper:#fff4e0;--good:#1b6b3a;--good-paper:#e8f5ec;--bad:#a3241b}
+@media(prefers-color-scheme:dark){:root{--ink:#f1efe9;--soft:#b8b2a7;--paper:#161513;--card:#211f1d;--line:#3d3a35;
+--link:#8db4f5;--accent:#8db4f5;--on-accent:#0d1d35;--warn:#ffcf8f;--warn-paper:#36260f;--good:#8fd8a8;
+--good-paper:#16301f;--bad:#ff9d94}}@media(prefers-contrast:more){:root{--soft:var(--ink);--line:var(--ink)}}
 *{box-sizing:border-box}
-body{margin:0;min-height:100vh;display:grid;place-items:center;padding:1rem;background:var(--paper);color:var(--ink);font:1rem/1.5 system-ui,sans-serif}
-main{width:100%;max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);border-radius:1.1rem}
-main.wide{max-width:44rem}
-header{margin:0 0 1.1rem;color:var(--soft);font-size:.9rem;overflow-wrap:anywhere}
-h1{margin:0 0 .4rem;font-size:1.5rem;line-height:1.25;overflow-wrap:anywhere}
-h2{margin:2rem 0 .5rem;font-size:1.1rem}
-p{margin:.5rem 0;overflow-wrap:anywhere}
-small,.soft,dt{color:var(--soft);font-size:.9rem}
-dl{margin:1.1rem 0;display:grid;gap:.9rem}
-dd{margin:.1rem 0 0;overflow-wrap:anywhere}
-ul{list-style:none;margin:0;padding:0}
-.list>li{padding:.9rem 0;border-top:1px solid var(--line);display:flex;flex-wrap:wrap;gap:.5rem 1rem;align-items:center}
-.list>li>div{flex:1 1 14rem;min-width:0;overflow-wrap:anywhere}
-.warn{margin:1rem 0;padding:.75rem .9rem;border-radius:.7rem;background:var(--warn-paper);color:var(--warn);font-weight:600}
-.mark{color:var(--link);font-weight:600}
-label,legend{display:block;margin-top:1rem;font-weight:600}
-fieldset{border:0;margin:1rem 0 0;padding:0}
-legend{margin:0;padding:0}
-fieldset label{font-weight:400;margin:0;display:flex;gap:.6rem;align-items:center;min-height:2.75rem}
-input,select,button,a.button{width:100%;min-height:3rem;margin-top:.5rem;padding:.6rem .9rem;font:inherit;border-radius:.7rem;border:1px solid var(--soft);color:inherit;background:var(--card)}
+body{margin:0;min-height:100vh;display:grid;grid-template-columns:100%;place-items:center;padding:1rem;
+background:var(--paper);color:var(--ink);font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere}
+main{width:100%;max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);
+border-radius:1.1rem}main.wide{max-width:44rem;align-self:start}
+header,.row,.pair,fieldset label{display:flex;gap:.7rem;align-items:center}
+header{min-height:2.75rem;margin-bottom:.5rem;color:var(--soft);font-size:.9rem}header b,.to b{color:var(--ink)}
+header form{margin-left:auto}h1{margin:0 0 .5rem;font-size:1.5rem;line-height:1.2;text-wrap:balance}
+h2{margin:1.6rem 0 .3rem;font-size:1rem}p{margin:.5rem 0}small{display:block}
+small,.soft,.to{color:var(--soft);font-size:.875rem}ul,ol{list-style:none;margin:0;padding:0}a{color:var(--link)}
+.name{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;overflow:hidden;overflow:clip;
+font-weight:600;text-align:left}.card,.flash,.warn,.chip,.av{border:1px solid transparent;border-radius:.8rem}
+.card,.flash,.warn{margin:1rem 0;padding:.8rem}.card{border-color:var(--line)}
+.flash,.chip{background:var(--good-paper);color:var(--good)}.warn{background:var(--warn-paper);color:var(--warn)}
+.warn,.chip{font-weight:600}.chip{padding:0 .5rem;font-size:.8rem;white-space:nowrap}.row{padding:.7rem 0}
+.row p{margin:0}.row p::first-letter{text-transform:uppercase}.row>div{flex:1;min-width:0}
+.av{flex:none;width:2.5rem;height:2.5rem;display:grid;place-items:center;overflow:clip;color:#fff;background:#5c574f;
+font-weight:700}.c0{background:#b0492a}.c1{background:#2d66a8}.c2{background:#6a53c0}.c3{background:#1f7350}
+.c4{background:#a23b72}.to{margin:.2rem 0 0;padding-top:.8rem;border-top:1px solid var(--line)}.to b{font-size:1.2rem}
+.marks li{padding:.2rem 0 .2rem 1.6rem;position:relative}
+.marks li::before{content:"✓";position:absolute;left:.2rem;color:var(--good);font-weight:700}
+.marks .more::before{content:"!";left:.45rem;color:var(--warn)}.marks .bad::before{content:"✗";color:var(--bad)}
+.list>li{border-top:1px solid var(--line)}label,legend{display:block;margin-top:1rem;padding:0;font-weight:600}
+fieldset{border:0;margin:0;padding:0}fieldset label{min-height:2.75rem;margin:0;font-weight:400}
+input,select,button,.button{width:100%;min-height:3rem;margin-top:.5rem;padding:.6rem .9rem;font:inherit;
+border:1px solid var(--soft);border-radius:.7rem;color:inherit;background:var(--card)}
 input[type=checkbox]{width:1.35rem;min-height:1.35rem;margin:0;accent-color:var(--accent)}
-button{font-weight:600;cursor:pointer}
-.list button,.row button{width:auto;min-width:7rem;margin:0}
-.row{display:flex;flex-wrap:wrap;gap:.75rem}
-button.approve{background:var(--accent);border-color:var(--accent);color:var(--on-accent);margin-top:1.25rem}
-pre{margin:.5rem 0;padding:.8rem;border:1px solid var(--line);border-radius:.7rem;white-space:pre-wrap;overflow-wrap:anywhere;user-select:all;font-size:.9rem}
-summary{min-height:2.75rem;padding:.5rem 0;cursor:pointer;font-weight:600}
-a{color:var(--link)}
-:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+button,.button,summary{font-weight:600;cursor:pointer}.button{display:block;text-align:center;text-decoration:none}
+.approve{margin-top:1.25rem;background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
+.plain{width:auto;min-height:2.75rem;margin:0;padding:0;border:0;background:none;color:var(--link)}
+.danger{color:var(--bad)}.pair button,.row>small{flex:none;width:auto}
+summary{min-height:2.75rem;padding:.6rem 0;color:var(--link)}
+summary.row{padding:.7rem .3rem .7rem 0;color:inherit;font-weight:400;list-style:none}
+summary.row::-webkit-details-marker{display:none}
+summary.row::after{content:"";padding:.2rem;border:solid var(--soft);border-width:0 2px 2px 0;rotate:45deg}
+[open]>summary.row::after{rotate:225deg}.row+.card{margin:0 0 .8rem}
+code{display:block;padding:.8rem;border:1px solid var(--line);border-radius:.7rem;background:var(--paper);
+white-space:pre-wrap;user-select:all;font-size:.875rem}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 `;
 
-/** The question to the owner, and with it the password form if nobody is signed in. */
-function consentPage(
-  c: Context,
-  settings: Settings,
-  request: AuthorizationRequest,
-  form: { who: Visit["who"]; encoded: string; csrf: string; vouched: boolean; problem?: Problem },
-): Response | Promise<Response> {
-  const { issuer, basePath, scopes } = settings;
-  const { client, redirect_uri } = request;
-  const target = new URL(redirect_uri);
-  const here = isLoopback(target.hostname);
-  const name = client.name || UNNAMED;
-  const title = `Connect ${name}?`;
-  const origin = client.source === "document"
-    ? `Described by ${new URL(client.id).host}`
-    : client.source === "registered"
-    ? "The app chose this name; it is not verified."
-    : "You registered this app yourself.";
-  const allowed = request.scopes.filter((scope) => scope !== OFFLINE_ACCESS);
-  // Beside what it vouches for: the site of the document, or else the one that the answer goes to; never a mere name.
-  const mark = form.vouched && html`<br><small class="mark">✓ On your list</small>`;
-  const body = html`
-    <h1>${title}</h1>
-    <dl>
-      <div>
-        <dt>App</dt>
-        <dd><strong>${name}</strong><br><small>${origin}</small>
-          ${client.source === "document" && mark}</dd>
-      </div>
-      <div>
-        <dt>You'll be sent back to</dt>
-        <dd><strong>${target.protocol}//${target.host}</strong>
-          ${client.source !== "document" && mark}
-          ${here && html`<br><small>an app on this computer</small>`}
-          ${!/^https?:$/.test(target.protocol) && html`<br><small>an app on this device</small>`}</dd>
-      </div>
-      <div>
-        <dt>It may</dt>
-        <dd>
-          <ul>${allowed.map((scope) => html`<li>${scopes.words(scope)}</li>`)}</ul>
-        </dd>
-      </div>
-      <div>
-        <dt>Server</dt>
-        <dd>${issuer}</dd>
-      </div>
-    </dl>
-    ${here && html`<p class="warn">Approve only if you just started this.</p>`}
-    <form method="post" action="${basePath}/authorize">
-      <input type="hidden" name="request" value="${form.encoded}">
-      <input type="hidden" name="csrf" value="${form.csrf}">
-      ${passwordField(form)}
-      <button class="approve" name="decision" value="approve">Approve</button>
-      <button name="decision" value="deny" formnovalidate>Deny</button>
-    </form>
-  `;
-  return page(c, settings, { status: form.problem?.status ?? 200, title, body });
+/** What the owner calls this server. */
+function serverName({ pages, issuer }: Settings): string {
+  return pages.title || issuer.replace(/^https?:\/\//, "");
+}
+
+/** Where an answer goes: a web site by its host, anything else with its scheme. Never shortened: the end counts. */
+function hostOf({ protocol, host }: URL): string {
+  return protocol === "https:" ? host : `${protocol}//${host}`;
+}
+
+/** Whether an app on the browser's own computer listens there. A private-use scheme may have a host `localhost` too. */
+function isLocal({ protocol, hostname }: URL): boolean {
+  return /^https?:$/.test(protocol) && isLoopback(hostname);
+}
+
+/** A name that an app or the owner chose, of any length and direction. */
+function nameOf(name: string): Html {
+  return html`<bdi class="name">${name || UNNAMED}</bdi>`;
+}
+
+/** The first letters of a name, in one of five colours, so that rows are told apart at a glance. */
+function monogram(name: string, where: string): Html {
+  const letters = name.split(/\s+/).map((word) => word.match(/[\p{L}\p{N}]/u)?.[0] ?? "").slice(0, 2).join("");
+  const sum = [...(name + where)].reduce((sum, char) => (sum * 31 + char.codePointAt(0)!) % 9973, 0);
+  return html`<span class="av c${sum % 5}" aria-hidden="true">${letters.toUpperCase() || "?"}</span>`;
+}
+
+/** A time relative to now, because a page without script does not know the owner's time zone; exact in the title. */
+function timeOf(at: number): Html {
+  const left = at - seconds();
+  const units = [["month", 30 * DAY], ["day", DAY], ["hour", HOUR], ["minute", MINUTE]] as const;
+  const [unit, size] = units.find(([, size]) => Math.abs(left) >= size) ?? ["minute", Infinity];
+  const text = size === Infinity ? "just now" : RELATIVE_TIME.format(Math.trunc(left / size), unit);
+  return html`<time datetime="${new Date(at * 1000).toISOString()}" title="${formatTime(at)}">${text}</time>`;
+}
+
+const RELATIVE_TIME = new Intl.RelativeTimeFormat("en");
+
+function formatTime(at: number): string {
+  return `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
+}
+
+/** What a connection may do, in words; what is granted on request only is marked. */
+function scopeList({ scopes }: Settings, granted: string[]): Html {
+  const more = html`<span class="chip warn">extra</span>`;
+  const item = (scope: string) => {
+    const extra = !scopes.byDefault.includes(scope);
+    return html`<li class="${extra && "more"}">${scopes.words(scope)} ${extra && more}</li>`;
+  };
+  return html`<ul class="marks">${granted.filter((scope) => scope !== OFFLINE_ACCESS).map(item)}</ul>`;
+}
+
+/** A text to copy: one tap selects all of it. */
+function copyable(text: string): Html {
+  return html`<code tabindex="0">${text}</code>`;
 }
 
 /** `ready`: with the cursor in it; not where that would scroll the question out of sight on a phone. */
-function passwordField(
-  { who, problem, ready = problem !== undefined }: { who: Visit["who"]; problem?: Problem; ready?: boolean },
-): Html {
+function passwordField(who: Visit["who"], problem?: Problem, ready = problem !== undefined): Html {
+  // Password managers store and fill in a password only where they see a user name.
   return html`
     ${problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`}
     ${who === "anybody" && html`
+      <input autocomplete="username" value="owner" hidden>
       <label for="password">Your password for this server</label>
       <input id="password" name="password" type="password" autocomplete="current-password" required
         ${problem && raw('aria-describedby="problem" aria-invalid="true"')} ${ready && raw("autofocus")}>
@@ -2790,163 +2874,268 @@ function passwordField(
   `;
 }
 
-function signInPage(
+/** The question to the owner, and with it the password form if nobody is signed in. */
+function consentPage(
   c: Context,
   settings: Settings,
-  { action, csrf, problem }: { action: string; csrf: string; problem?: Problem },
-): Response | Promise<Response> {
+  { client, redirect_uri, scopes }: AuthorizationRequest,
+  form: { who: Visit["who"]; encoded: string; csrf: string; vouched: boolean; problem?: Problem },
+) {
+  const { issuer, basePath } = settings;
+  const target = new URL(redirect_uri);
+  // It says what the list says, no more, beside what it stands for: the site of the document, or else the one that the
+  // answer goes to; never beside a mere name.
+  const chip = form.vouched && html`<span class="chip">on your list</span>`;
+  const isDocument = client.source === "document";
+  const own = client.source === "registered" ? "The app chose this name; it is not verified" : "You registered it";
+  const body = html`
+    <h1>Connect this app to ${serverName(settings)}?</h1>
+    <div class="card">
+      <div class="row">${monogram(client.name, target.host)}
+        <div>${nameOf(client.name)}
+          <small>${isDocument ? html`Described by ${new URL(client.id).host} ${chip}` : own}</small></div></div>
+      <p class="to">Sends you back to ${isLocal(target) && "an app on this computer"}
+        ${!/^https?:$/.test(target.protocol) && "an app on this device"}<br>
+        <b title="${redirect_uri}">${hostOf(target)}</b> ${!isDocument && chip}</p>
+    </div>
+    <h2>It will be able to</h2>
+    ${scopeList(settings, scopes)}
+    <p class="warn">Approve only if you just started this.</p>
+    <form method="post" action="${basePath}/authorize">
+      <input type="hidden" name="request" value="${form.encoded}">
+      <input type="hidden" name="csrf" value="${form.csrf}">
+      ${passwordField(form.who, form.problem)}
+      <button class="approve" name="decision" value="approve">Approve</button>
+      <button name="decision" value="deny" formnovalidate>Deny</button>
+      ${isLocal(target) && html`<details><summary>The app is on another computer</summary>
+        <p>This browser cannot reach it there. Approve here, then copy the address that is shown into the app.</p>
+        <button name="decision" value="approve_elsewhere">Approve and show the address</button></details>`}
+    </form>
+    <p class="soft">Stays connected until you revoke it at <a href="${issuer}/connections">/connections</a>.</p>
+  `;
+  return page(c, settings, `Connect ${client.name || UNNAMED}?`, body, { status: form.problem?.status });
+}
+
+/**
+ * Leads to a private-use scheme. After a redirect the browser would keep showing the form, as if nothing had happened;
+ * this page goes on by itself as well, and has a link for browsers that want a click.
+ */
+function openAppPage(c: Context, settings: Settings, uri: string, name: string, approved: boolean) {
+  c.header("Refresh", `0; url=${uri}`);
+  const texts = ["The app opens now. If it does not, press the button.", link(uri, `Open ${name || "the app"}`)];
+  return messagePage(c, settings, 200, approved ? "Approved" : "Not connected", ...texts, "Then close this page.");
+}
+
+/** The address of the callback, to be carried by hand to the computer that the app runs on. */
+function elsewherePage(c: Context, settings: Settings, uri: string) {
+  const what = "Paste this address where the app on the other computer asks for it, or into a browser there:";
+  const warning = html`<strong>Give it only to the app that you started yourself, and to nobody else.</strong>`;
+  const limit = `It works once, within ${CODE_TTL / MINUTE} minutes.`;
+  return messagePage(c, settings, 200, "Approved", what, copyable(uri), warning, limit);
+}
+
+/** The answer to a form that was sent before, and the way on if the first answer did not get through. */
+function answeredPage(c: Context, settings: Settings, client: string, uri?: string) {
+  const text = "You approved this request before. If the app is not connected, go back to it and connect again.";
+  const way = uri ? link(uri, `Go on to ${client || "the app"}`) : "";
+  return messagePage(c, settings, 409, "Already answered", text, way);
+}
+
+function link(uri: string, text: string): Html {
+  return html`<a class="button approve" href="${uri}">${nameOf(text)}</a>`;
+}
+
+function signInPage(c: Context, settings: Settings, action: string, csrf: string, problem?: Problem) {
   const body = html`
     <h1>Sign in</h1>
     <p>This page is for the owner of this server.</p>
     <form method="post" action="${action}">
       <input type="hidden" name="csrf" value="${csrf}">
-      ${passwordField({ who: "anybody", ready: true, ...(problem && { problem }) })}
+      ${passwordField("anybody", problem, true)}
       <button class="approve">Sign in</button>
     </form>
   `;
-  return page(c, settings, { status: problem?.status ?? 200, title: "Sign in", body });
+  return page(c, settings, "Sign in", body, { status: problem?.status });
 }
+
+/** An attempt to connect, as far as it came; `advice` says whose turn it is, and what to do. */
+interface Attempt {
+  title: string;
+  steps: { at: number; text: string; ok: boolean }[];
+  advice: string;
+}
+
+/** A form of the owner's page; its buttons name the action. */
+type Form = (content: Html) => Html;
 
 function connectionsPage(
   c: Context,
   settings: Settings,
-  { action, csrf, connections, events, problem }: {
+  { action, csrf, connections, attempts, events, done, problem }: {
     action: string;
     csrf: string;
     connections: Connection[];
-    events: Awaited<ReturnType<EventLog["latest"]>>;
+    attempts: Attempt[];
+    events: LoggedEvents;
+    done?: string;
     problem?: Problem;
   },
-): Response | Promise<Response> {
-  const { authenticateOwner } = settings;
-  const form = (name: string, content: Html) =>
-    html`
-      <form method="post" action="${action}">
-        <input type="hidden" name="csrf" value="${csrf}"><input type="hidden" name="action" value="${name}">${content}
-      </form>
+) {
+  const form: Form = (content) =>
+    html`<form method="post" action="${action}"><input type="hidden" name="csrf" value="${csrf}">${content}</form>`;
+  const signOut = (name: string, text: string) =>
+    !settings.authenticateOwner && form(html`<button class="plain" name="action" value="${name}">${text}</button>`);
+  const section = (title: string, items: Html[]) =>
+    items.length > 0 && html`
+      <h2>${title}</h2>
+      <ul class="list">${items}</ul>
     `;
-  const button = (name: string, text: string) => form(name, html`<button>${text}</button>`);
+  const isNew = ({ type, at }: LoggedEvents[number]) => !ROUTINE.test(type) && seconds() - at < 30 * DAY;
+  const told = onceEach(events);
   const body = html`
     <h1>Connections</h1>
+    ${done && html`<p class="flash" role="status">${done}</p>`}
     ${problem && html`<p class="warn" role="alert">${problem.message}</p>`}
-    ${connections.length === 0 && html`<p class="soft">Nothing is connected yet.</p>`}
+    ${connections.length === 0 && html`<p>Nothing is connected yet.</p>`}
     <ul class="list">${connections.map((connection) => connectionItem(settings, connection, form))}</ul>
-    ${connections.length > 1 && html`
-      <details><summary>Revoke all</summary>
-        <p>Every app and every token has to be connected anew.</p>${button("revoke_all", "Revoke all")}</details>
-    `}
-    <h2>New personal access token</h2>
-    <p class="soft">For scripts, and for clients without a browser.</p>
-    ${form("create_token", tokenFields(settings))}
-    <h2>Recent activity</h2>
-    ${events.length === 0 && html`<p class="soft">No activity yet.</p>`}
-    <ul class="list">${events.map(({ at, message, clientName, count }) =>
-      html`
-        <li>
-          <div>${clientName && html`
-            <strong>${clientName}</strong>:
-          `}${message}<br>
-          <small>${formatTime(at)}${count > 1 && html`
-            · ${count} times in all
-          `}</small></div>
-        </li>
-      `
-    )}</ul>
-    ${!authenticateOwner && html`
-      <h2>This browser</h2>
-      <div class="row">${button("sign_out", "Sign out here")}
-              ${button("sign_out_everywhere", "Sign out everywhere")}</div>
-    `}
+    ${addressPart(settings, connections.length === 0)}
+    <details><summary>New token for a script</summary>
+      <p class="soft">For scripts, and for clients without a browser.</p>${form(tokenFields(settings))}</details>
+    ${connections.length > 1 && html`<details><summary>Disconnect all</summary>
+      <p>Every app and every token has to be connected again.</p>
+      ${form(html`<button class="danger" name="action" value="revoke_all">Disconnect all</button>`)}</details>`}
+    ${section("Attempts to connect", attempts.map(attemptItem))}
+    ${section("Needs a look", told.filter(isNew).map(eventItem))}
+    ${section("Recent activity", told.filter((event) => !isNew(event)).map(eventItem))}
+    ${told.length === 0 && html`<p class="soft">No activity yet.</p>`}
+    ${signOut("sign_out_everywhere", "Sign out everywhere")}
   `;
-  return page(c, settings, { status: problem?.status ?? 200, title: "Connections", body, wide: true });
+  const aside = signOut("sign_out", "Sign out");
+  return page(c, settings, "Connections", body, { status: problem?.status, wide: true, aside });
 }
 
-function connectionItem(
-  { scopes }: Settings,
-  { id, kind, clientName, redirectUri, scopes: granted, createdAt, lastUsedAt, expiresAt }: Connection,
-  form: (name: string, content: Html) => Html,
-): Html {
-  const target = redirectUri && new URL(redirectUri);
-  const used = lastUsedAt ? `last used ${formatTime(lastUsedAt)}` : "never used";
-  const name = clientName || UNNAMED;
-  return html`<li>
-    <div><strong>${name}</strong> <small>${
-    target ? `${target.protocol}//${target.host}` : "personal access token"
-  }</small><br>
-      <small>${
-    granted.filter((scope) => scope !== OFFLINE_ACCESS).map((scope) => scopes.words(scope)).join(", ")
-  }</small><br>
-      <small>Since ${formatTime(createdAt)} · ${used}
-        ${
-    kind === "token" && html`
-      · until ${formatTime(expiresAt)}
-    `
-  }</small></div>
-    ${
-    form(
-      "revoke",
-      html`
-        <input type="hidden" name="id" value="${id}">
-        <button aria-label="Revoke: ${name}">Revoke</button>
-      `,
-    )
-  }
-  </li>`;
+/** A row with what is most asked for; opened, the rest, and what can be done with the connection. */
+function connectionItem(settings: Settings, connection: Connection, form: Form): Html {
+  const { id, kind, clientName, label, redirectUri, scopes, createdAt, lastUsedAt, expiresAt } = connection;
+  const name = label || clientName || UNNAMED;
+  const where = redirectUri ? hostOf(new URL(redirectUri)) : "token";
+  const short = scopes.filter((scope) => scope !== OFFLINE_ACCESS).join(" · ");
+  const expires = kind === "token" && html`<span> · expires ${timeOf(expiresAt)}</span>`;
+  const used = lastUsedAt ? html`last used ${timeOf(lastUsedAt)}` : "never used";
+  const actions = html`
+    <input type="hidden" name="id" value="${id}">
+    <label for="label-${id}">Your name for it</label>
+    <div class="pair">
+      <input id="label-${id}" name="label" value="${label ?? ""}" maxlength="${MAX_LABEL}" autocomplete="off">
+      <button name="action" value="rename" aria-label="Rename: ${name}">Rename</button>
+    </div>
+    <p>Once disconnected, it has to ask you again before it can use this server.</p>
+    <button class="danger" name="action" value="revoke" aria-label="Disconnect: ${name}">Disconnect</button>
+  `;
+  return html`
+    <li>
+      <details>
+        <summary class="row">${monogram(clientName, where)}
+          <div>${nameOf(name)}<small>${where} · ${used}</small><small>${short}${expires}</small></div></summary>
+        <div class="card">
+          ${label && nameOf(clientName)}
+          ${scopeList(settings, scopes)}
+          <small>Connected ${timeOf(createdAt)} · ${formatTime(createdAt)}</small>
+          ${form(actions)}
+        </div>
+      </details>
+    </li>
+  `;
+}
+
+/** How far an attempt came, step by step, and the same as text, to ask somebody about it. */
+function attemptItem({ title, steps, advice }: Attempt): Html {
+  const lines = steps.map(({ at, text, ok }) => `${ok ? "ok    " : "FAILED"} ${formatTime(at)} ${text}`);
+  const items = steps.map(({ at, text, ok }) =>
+    html`<li class="${!ok && "bad"}">${text}<small>${timeOf(at)}</small></li>`
+  );
+  return html`
+    <li class="row">
+      <div>${nameOf(title)}
+        <ol class="marks">${items}</ol>
+        <p>${advice}</p>
+        <details><summary>As text</summary>${copyable([title, ...lines, advice].join("\n"))}</details></div>
+    </li>
+  `;
+}
+
+/** What to type into an app. */
+function addressPart(settings: Settings, open: boolean): Html {
+  const { resource } = settings;
+  return html`<details ${open && raw("open")}><summary>Connect an app</summary>
+    <p>Give it this address, in Claude as a custom connector:</p>${copyable(resource)}
+    <p>In Claude Code:</p>${copyable(addCommand(serverName(settings), resource))}</details>`;
+}
+
+/** The command that adds this server to Claude Code, under a name that needs no quotes in any shell. */
+function addCommand(name: string, resource: string): string {
+  const word = name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "personal";
+  return `claude mcp add --transport http ${word} ${resource}`;
+}
+
+/** What happens when all is well; everything else needs a look. */
+const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|token_created)$/;
+
+/** Each thing once, with the number of its kind at the latest of them alone. */
+function onceEach(events: LoggedEvents): LoggedEvents {
+  const seen = new Set<string>();
+  const isFirst = (...key: unknown[]) => seen.size < seen.add(JSON.stringify(key)).size;
+  return events.filter(({ type, message, clientName }) => isFirst(type, message, clientName))
+    .map((event) => isFirst(event.type) ? event : { ...event, count: 1 });
+}
+
+function eventItem({ at, message, clientName, count }: LoggedEvents[number]): Html {
+  return html`<li class="row"><div>${clientName && nameOf(clientName)}<p>${message}</p>
+    ${count > 1 && html`<small>${count} times in all</small>`}</div><small>${timeOf(at)}</small></li>`;
 }
 
 function tokenFields({ scopes }: Settings): Html {
+  const days = [30, 90, 365].map((days) => html`<option value="${days}">${days} days</option>`);
+  const choices = scopes.all.map((scope) =>
+    html`<label><input type="checkbox" name="scope" value="${scope}"
+      ${scopes.byDefault.includes(scope) && raw("checked")}>${scopes.words(scope)}</label>`
+  );
   return html`
     <label for="name">What is it for?</label>
     <input id="name" name="name" required maxlength="200" autocomplete="off">
     <label for="days">Expires after</label>
-    <select id="days" name="days">${[30, 90, 365].map((days) =>
-      html`<option value="${days}">${days} days</option>`
-    )}</select>
-    ${scopes.all.length > 1 && html`<fieldset><legend>It may</legend>${
-      scopes.all.map((scope) =>
-        html`
-          <label><input type="checkbox" name="scope" value="${scope}"
-            ${scopes.byDefault.includes(scope) && raw("checked")}>${scopes.words(scope)}</label>
-        `
-      )
-    }</fieldset>`}
-    <button>Create token</button>
+    <select id="days" name="days">${days}</select>
+    ${choices.length > 1 && html`<fieldset><legend>It may</legend>${choices}</fieldset>`}
+    <button name="action" value="create_token">Create token</button>
   `;
 }
 
 /** The one time that a personal access token is shown. */
-function tokenPage(
-  c: Context,
-  settings: Settings,
-  { token, name, back }: { token: string; name: string; back: string },
-): Response | Promise<Response> {
-  const { resource } = settings;
-  const label = name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "personal";
-  const command = `claude mcp add --transport http ${label} ${resource} --header "Authorization: Bearer ${token}"`;
-  const body = html`
-    <h1>Your new token</h1>
-    <p class="warn">Copy it now: it is not shown again.</p>
-    <pre tabindex="0">${token}</pre>
-    <p>In Claude Code, for example:</p>
-    <pre tabindex="0">${command}</pre>
-    <p><a href="${back}">Back to your connections</a></p>
-  `;
-  return page(c, settings, { status: 200, title: "Your new token", body });
+function tokenPage(c: Context, settings: Settings, token: string, name: string) {
+  const command = `${addCommand(name, settings.resource)} --header "Authorization: Bearer ${token}"`;
+  const back = html`<a href="${settings.basePath}/connections">Back to your connections</a>`;
+  const once = html`<strong>Copy it now: it is not shown again.</strong>`;
+  const texts = [once, copyable(token), "In Claude Code, for example:", copyable(command), back];
+  return messagePage(c, settings, 200, "Your new token", ...texts);
 }
 
-/** In UTC: without script, a page cannot know the owner's own time. */
-function formatTime(at: number): string {
-  return `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
+function messagePage(c: Context, settings: Settings, status: PageStatus, title: string, ...texts: (string | Html)[]) {
+  const body = html`<h1>${title}</h1>${texts.map((text) => text && html`<p>${text}</p>`)}`;
+  return page(c, settings, title, body, { status });
 }
 
-/** The answer to a form that was sent before, and the way on if the first answer did not get through. */
-function answeredPage(c: Context, settings: Settings, client: string, uri?: string): Response | Promise<Response> {
-  const body = html`
-    <h1>Already answered</h1>
-    <p>You approved this request before. If the app is not connected, go back to it and connect again.</p>
-    ${uri && html`<p><a href="${uri}">Go on to ${client || UNNAMED}</a></p>`}
-  `;
-  return page(c, settings, { status: 409, title: "Already answered", body });
+const OPEN_TOO_LONG: Problem = {
+  status: 403,
+  message: "This page was open for too long. Please check it and answer again.",
+};
+
+function expiredPage(c: Context, settings: Settings) {
+  const advice = "Go back to the app and connect again. If that does not help, allow cookies for this site.";
+  return messagePage(c, settings, 403, "This page has expired", advice);
+}
+
+function strangerPage(c: Context, settings: Settings) {
+  return messagePage(c, settings, 403, "For the owner only", "You are not signed in as the owner of this server.");
 }
 
 /** Black or white, whichever is easier to read on a colour `#rrggbb` (relative luminance, WCAG 2). */
@@ -2955,43 +3144,17 @@ function readableOn(colour: string): string {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? "#000" : "#fff";
 }
 
-function messagePage(
-  c: Context,
-  settings: Settings,
-  status: PageStatus,
-  title: string,
-  ...texts: string[]
-): Response | Promise<Response> {
-  return page(c, settings, {
-    status,
-    title,
-    body: html`<h1>${title}</h1>${texts.map((text) => html`<p>${text}</p>`)}`,
-  });
-}
-
-const OPEN_TOO_LONG: Problem = {
-  status: 403,
-  message: "This page was open for too long. Please check it and answer again.",
-};
-
-function expiredPage(c: Context, settings: Settings): Response | Promise<Response> {
-  const advice = "Go back to the app and connect again. If that does not help, allow cookies for this site.";
-  return messagePage(c, settings, 403, "This page has expired", advice);
-}
-
-function strangerPage(c: Context, settings: Settings): Response | Promise<Response> {
-  const text = "You are not signed in as the owner of this server.";
-  return messagePage(c, settings, 403, "For the owner only", text);
-}
-
 /**
  * No script, no frame, no image: the page can be neither decorated nor framed by anybody. There is no `form-action` on
  * purpose: browsers apply it to the redirects after the form as well, and would stop the way back to the app.
  */
 function page(
   c: Context,
-  { issuer, pages }: Settings,
-  { status, title, body, wide }: { status: PageStatus; title: string; body: Html; wide?: boolean },
+  settings: Settings,
+  title: string,
+  body: Html,
+  // `aside`: what stands at the end of the head line.
+  { status = 200, wide, aside }: { status?: PageStatus | undefined; wide?: boolean; aside?: Html | false } = {},
 ): Response | Promise<Response> {
   const nonce = random(16);
   const policy = `default-src 'none'; style-src 'nonce-${nonce}'; frame-ancestors 'none'; base-uri 'none'`;
@@ -3000,7 +3163,8 @@ function page(
   c.header("X-Content-Type-Options", "nosniff");
   c.header("Referrer-Policy", "same-origin"); // not no-referrer: the form would then be sent with Origin: null
   c.header("Cache-Control", "no-store");
-  const name = pages.title ?? new URL(issuer).host;
+  const { issuer, pages } = settings;
+  const name = serverName(settings);
   const accent = pages.accent ? `:root{--accent:${pages.accent};--on-accent:${readableOn(pages.accent)}}` : "";
   return c.html(
     html`
@@ -3014,7 +3178,8 @@ function page(
           <style nonce="${nonce}">${raw(STYLE + accent)}</style>
         </head>
         <body>
-          <main class="${wide ? "wide" : ""}"><header>${name}</header>${body}</main>
+          <main class="${wide ? "wide" : ""}"><header><b>${name}</b>${pages.title &&
+            html`<span>${hostOf(new URL(issuer))}</span>`}${aside}</header>${body}</main>
         </body>
       </html>
     `,

@@ -182,7 +182,7 @@ class Browser {
       this.cookies.set(name!, value!);
     }
     const text = await response.text();
-    const location = response.headers.get("Location");
+    const location = response.headers.get("Location") ?? response.headers.get("Refresh")?.replace(/^0; url=/, "");
     const fields: Record<string, string> = {};
     for (const [input] of text.matchAll(/<input type="hidden"[^>]*>/g)) {
       fields[input.match(/name="([^"]*)"/)![1]!] = unescapeHtml(input.match(/value="([^"]*)"/)![1]!);
@@ -1235,6 +1235,99 @@ test("denial is told to the client", async () => {
   assertEquals(await contents(store), before);
 });
 
+test("the consent page marks what the app says of itself, and what is granted on request only", async () => {
+  const run = { description: "run commands", onRequest: true };
+  const { app } = world({ password: PASSWORD, scopes: { read: "read your notes", run } });
+  const { client_id } = await register(app, { client_name: "mcp.example.com" });
+  const { text } = await browse(app).open(authorizeUrl(client_id, { scope: "read run" }));
+  assert(text.includes('<bdi class="name">mcp.example.com</bdi>'));
+  for (
+    const part of [
+      "it is not verified",
+      "on your list",
+      "Approve only if you just started this.",
+      "until you revoke it",
+    ]
+  ) {
+    assert(text.includes(part), part);
+  }
+  assertMatch(text, /<li class="">read your notes *<\/li>/);
+  assertMatch(text, /<li class="more">run commands <span class="chip warn">extra<\/span><\/li>/);
+  assertMatch(text, /<input autocomplete="username" value="owner" hidden>/); // without, password managers stay silent
+  const local = await register(app, { redirect_uris: ["http://localhost:1/callback"] });
+  const localUrl = authorizeUrl(local.client_id, { redirect_uri: "http://localhost:1/callback" });
+  assert(!(await browse(app).open(localUrl)).text.includes("on your list")); // everybody's computer is called that
+});
+
+test("an app with a scheme of its own is opened from a page, after Approve and after Deny", async () => {
+  const redirect_uri = "cursor://anysphere.cursor-mcp/oauth/callback";
+  const { app } = world({ allowedRedirectDomains: redirects.cursor });
+  const { client_id } = await register(app, { client_name: "Cursor <b>", redirect_uris: [redirect_uri] });
+  const browser = browse(app);
+  const url = authorizeUrl(client_id, { redirect_uri });
+  for (const [decision, title] of [["approve", "Approved"], ["deny", "Not connected"]] as const) {
+    const page = await browser.submit(await browser.open(url), { decision });
+    assertEquals([page.status, page.headers.get("Location")], [200, null]);
+    assertEquals(page.headers.get("Refresh"), `0; url=${page.location!.href}`);
+    assertEquals(page.headers.get("Cache-Control"), "no-store");
+    assert(page.text.includes(`<h1>${title}</h1>`) && page.text.includes("Open Cursor &lt;b&gt;"));
+    assert(unescapeHtml(page.text).includes(`href="${page.location!.href}"`));
+    assertEquals(page.location!.searchParams.get("state"), "s t&te");
+  }
+});
+
+test("an app on another computer: the callback address to copy, for loopback alone", async () => {
+  const { app, auth, events } = world({ password: PASSWORD, allowedRedirectDomains: null });
+  const asked = async (redirect_uri: string) => {
+    const { client_id } = await register(app, { redirect_uris: [redirect_uri] });
+    return { client_id, url: authorizeUrl(client_id, { redirect_uri }) };
+  };
+  const elsewhere = { decision: "approve_elsewhere", password: PASSWORD };
+  for (const redirect_uri of [CLAUDE, "cursor://localhost/callback", "https://localhost.example/"]) {
+    const browser = browse(app);
+    const page = await browser.open((await asked(redirect_uri)).url);
+    assert(!page.text.includes("another computer"), redirect_uri);
+    const answer = await browser.submit(page, elsewhere);
+    assertEquals([answer.status, answer.location], [400, undefined], redirect_uri);
+    assert(!answer.text.includes("pac_"));
+  }
+  const { client_id, url } = await asked("http://127.0.0.1:4321/callback");
+  const browser = browse(app);
+  const page = await browser.open(url);
+  assert(page.text.includes("The app is on another computer"));
+  assertEquals((await browser.submit(page, { ...elsewhere, password: "wrong" })).status, 403);
+  assertEquals(await auth.connections(), []);
+  const shown = [await browser.submit(page, elsewhere)];
+  const address = unescapeHtml(shown[0]!.text.match(/<code[^>]*>(http:[^<]*)<\/code>/)![1]!);
+  assertEquals([shown[0]!.status, shown[0]!.location, shown[0]!.headers.get("Cache-Control")], [
+    200,
+    undefined,
+    "no-store",
+  ]);
+  const callback = new URL(address);
+  assertEquals([callback.host, callback.searchParams.get("state")], ["127.0.0.1:4321", "s t&te"]);
+  const code = callback.searchParams.get("code")!;
+  assertEquals(events.filter(({ type }) => type === "connection_approved").length, 1);
+  // As bound as ever: to the client, its verifier, and one use.
+  const request = { grant_type: "authorization_code", client_id, code, code_verifier: VERIFIER };
+  assertEquals((await post(app, "/token", { ...request, code_verifier: "x".repeat(43) })).status, 400);
+  assertEquals((await post(app, "/token", request)).status, 200);
+});
+
+test("a double click shows the address for another computer again", async () => {
+  const { app, auth, events } = world();
+  const redirect_uri = "http://localhost:4321/callback";
+  const { client_id } = await register(app, { redirect_uris: [redirect_uri] });
+  const browser = browse(app);
+  const page = await browser.open(authorizeUrl(client_id, { redirect_uri }));
+  const [one, two] = [0, 1].map(async () =>
+    (await browser.submit(page, { decision: "approve_elsewhere" })).text.match(/code=pac_\w+/)![0]
+  );
+  assertEquals(await one, await two);
+  assertEquals(events.filter(({ type }) => type === "connection_approved").length, 1);
+  assertEquals((await auth.connections()).length, 0);
+});
+
 test("resource is compared after normalising, and the audience is always the canonical URL", async () => {
   const { app, auth } = world();
   const same = [
@@ -1525,15 +1618,14 @@ test("servers on one host do not share a cookie name", async () => {
 
 const PAGE = `${BASE}/connections`;
 
-/** The forms of a page, each with its hidden fields. */
+/** What each button of a page sends: its own value and the hidden fields of its form. */
 function formsOf(page: Page): Record<string, string>[] {
-  return [...page.text.matchAll(/<form[^>]*>([^]*?)<\/form>/g)].map(([, inside]) =>
-    Object.fromEntries(
-      [...inside!.matchAll(/<input type="hidden" name="([^"]*)" value="([^"]*)">/g)].map((
-        [, n, v],
-      ) => [n, unescapeHtml(v!)]),
-    )
-  );
+  return [...page.text.matchAll(/<form[^>]*>([^]*?)<\/form>/g)].flatMap(([, inside]) => {
+    const pairs = (pattern: RegExp) =>
+      [...inside!.matchAll(pattern)].map(([, n, v]) => [n!, unescapeHtml(v!)] as const);
+    const hidden = Object.fromEntries(pairs(/<input type="hidden" name="([^"]*)" value="([^"]*)">/g));
+    return pairs(/<button[^>]* name="([^"]*)" value="([^"]*)"/g).map(([name, value]) => ({ ...hidden, [name]: value }));
+  });
 }
 
 async function signedIn(app: World["app"]): Promise<{ browser: Browser; page: Page }> {
@@ -1602,13 +1694,80 @@ test("/connections shows what is connected, and revokes one or all", async () =>
   const [connection] = (await auth.connections()).filter(({ clientName }) => clientName === "Second");
   const revoke = formsOf(page).find(({ action, id }) => action === "revoke" && id === connection!.id)!;
   const answer = await browser.open(PAGE, form(revoke));
-  assertEquals([answer.status, answer.location?.href], [303, PAGE]);
+  assertEquals([answer.status, answer.location?.href], [303, `${PAGE}?done=disconnected`]);
+  assert((await browser.open(answer.location!.href)).text.includes("Disconnected. It has to ask you again."));
   assertEquals([(await callMcp(app, one)).status, (await callMcp(app, two)).status], [200, 401]);
   await auth.createToken({ name: "script" });
   const all = formsOf(await browser.open(PAGE)).find(({ action }) => action === "revoke_all")!;
   await browser.open(PAGE, form(all));
   assertEquals(await auth.connections(), []);
   assert((await browser.open(PAGE)).text.includes("Nothing is connected yet."));
+});
+
+test("/connections gives a connection the owner's own name", async (t) => {
+  const travel = timeMachine(t);
+  const { app, auth } = world({ password: PASSWORD });
+  const { token } = await auth.createToken({ name: "script" });
+  const { browser } = await signedIn(app);
+  const rename = async (label: string) => {
+    const button = formsOf(await browser.open(PAGE)).find(({ action }) => action === "rename")!;
+    return await browser.open(PAGE, form({ ...button, label }));
+  };
+  const named = await rename(`  <b onclick='x'>"Laptop"\u202e\n`);
+  assertEquals([named.status, named.location?.href], [303, `${PAGE}?done=renamed`]);
+  const label = `<b onclick='x'>"Laptop"`;
+  assertEquals((await auth.connections()).map((it) => [it.label, it.clientName]), [[label, "script"]]);
+  const { text } = await browser.open(named.location!.href);
+  assert(text.includes("Renamed.") && text.includes("script") && !text.includes("<b onclick"));
+  assert(unescapeHtml(text).includes(`<bdi class="name">${label}</bdi>`));
+  assertEquals((await rename("x".repeat(61))).status, 400);
+  travel(2 * 60); // used, and so written again
+  assertEquals((await callMcp(app, token)).status, 200);
+  assertEquals((await auth.connections())[0]!.label, label);
+  await rename("x".repeat(60));
+  assertEquals((await auth.connections())[0]!.label, "x".repeat(60));
+  await rename("\u200b ");
+  assertEquals((await auth.connections())[0]!.label, undefined);
+  const button = formsOf(await browser.open(PAGE)).find(({ action }) => action === "rename")!;
+  await browser.open(PAGE, form({ ...button, id: "0".repeat(32), label: "nobody" }));
+  assertEquals((await auth.connections()).length, 1);
+});
+
+test("/connections says what was done in words of its own, whatever its address says", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { browser } = await signedIn(app);
+  for (const done of ["<script>", "constructor", "__proto__", "toString", ""]) {
+    const { status, text } = await browser.open(`${PAGE}?done=${encodeURIComponent(done)}`);
+    assertEquals([status, text.includes('class="flash"'), text.includes("<script>")], [200, false, false], done);
+  }
+  assert(!(await browse(app).open(`${PAGE}?done=disconnected`)).text.includes("Disconnected"), "told to a stranger");
+});
+
+test("/connections tells times from now, and exactly", async (t) => {
+  const travel = timeMachine(t);
+  const { app, auth } = world();
+  const { token } = await auth.createToken({ name: "script", expiresIn: 90 * 86400 + 60 });
+  const said = async () =>
+    [...(await browse(app).open(PAGE)).text.matchAll(/<time[^>]*>([^<]*)</g)].map(([, it]) => it);
+  assertEquals((await said()).slice(0, 2), ["in 3 months", "just now"]);
+  await callMcp(app, token);
+  travel(5 * 60);
+  assertEquals((await said())[0], "5 minutes ago");
+  travel(26 * 3600);
+  assertEquals((await said())[0], "1 day ago");
+  const [used] = (await browse(app).open(PAGE)).text.match(/<time[^>]*>/)!;
+  const { lastUsedAt } = (await auth.connections())[0]!;
+  const iso = new Date(lastUsedAt! * 1000).toISOString();
+  assertEquals(used, `<time datetime="${iso}" title="${iso.slice(0, 16).replace("T", " ")} UTC">`);
+});
+
+test("/connections without a connection says what to type into an app", async () => {
+  const { app } = world({ pages: { title: "Ada's notes" } });
+  const { text } = await browse(app).open(PAGE);
+  assert(text.includes("Nothing is connected yet."));
+  for (const copy of [`${BASE}/mcp`, `claude mcp add --transport http ada-s-notes ${BASE}/mcp`]) {
+    assert(text.includes(`<code tabindex="0">${copy}</code>`), copy);
+  }
 });
 
 test("/connections shows the token of a double click, and makes it once", async () => {
@@ -1713,6 +1872,60 @@ test("/connections tells what happened lately, of each kind, across a restart", 
   assert((await contents(store)).length < 10_000);
 });
 
+test("/connections counts each kind of event once, and keeps what needs a look apart", async () => {
+  const { app } = world({ password: PASSWORD });
+  for (let i = 0; i < 7; i++) {
+    await app.request(`${BASE}/register`, json({ redirect_uris: [`https://app${i % 2}.example/`] }));
+  }
+  const { client_id } = await register(app);
+  for (let i = 0; i < 3; i++) await browse(app).approve(authorizeUrl(client_id), PASSWORD);
+  const { page } = await signedIn(app);
+  const [, look = "", activity = ""] = page.text.split(/Needs a look|Recent activity/);
+  assertEquals([...page.text.matchAll(/\d+ times in all/g)].map(([it]) => it), [
+    "7 times in all",
+    "4 times in all", // signed in
+    "3 times in all", // approved
+  ]);
+  assertEquals([look.match(/app0\.example&quot; to/g)?.length, look.match(/app1\.example&quot; to/g)?.length], [1, 1]);
+  assert(look.includes("7 times") && !look.includes("signed in") && !activity.includes("allowedRedirectDomains"));
+});
+
+test("a browser at / is led to /connections, but for an app that has something there", async () => {
+  const html = { headers: { Accept: "text/html,*/*" } };
+  const at = async (app: Hono<AuthEnv>, path = "/", init: RequestInit = html) => {
+    const response = await app.request(BASE + path, init);
+    return [response.status, response.headers.get("Location") ?? await response.text()];
+  };
+  const auth = personalAuth({ baseUrl: BASE, store: memoryStore(), authenticateOwner: () => true });
+  const mounted = (add: (app: Hono<AuthEnv>) => void, first: boolean) => {
+    const app = new Hono<AuthEnv>();
+    app.notFound((c) => c.text("nothing", 404, { "X-Of": "the 404" }));
+    if (first) add(app);
+    app.route("/", auth);
+    if (!first) add(app);
+    return app;
+  };
+  for (const first of [true, false]) {
+    assertEquals(await at(mounted(() => {}, first)), [302, "/connections"]);
+    assertEquals(await at(mounted((app) => app.get("/", (c) => c.text("mine")), first)), [200, "mine"]);
+    assertEquals(await at(mounted((app) => app.all("*", (c) => c.text("all mine")), first)), [200, "all mine"]);
+    assertEquals(await at(mounted((app) => app.get("/", (c) => c.redirect("/login")), first)), [302, "/login"]);
+    assertEquals(await at(mounted((app) => app.use(async (_, next) => await next()), first)), [302, "/connections"]);
+  }
+  const app = mounted(() => {}, true);
+  assertEquals((await app.request(`${BASE}/`, html)).headers.get("X-Of"), null);
+  assertEquals(await at(app, "/", { headers: { Accept: "application/json" } }), [404, "nothing"]);
+  assertEquals(await at(app, "/", { ...html, method: "POST" }), [404, "nothing"]);
+  assertEquals(await at(app, "/elsewhere"), [404, "nothing"]);
+  const below = new Hono<AuthEnv>();
+  below.route(
+    "/",
+    personalAuth({ baseUrl: `${BASE}/vault`, store: memoryStore(), authenticateOwner: () => true }),
+  );
+  for (const path of ["/vault", "/vault/"]) assertEquals(await at(below, path), [302, "/vault/connections"]);
+  assertEquals((await at(below, "/"))[0], 404);
+});
+
 test("/connections with authenticateOwner or without any owner", async () => {
   let owner: boolean | Response = false;
   const { app } = world({ authenticateOwner: () => owner });
@@ -1741,7 +1954,7 @@ test("the owner's title and colour replace the built-in ones, escaped", async ()
   for (
     const part of [
       "Ada&#39;s &lt;notes&gt;",
-      "Connect $&amp; {server}?",
+      "<title>Connect $&amp; {server}? · Ada&#39;s &lt;notes&gt;</title>",
       "--accent:#ffcc00;--on-accent:#000",
     ]
   ) {
@@ -3578,7 +3791,11 @@ test("S5: Claude Desktop's Code tab gets its own scheme, or an early refusal tha
   const { app } = world();
   const { client_id } = await register(app, { redirect_uris: [redirect_uri] });
   const page = await browse(app).approve(authorizeUrl(client_id, { redirect_uri }));
-  assert(page.headers.get("Location")!.startsWith(`${redirect_uri}?code=pac_`));
+  // A page, and not a redirect: after that the browser would go on showing the form.
+  assertEquals([page.status, page.headers.get("Location")], [200, null]);
+  assert(page.location!.href.startsWith(`${redirect_uri}?code=pac_`));
+  assert(unescapeHtml(page.text).includes(`href="${page.location!.href}"`) && page.text.includes("Open Claude"));
+  assertEquals(page.headers.get("Referrer-Policy"), "same-origin");
   const shown = await browse(app).open(authorizeUrl(client_id, { redirect_uri }));
   assert(shown.text.includes("claude://claude.ai")); // with its scheme, or it would read like a web site
   const strict = world({ allowedRedirectDomains: ["claude.ai", "localhost"] }).app;
