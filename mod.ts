@@ -139,6 +139,9 @@ export interface AuthEvent {
     | "connection_approved"
     | "connection_denied"
     | "connection_revoked"
+    | "code_redeemed"
+    | "first_call"
+    | "token_refused"
     | "code_replayed"
     | "refresh_token_reused"
     | "refresh_token_repeated"
@@ -169,6 +172,13 @@ export interface Connection {
   clientId: string;
   /** The name the client gives itself, or the owner's name for the token. */
   clientName: string;
+  /** The owner's own name for it. */
+  label?: string;
+  /**
+   * `pending`: approved, and the app has not fetched its token yet. `unused`: it has a token and never called.
+   * `active`: it calls. `silent`: its access token has run out, or it was refused, and it did not come back.
+   */
+  state: "pending" | "unused" | "active" | "silent";
   /** Where the client was sent back to; absent for a token. */
   redirectUri?: string;
   /** The granted scopes. */
@@ -387,6 +397,10 @@ interface Server extends Settings {
   verified: Map<string, VerifiedToken>;
   /** The AuthInfo of requests whose token was just checked, so that two guards on one route check it once. */
   checked: WeakMap<Request, AuthInfo>;
+  /** Attempts to connect that are not approved yet, by client_id, the latest last. */
+  attempts: Map<string, Attempt>;
+  /** When somebody last called without a token: how a client finds the server. */
+  found: { at?: number };
   /** Resolves when the owner's password is in the store. */
   passwordReady: () => Promise<OwnerRecord>;
 }
@@ -639,6 +653,8 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
     }
   }
 
+  for (const path of new Set([basePath || "/", `${basePath}/`])) app.get(path, homePage(server));
+
   // A second line behind `auth.guard`, also without the path of baseUrl: a handler at the wrong path is not open.
   for (const path of new Set([mcpPath, mcpPath.slice(basePath.length)])) app.use(`${path}/*`, guard);
 
@@ -670,6 +686,8 @@ function createServer(options: PersonalAuthOptions): Server {
     documents: { copies: new Map(), underWay: new Map(), asked: new Map() },
     verified: new Map(),
     checked: new WeakMap(),
+    attempts: new Map(),
+    found: {},
     passwordReady: once(() => ensurePassword(server)),
   };
   // At start, so that a store that another server uses is noticed. A failure is reported, and tried again when needed.
@@ -833,6 +851,7 @@ async function registerClient(server: Server, c: Context): Promise<Response> {
     ...(!refreshes && { o: 1 }),
   });
   server.emit("client_registered", "a client registered", { clientName: client_name });
+  noteAttempt(server, { id: client_id, name: client_name }, { introduced: seconds() });
   const { client_uri, software_id, software_version, application_type } = metadata;
   const answer = {
     client_id,
@@ -1448,7 +1467,8 @@ function showConsent(server: Server, c: Context): Promise<Response> {
   return withRequest(server, c, encoded, async (request) => {
     const session = await readSession(server, c);
     if (session.answer) return session.answer;
-    if (session.who === "stranger") return strangerPage(c, server);
+    if (session.who === "stranger") return strangerPage(server, c);
+    noteAttempt(server, request.client, { shown: seconds() });
     return await askOwner(server, c, request, encoded, session);
   });
 }
@@ -1461,22 +1481,31 @@ async function decideConsent(server: Server, c: Context): Promise<Response> {
   const decision = form.get("decision");
   const session = await readSession(server, c);
   if (session.answer) return session.answer;
-  const isSealed = await checkCsrf(server, session.browser, encoded, csrf);
-  if (!isSealed || (decision !== "approve" && decision !== "deny")) {
+  const isKnown = decision === "approve" || decision === "approve_elsewhere" || decision === "deny";
+  if (!isKnown || !await checkCsrf(server, session.browser, encoded, csrf)) {
     return await askAgain(server, c, encoded, csrf, session);
   }
   return await withRequest(server, c, encoded, async (request) => {
     const { client, redirect_uri } = request;
+    const clientName = client.name;
+    // Only the address of a loopback listener is ever shown: any other app is reached from here, and its code is no
+    // text that somebody could be talked into sending on.
+    const elsewhere = decision === "approve_elsewhere";
+    if (elsewhere && !isLocal(new URL(redirect_uri))) {
+      throw new OAuthError("invalid_request", "This app can be reached from this browser");
+    }
     if (decision === "deny") {
-      server.emit("connection_denied", "the request was denied", { clientName: client.name });
+      server.emit("connection_denied", "the request was denied", { clientName });
+      noteAttempt(server, client, { denied: seconds() });
       const error_description = "The owner denied the request";
       return redirectBack(server, c, request, { error: "access_denied", error_description });
     }
     const problem = await signIn(server, c, session, form.get("password") ?? "");
     if (problem) return await askOwner(server, c, request, encoded, session, { csrf, problem });
     const { code, repeated } = (await approve(server, csrf, request))!;
-    if (repeated) return answeredPage(c, server, client.name, code && answerUri(server, request, { code }));
-    server.emit("connection_approved", `approved for ${redirect_uri}`, { clientName: client.name });
+    if (!repeated) server.emit("connection_approved", `approved for ${redirect_uri}`, { clientName });
+    if (elsewhere && code) return elsewherePage(server, c, answerUri(server, request, { code }));
+    if (repeated) return answeredPage(server, c, clientName, code && answerUri(server, request, { code }));
     return redirectBack(server, c, request, { code: code! });
   });
 }
@@ -1502,6 +1531,7 @@ async function withRequest(
     request = authorizationRequest(server, params, target);
   } catch (error) {
     if (!(error instanceof OAuthError)) throw error;
+    await noteRefusal(server, error, undefined, target.client);
     return redirectBack(server, c, target, { error: error.code, error_description: errorDescription(error.message) });
   }
   return await then(request);
@@ -1519,7 +1549,7 @@ async function askOwner(
   const { client, redirect_uri } = request;
   const csrf = again?.csrf ?? await createCsrf(server, browser, encoded);
   const listed = isListedSite(server.allowed, new URL(client.source === "document" ? client.id : redirect_uri));
-  return consentPage(c, server, request, {
+  return consentPage(server, c, request, {
     who,
     encoded,
     csrf,
@@ -1530,14 +1560,14 @@ async function askOwner(
 
 /** Answers a form that does not belong to this browser and request, or is too old. */
 async function askAgain(server: Server, c: Context, encoded: string, csrf: string, session: Session) {
-  if (encoded === "" || !session.known) return expiredPage(c, server);
+  if (encoded === "" || !session.known) return expiredPage(server, c);
   return await withRequest(server, c, encoded, async (request) => {
     // Of two clicks, the first may have signed the owner in, so that the browser's secret is no longer the form's. The
     // form proves nothing then, but the session does: only the owner is told what came of the first click.
     const earlier = session.who === "owner" ? await approve(server, csrf, request, true) : undefined;
     if (earlier) {
       const uri = earlier.code && answerUri(server, request, { code: earlier.code });
-      return answeredPage(c, server, request.client.name, uri);
+      return answeredPage(server, c, request.client.name, uri);
     }
     // The form was open too long, or in a second tab while the first one signed in: ask again, and lose nothing.
     const fresh = await createCsrf(server, session.browser, encoded);
@@ -1557,10 +1587,13 @@ function answerUri({ issuer }: Server, { redirect_uri, state }: Target, answer: 
   return `${redirect_uri}${redirect_uri.includes("?") ? "&" : "?"}${params.toString().replaceAll("+", "%20")}`;
 }
 
-function redirectBack(server: Server, c: Context, target: Target, answer: Record<string, string>): Response {
+/** Sends the browser back to the client, by way of a page if the target is a private-use scheme. */
+function redirectBack(server: Server, c: Context, target: Target, answer: Record<string, string>) {
+  const uri = answerUri(server, target, answer);
+  if (!/^https?:/i.test(uri)) return openAppPage(server, c, uri, target.client.name, "code" in answer);
   c.header("Cache-Control", "no-store");
   // 302, never 307: the browser would post the owner's password on to the client.
-  return c.redirect(answerUri(server, target, answer), 302);
+  return c.redirect(uri, 302);
 }
 
 /** Finds client and redirect URI. Until both are known good, nothing may be redirected (OAuth 2.1 §4.1.2.1). */
@@ -1626,7 +1659,7 @@ function faultPage(server: Server, c: Context, error: unknown): Response | Promi
   // mcp-remote asks for JSON before it opens the browser, and registers again if it reads invalid_client.
   if (accept.includes("application/json") && !accept.includes("text/html")) return errorResponse(server, c, error);
   const [title, advice] = FAULTS[event ?? code] ?? FAULTS.invalid_request!;
-  return messagePage(c, server, 400, title, `${message}.`, advice);
+  return messagePage(server, c, 400, title, `${message}.`, advice);
 }
 
 /** Title and advice for the faults that a person sees, by event or error code. */
@@ -1716,20 +1749,36 @@ async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
   const arrived = seconds();
   const form = await readForm(c);
   const client = await authenticateClient(server, c, form);
+  c.header("Cache-Control", "no-store");
+  try {
+    return c.json(await grantTokens(server, form, client, arrived));
+  } catch (error) {
+    const id = grantId("pac", form.get("code") ?? "") ?? grantId("prt", form.get("refresh_token") ?? "");
+    await noteRefusal(server, error, id, client);
+    throw error;
+  }
+}
+
+/** Returns the tokens that a form of the token endpoint asks for. */
+async function grantTokens(
+  server: Server,
+  form: URLSearchParams,
+  client: Client,
+  arrived: number,
+): Promise<TokenResponse> {
   const grant_type = required(form, "grant_type");
   checkResource(server, form);
-  c.header("Cache-Control", "no-store");
   if (grant_type === "authorization_code") {
     const [code, code_verifier] = [required(form, "code"), required(form, "code_verifier")];
     if (!/^[A-Za-z0-9._~-]{43,128}$/.test(code_verifier)) {
       throw new OAuthError("invalid_request", "code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)");
     }
     const redirect_uri = form.get("redirect_uri") ?? undefined;
-    return c.json(await redeem(server, { code, code_verifier, redirect_uri, client, arrived }));
+    return await redeem(server, { code, code_verifier, redirect_uri, client, arrived });
   }
   if (grant_type === "refresh_token") {
     const [refresh_token, scope] = [required(form, "refresh_token"), form.get("scope") ?? undefined];
-    return c.json(await refresh(server, { refresh_token, scope, client }));
+    return await refresh(server, { refresh_token, scope, client });
   }
   throw new OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token");
 }
@@ -1788,6 +1837,9 @@ interface Grant {
   scopes: string[];
   resource: string;
   created: number;
+  /** When an access token was first used. */
+  called?: number;
+  /** When a token was last used, to the minute. */
   used?: number;
   expires: number;
   revoked?: number;
@@ -1796,6 +1848,11 @@ interface Grant {
   refresh?: RefreshState;
   /** Live access tokens, oldest first. A refresh leaves the earlier ones to their own expiry. */
   access: AccessToken[];
+  /** The owner's own name for it. */
+  label?: string;
+  /** How the client came to be approved, and why it was last refused, for the owner. */
+  attempt?: Pick<Attempt, "found" | "introduced" | "shown">;
+  refused?: Refusal;
 }
 
 interface RefreshState {
@@ -1843,13 +1900,19 @@ const MAX_ROTATIONS = 200;
 
 // OAuth's hard rules as pure functions of (grant, request, now), without HTTP and storage.
 
-/** Returns the grant of a new approval: a code, and no token yet. The record lives until its form is worthless. */
+/** Returns the grant of a new approval: a code, and no token yet. The record outlives its form, which is good once. */
 function approveGrant(
-  request: Pick<Grant, "client" | "scopes" | "resource"> & { redirect_uri: string },
+  request: Pick<Grant, "client" | "scopes" | "resource" | "attempt"> & { redirect_uri: string },
   code: { hash: string; challenge: string; refreshes: boolean },
   now: number,
 ): Grant {
-  return { ...request, created: now, expires: now + FORM_TTL, code: { ...code, expires: now + CODE_TTL }, access: [] };
+  return {
+    ...request,
+    created: now,
+    expires: now + UNREDEEMED_KEPT,
+    code: { ...code, expires: now + CODE_TTL },
+    access: [],
+  };
 }
 
 /**
@@ -1982,11 +2045,13 @@ function verifyGrant(grant: Grant, hash: string, resource: string, now: number):
 function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
   const { refresh } = grant;
   // The client has the latest tokens; later use of the previous refresh token is treated as theft.
+  const called = grant.called ?? now;
   if (refresh && refresh.n === token.n && refresh.rotated.length > 0 && !refresh.presented) {
-    return { ...grant, used: now, refresh: { ...refresh, presented: true } };
+    return { ...grant, called, used: now, refresh: { ...refresh, presented: true } };
   }
   // At most once a minute, so that a busy client does not turn every read into a write.
-  return Math.abs(now - (grant.used ?? 0)) < MINUTE ? grant : { ...grant, used: now };
+  const isRecent = grant.called !== undefined && Math.abs(now - (grant.used ?? 0)) < MINUTE;
+  return isRecent ? grant : { ...grant, called, used: now };
 }
 
 /** Ends a connection. The record stays for a while, so that its approval cannot be posted again. */
@@ -2023,6 +2088,7 @@ async function changeGrant(
     return result?.grant;
   }, { expiresAt: expires });
   const { grant, outcome, reason } = result ?? { outcome: "refused", reason: "the connection has ended" };
+  let event: AuthEvent["type"] | undefined;
   if (grant && outcome !== "issued" && outcome !== "refused") {
     const [type, message] = {
       replayed: ["code_replayed", "a code was redeemed twice: the connection is ended"],
@@ -2030,9 +2096,11 @@ async function changeGrant(
       repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
     }[outcome] as [AuthEvent["type"], string];
     emitFor(server, type, message, id, grant);
+    event = type;
   }
   if (grant && (outcome === "issued" || outcome === "repeated")) return grant;
-  throw new OAuthError("invalid_grant", "The code or refresh token is wrong, used, expired or revoked", { reason });
+  const description = "The code or refresh token is wrong, used, expired or revoked";
+  throw new OAuthError("invalid_grant", description, { reason, ...defined({ event }) });
 }
 
 /** Raises an event about a connection. */
@@ -2057,12 +2125,15 @@ async function approve(
 ): Promise<{ code?: string; repeated: boolean } | undefined> {
   const id = await formId(server, form);
   const code = `pac_${id}${await server.mac("code", form)}`;
+  const { found, introduced, shown } = server.attempts.get(client.id) ?? {};
+  const attempt = defined({ found, introduced, shown });
   const fresh = approveGrant(
-    { client: { id: client.id, name: client.name }, redirect_uri, scopes, resource: server.resource },
+    { client: { id: client.id, name: client.name }, redirect_uri, scopes, resource: server.resource, attempt },
     { hash: await hashToken(code), challenge, refreshes: client.refreshes },
     seconds(),
   );
   const before = lookOnly ? await readGrant(server, id) : await insertGrant(server, id, fresh);
+  if (!lookOnly) server.attempts.delete(client.id); // from here on, the record tells
   const grant = before ?? fresh;
   if (lookOnly && !before || grant.client.id !== client.id || grant.redirect_uri !== redirect_uri) return undefined;
   // After a double click the browser follows the second response, so it carries the first one's code.
@@ -2098,6 +2169,7 @@ async function redeem(
   const request = { hash, challenge, client_id: client.id, redirect_uri, arrived };
   const issue = await hashIssue(server, access_token, undefined, refresh.hash);
   const grant = await changeGrant(server, id, (grant, now) => redeemGrant(grant, request, issue, now), issue);
+  emitFor(server, "code_redeemed", "the app fetched its token", id, grant);
   return tokenResponse(grant, issue.access.hash, access_token, grant.refresh && refresh.token);
 }
 
@@ -2189,6 +2261,21 @@ function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefin
   return hex(base64Bytes(token.slice(4, 4 + 22)));
 }
 
+/** Gives a connection the owner's own name for it; an empty one takes it away. */
+async function rename({ store }: Server, id: string, label: string): Promise<void> {
+  if (label.length > MAX_LABEL) {
+    throw new OAuthError("invalid_request", `The name may have up to ${MAX_LABEL} characters`);
+  }
+  await store.update(`grant/${id}`, (current) => {
+    const { label: _label, ...grant } = (current ?? {}) as Grant;
+    return current && { ...grant, ...(label && { label }) };
+  });
+}
+
+async function revokeAll(server: Server): Promise<void> {
+  for (const { id } of await listConnections(server)) await revoke(server, id);
+}
+
 /** Ends the connection that a token of this client belongs to. Tokens that are not ours are ignored (RFC 7009 §2.2). */
 async function revokeToken(server: Server, token: string, client: Client): Promise<void> {
   const id = grantId("pat", token) ?? grantId("prt", token);
@@ -2222,7 +2309,7 @@ async function listConnections(server: Server): Promise<Connection[]> {
   const now = seconds();
   for await (const [key, value] of server.store.list("grant/")) {
     const grant = value as Grant;
-    const isPending = grant.code?.redeemed === undefined && (grant.code?.expires ?? 0) > now;
+    const isPending = grant.code !== undefined && grant.code.redeemed === undefined && grant.code.expires > now;
     const isOver = grant.revoked !== undefined || grant.expires <= now || (grant.access.length === 0 && !isPending);
     // A store may be shared by servers at several addresses: none lists what belongs to another one.
     if (isOver || grant.resource !== server.resource) continue;
@@ -2231,7 +2318,12 @@ async function listConnections(server: Server): Promise<Connection[]> {
       kind: grant.client.id === PERSONAL ? "token" : "client",
       clientId: grant.client.id,
       clientName: grant.client.name,
-      ...defined({ redirectUri: grant.redirect_uri, lastUsedAt: grant.used && Math.floor(grant.used) }),
+      state: connectionState(grant, now),
+      ...defined({
+        label: grant.label,
+        redirectUri: grant.redirect_uri,
+        lastUsedAt: grant.used && Math.floor(grant.used),
+      }),
       scopes: grant.scopes,
       createdAt: Math.floor(grant.created),
       expiresAt: Math.floor(grant.expires),
@@ -2341,6 +2433,7 @@ async function authenticate(server: Server, c: Context): Promise<AuthInfo> {
   if (known) return known;
   const token = header?.match(BEARER)?.[1];
   if (header === null || token === undefined) {
+    server.found.at = seconds();
     // No error code where no token came: the client has done nothing wrong yet (RFC 6750 §3.1).
     throw new OAuthError("unauthorized", "An access token is needed: send it as Authorization: Bearer", {
       status: 401,
@@ -2363,13 +2456,16 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   const hash = grant ? await hashToken(token) : "";
   const access = grant && verifyGrant(grant, hash, resource, now);
   if (!id || !access) {
-    throw new OAuthError("invalid_token", "The access token is unknown, expired or revoked", {
+    const error = new OAuthError("invalid_token", "The access token is unknown, expired or revoked", {
       status: 401,
-      reason: whyInvalid(server, id, grant, hash, now),
+      reason: `access token: ${whyInvalid(server, id, grant, hash, now)}`,
     });
+    await noteRefusal(server, error, id);
+    throw error;
   }
   const presented = presentGrant(grant, access, now);
   if (presented !== grant) {
+    if (grant.called === undefined) emitFor(server, "first_call", "the app called for the first time", id, grant);
     const marking = markPresented(server, id, hash, now);
     // Wait up to 200 ms for writes that theft detection needs; the time of use is best effort.
     if (presented.refresh !== grant.refresh) await Promise.race([marking, delay(MARK_PATIENCE)]);
@@ -2785,10 +2881,20 @@ async function stretch(password: string, { salt, generated }: OwnerRecord): Prom
 // Owner's page
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Shows `/connections`: what is connected, personal access tokens, and the latest events. */
+/** What was done, as the page that follows says it. Its address names one of these, so that no link can make it say more. */
+const DONE = {
+  disconnected: "Disconnected. It has to ask you again.",
+  all_disconnected: "Everything is disconnected.",
+  renamed: "Renamed.",
+};
+
+/** The longest name that the owner can give to a connection. */
+const MAX_LABEL = 60;
+
+/** Shows `/connections`: what is connected, attempts to connect, personal access tokens, and the latest events. */
 async function showConnections(server: Server, c: Context): Promise<Response> {
   const session = await readSession(server, c);
-  return turnAway(server, c, session) ?? await renderConnections(server, c, session);
+  return await turnAway(server, c, session) ?? await renderConnections(server, c, session);
 }
 
 /** Carries out a form of `/connections`. */
@@ -2796,55 +2902,75 @@ async function changeConnections(server: Server, c: Context): Promise<Response> 
   const path = `${server.basePath}/connections`;
   const form = await readForm(c, "scope");
   const session = await readSession(server, c);
-  const away = turnAway(server, c, session);
+  const away = await turnAway(server, c, session);
   if (away) return away;
   const csrf = form.get("csrf") ?? "";
   if (!await checkCsrf(server, session.browser, path, csrf)) {
-    if (!session.known) return expiredPage(c, server);
+    if (!session.known) return expiredPage(server, c);
     // The second of two clicks, after the answer to the first one has signed the owner in.
     if (session.who === "owner" && !form.has("action")) return c.redirect(path, 303);
     return await renderConnections(server, c, session, OPEN_TOO_LONG);
   }
   const problem = await signIn(server, c, session, form.get("password") ?? "");
   if (problem) return await renderConnections(server, c, session, problem);
+  const done = await carryOut(server, c, session, form, csrf);
   // 303: a reload of the page that follows must not do it again.
-  return await carryOut(server, c, session, form, csrf) ?? c.redirect(path, 303);
+  return done instanceof Response ? done : c.redirect(done ? `${path}?done=${done}` : path, 303);
 }
 
 /** Returns what to answer if this visitor may not see the page at all. */
-function turnAway(server: Server, c: Context, { who, answer }: Session): Response | Promise<Response> | undefined {
+async function turnAway(server: Server, c: Context, { who, answer }: Session): Promise<Response | undefined> {
   if (server.password === false) {
     const advice = "Without it, this page would be open to everybody. To use it, give personalAuth() a password.";
-    return messagePage(c, server, 403, "The password check is off", advice);
+    return await messagePage(server, c, 403, "The password check is off", advice);
   }
-  if (answer) return answer;
-  return who === "stranger" ? strangerPage(c, server) : undefined;
+  return answer ?? (who === "stranger" ? await strangerPage(server, c) : undefined);
 }
 
 async function renderConnections(server: Server, c: Context, session: Session, problem?: Problem): Promise<Response> {
   const action = `${server.basePath}/connections`;
   const csrf = await createCsrf(server, session.browser, action);
-  if (session.who !== "owner") return signInPage(c, server, { action, csrf, ...defined({ problem }) });
+  if (session.who !== "owner") return await signInPage(server, c, action, csrf, problem);
+  const key = c.req.query("done") ?? "";
+  const done = Object.hasOwn(DONE, key) ? DONE[key as keyof typeof DONE] : undefined;
   const connections = await listConnections(server);
-  const events = await latestEvents(server.events);
-  return connectionsPage(c, server, { action, csrf, connections, events, ...defined({ problem }) });
+  const [attempts, events] = [await listTimelines(server), await latestEvents(server.events)];
+  return await connectionsPage(server, c, {
+    action,
+    csrf,
+    connections,
+    attempts,
+    events,
+    ...defined({ done, problem }),
+  });
 }
 
-/** Does what a form asks for. Returns a page if there is something to show. */
-async function carryOut(server: Server, c: Context, session: Session, form: URLSearchParams, csrf: string) {
+/** Does what a form asks for. Returns a page to show, or the name of the message on the page that follows. */
+async function carryOut(
+  server: Server,
+  c: Context,
+  session: Session,
+  form: URLSearchParams,
+  csrf: string,
+): Promise<Response | keyof typeof DONE | undefined> {
+  const id = form.get("id") ?? "";
   switch (form.get("action")) {
     case "revoke":
-      await revoke(server, form.get("id") ?? "");
-      break;
+      await revoke(server, id);
+      return "disconnected";
     case "revoke_all":
-      for (const { id } of await listConnections(server)) await revoke(server, id);
-      break;
+      await revokeAll(server);
+      return "all_disconnected";
+    case "rename":
+      await rename(server, id, printable(form.get("label") ?? ""));
+      return "renamed";
     case "sign_out":
       await signOut(server, session);
-      break;
+      return undefined;
     case "sign_out_everywhere":
+      if (form.has("revoke_all")) await revokeAll(server);
       await signOutEverywhere(server);
-      break;
+      return undefined;
     case "create_token": {
       const request = {
         name: form.get("name") ?? "",
@@ -2856,12 +2982,207 @@ async function carryOut(server: Server, c: Context, session: Session, form: URLS
         if (!(error instanceof TypeError)) throw error;
         throw new OAuthError("invalid_request", "The token needs a name, a lifetime and a scope");
       });
-      if (made) {
-        return await tokenPage(c, server, { ...made, name: request.name, back: `${server.basePath}/connections` });
-      }
+      if (made) return await tokenPage(server, c, made.token, request.name);
     }
   }
-  return undefined;
+}
+
+/**
+ * Leads a browser from the root to the owner's page if the app has nothing there: `next()` asks all routes that come
+ * after this one. A program that probes the root still finds nothing.
+ */
+function homePage({ basePath }: Server): MiddlewareHandler {
+  return async (c, next) => {
+    await next();
+    if (c.res.status !== 404 || !c.req.header("Accept")?.includes("text/html")) return;
+    c.res = undefined; // or its headers would be kept
+    c.res = new Response(null, { status: 302, headers: { Location: `${basePath}/connections` } });
+  };
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Timeline
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** How far a client came before the owner approved it. In memory only, because strangers can make any number of these. */
+interface Attempt {
+  name: string;
+  /** When somebody last asked for the documents, or called without a token: how a client finds the server. */
+  found?: number;
+  /** When the client registered, or its metadata document was read. */
+  introduced?: number;
+  shown?: number;
+  denied?: number;
+  refused?: Refusal;
+}
+
+/** Why a request was refused, for the owner. */
+interface Refusal {
+  at: number;
+  reason: string;
+}
+
+/** One attempt as the owner's page shows it. `advice` says what is missing, whose turn it is, and what to do. */
+interface Timeline {
+  title: string;
+  steps: { at: number; text: string; ok: boolean }[];
+  advice: string;
+}
+
+const MAX_KEPT_ATTEMPTS = 50;
+const MAX_SHOWN_TIMELINES = 15;
+/** How long an approval that was never redeemed is kept, to be shown. */
+const UNREDEEMED_KEPT = 7 * DAY;
+
+/** Notes how far a client came. Attempts that nobody opened in a browser are forgotten first. */
+function noteAttempt({ attempts, found }: Server, { id, name }: Pick<Client, "id" | "name">, step: Partial<Attempt>) {
+  const before = attempts.get(id) ?? { name, ...defined({ found: found.at }) };
+  attempts.delete(id); // so that it moves to the end, where the latest are
+  attempts.set(id, { ...before, ...step });
+  if (attempts.size <= MAX_KEPT_ATTEMPTS) return;
+  const [forgotten = ""] = [...attempts].find(([, { shown }]) => shown === undefined) ??
+    [...attempts.keys()].slice(0, 1);
+  attempts.delete(forgotten);
+}
+
+/**
+ * Tells the owner why a request was refused: on its connection if it names one, else on the client's attempt. At most
+ * once a minute, so that a client that asks without pause does not write without pause.
+ */
+async function noteRefusal(
+  server: Server,
+  error: unknown,
+  id: string | undefined,
+  client?: Pick<Client, "id" | "name">,
+): Promise<void> {
+  if (!(error instanceof OAuthError) || error.status >= 500 || error.event) return;
+  const refused: Refusal = { at: seconds(), reason: error.reason ?? error.message };
+  const grant = id ? await readGrant(server, id).catch(() => undefined) : undefined;
+  if (!grant && !client) return; // a made-up token: anybody's, any number of times
+  const clientName = grant?.client.name ?? client?.name;
+  server.emit("token_refused", refused.reason, defined({ connection: grant && id, clientName }));
+  if (!grant) noteAttempt(server, client!, { refused });
+  else if (refused.at - (grant.refused?.at ?? 0) > MINUTE) {
+    await server.store.update(`grant/${id}`, (current) => current && { ...current, refused }).catch(() => {});
+  }
+}
+
+/** Returns the state of a live connection. */
+function connectionState(grant: Grant, now: number): Connection["state"] {
+  if (grant.code && grant.code.redeemed === undefined) return "pending";
+  if (grant.called === undefined) return "unused";
+  const isRefused = grant.refused !== undefined && grant.refused.at > (grant.used ?? 0);
+  return isRefused || !grant.access.some(({ expires }) => expires > now) ? "silent" : "active";
+}
+
+/** Returns what the owner should see of connecting: what is new, unfinished, or fell silent, newest first. */
+async function listTimelines(server: Server): Promise<Timeline[]> {
+  const now = seconds();
+  const attempts = [...server.attempts.values()].reverse();
+  const approved: Timeline[] = [];
+  for await (const [, value] of server.store.list("grant/")) {
+    const grant = value as Grant;
+    if (grant.client.id === PERSONAL || grant.resource !== server.resource || grant.revoked !== undefined) continue;
+    const isSettled = connectionState(grant, now) === "active" && now - grant.created > DAY;
+    if (!isSettled && grant.expires > now) approved.push(grantTimeline(server, grant, now));
+  }
+  const last = ({ steps }: Timeline) => steps.at(-1)!.at;
+  // Some of each kind, so that no number of strangers' attempts hides what the owner approved or opened.
+  return [
+    ...approved.sort((a, b) => last(b) - last(a)),
+    ...attempts.filter(({ shown }) => shown !== undefined).map((attempt) => attemptTimeline(server, attempt)),
+    ...attempts.filter(({ shown }) => shown === undefined).slice(0, 3).map((attempt) =>
+      attemptTimeline(server, attempt)
+    ),
+  ].slice(0, MAX_SHOWN_TIMELINES);
+}
+
+/** Puts steps in order and leaves out those that did not happen. */
+function steps(happened: [at: number | undefined, text: string, ok?: boolean][]): Timeline["steps"] {
+  return happened.flatMap(([at, text, ok = true]) => at === undefined ? [] : [{ at, text, ok }])
+    .sort((a, b) => a.at - b.at);
+}
+
+const refusalText = (refused: Refusal | undefined) => `was refused: ${refused?.reason}`;
+
+function attemptTimeline({ resource }: Server, { name, found, introduced, shown, denied, refused }: Attempt): Timeline {
+  const advice = refused
+    ? `This server refused it. Mend that, and connect again in ${name || "the app"}.`
+    : denied !== undefined
+    ? "You denied it. Nothing was shared."
+    : shown !== undefined
+    ? "It is your turn: approve or deny on the page that the app opened. If the page is gone, connect again in the app."
+    : `It introduced itself, but no browser has opened the page to approve it. Connect again in the app; ${
+      CHECK(resource)
+    }`;
+  return {
+    title: name,
+    steps: steps([
+      [found, "found this server"],
+      [introduced, "introduced itself"],
+      [shown, "was shown to you for approval"],
+      [denied, "was denied by you", false],
+      [refused?.at, refusalText(refused), false],
+    ]),
+    advice,
+  };
+}
+
+/** The command that asks this server what a client asks. */
+const CHECK = (resource: string) => `to see what a client meets, run: npx -y deno run -A mod.ts ${resource}`;
+
+function grantTimeline(server: Server, grant: Grant, now: number): Timeline {
+  const { client, code, refresh, created, called, used, refused, attempt } = grant;
+  return {
+    title: grant.label || client.name,
+    steps: steps([
+      [attempt?.found, "found this server"],
+      [attempt?.introduced, "introduced itself"],
+      [attempt?.shown, "was shown to you for approval"],
+      [created, "was approved by you"],
+      [code?.redeemed, "fetched its token"],
+      [called, "called for the first time"],
+      [refresh?.rotated[0]?.[1], "refreshed its token, the last time"],
+      [called === undefined ? undefined : used, "was used, the last time"],
+      [refused?.at, refusalText(refused), false],
+    ]),
+    advice: grantAdvice(server, grant, now),
+  };
+}
+
+/** Says what a connection waits for, whose turn it is, and what to do. */
+function grantAdvice({ resource, issuer, found }: Server, grant: Grant, now: number): string {
+  const { code, redirect_uri = issuer, refused, called, access } = grant;
+  const name = grant.client.name || "the app";
+  const target = new URL(redirect_uri);
+  const state = connectionState(grant, now);
+  if (refused && refused.at > Math.max(grant.used ?? 0, code?.redeemed ?? 0)) {
+    return `${name} was refused ${ago(now - refused.at)}: ${refused.reason}. Connect again in ${name}.`;
+  }
+  if (state === "pending" && code!.expires > now) {
+    return `It is ${name}'s turn: it was sent back to ${target.host} and has not fetched its token yet.`;
+  }
+  if (state === "pending") {
+    return isLocal(target)
+      ? `${name} never fetched its token: nothing listens at ${target.host} on the computer of your browser. Connect ` +
+        `again, and if ${name} is on another computer, say so on the page.`
+      : `${name} was sent back to ${target.host} and never fetched its token. Its servers may not reach ` +
+        `${issuer}/token; ${CHECK(resource)}`;
+  }
+  if (state === "unused") {
+    const since = code?.redeemed ?? grant.created;
+    return `${name} got its token ${ago(now - since)} and has not called since. ` +
+      ((found.at ?? 0) > since
+        ? "Since then a request without a token came: something in front of this server may remove the Authorization " +
+          `header; ${CHECK(resource)}`
+        : `Something in front of this server may block the user agent Claude-User; ${CHECK(resource)}`);
+  }
+  if (state === "silent") {
+    const expired = Math.max(...access.map(({ expires }) => expires), called ?? 0);
+    return `${name}'s access token expired ${ago(now - expired)} and it has not come back. Open ${name}, and connect ` +
+      "again if it asks for it.";
+  }
+  return `${name} is connected.`;
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2879,10 +3200,12 @@ interface EventLog {
 /** `events/<issuer>`: the latest of each kind, so that a flood of one kind cannot push out the others. */
 type EventRecord = Partial<Record<AuthEvent["type"], { count: number; latest: LoggedEvent[] }>>;
 type LoggedEvent = Pick<AuthEvent, "at" | "message" | "clientName" | "connection">;
+type LoggedEvents = (LoggedEvent & { type: AuthEvent["type"]; count: number })[];
 
 const MAX_EVENTS_PER_TYPE = 5;
 /** Events that strangers can cause at will. They wait in memory for one that is worth a write, so they cause no writes. */
 const CHEAP_EVENTS = new Set<AuthEvent["type"]>([
+  "token_refused",
   "client_document_refused",
   "redirect_refused",
   "connection_denied",
@@ -2923,7 +3246,7 @@ function mergeEvents(record: EventRecord = {}, events: AuthEvent[]): EventRecord
 }
 
 /** Returns the latest events of each kind, newest first, with how many there were of that kind. */
-async function latestEvents(log: EventLog): Promise<(LoggedEvent & { type: AuthEvent["type"]; count: number })[]> {
+async function latestEvents(log: EventLog): Promise<LoggedEvents> {
   await log.writing;
   const record = mergeEvents(await log.store.get(log.key) as EventRecord | undefined, log.waiting);
   const list = Object.entries(record).flatMap(([type, { count, latest }]) =>
@@ -2932,9 +3255,9 @@ async function latestEvents(log: EventLog): Promise<(LoggedEvent & { type: AuthE
   return list.sort((a, b) => b.at - a.at);
 }
 
-/** Writes an event to the console. Anyone can register, so registrations go to `onEvent` but not to the console. */
+/** Writes an event to the console, but for those that anyone can cause at will; these go to `onEvent` only. */
 function logEvent({ type, message, connection, clientName, cause }: AuthEvent): void {
-  if (type === "client_registered") return;
+  if (type === "client_registered" || (type === "token_refused" && !connection)) return;
   // quote() keeps what a client controls on one line, so that no name can forge a second log entry.
   const why = cause instanceof Error ? quote(cause.message) : undefined;
   const parts = [clientName && `client ${quote(clientName)}`, connection && `connection ${connection}`, why];
@@ -2951,7 +3274,7 @@ type PageStatus = 200 | 409 | 429 | ErrorStatus;
 
 /** How the owner's pages look. */
 export interface PageOptions {
-  /** What the owner calls this server. Default: the host of `baseUrl`. */
+  /** What the owner calls this server. Default: its address. */
   title?: string;
   /** The colour of the button that approves, as `#rrggbb`; its text is black or white by itself. */
   accent?: string;
@@ -2960,108 +3283,117 @@ export interface PageOptions {
 /** What a client is called that has no name. */
 const UNNAMED = "an app without a name";
 
+// What apps say of themselves is a .name: two lines at most, and clipped, so that combining marks draw over nothing else.
 const STYLE = `
-:root{color-scheme:light dark;--ink:#1d1b18;--soft:#5c574f;--paper:#f5f3ee;--card:#fff;--line:#dcd7cc;--link:#1d4f9c;--accent:#1d4f9c;--on-accent:#fff;--warn:#7a3d00;--warn-paper:#fff4e0}
-@media(prefers-color-scheme:dark){:root{--ink:#f1efe9;--soft:#b8b2a7;--paper:#161513;--card:#211f1d;--line:#3d3a35;--link:#8db4f5;--accent:#8db4f5;--on-accent:#0d1d35;--warn:#ffcf8f;--warn-paper:#36260f}}
-@media(prefers-contrast:more){:root{--soft:var(--ink);--line:var(--ink)}}
+:root{color-scheme:light dark;--ink:#1d1b18;--soft:#5c574f;--paper:#f5f3ee;--card:#fff;--line:#e0dbd0;--link:#1d4f9c;
+--accent:#1d4f9c;--on-accent:#fff;--warn:#7a3d00;--warn-paper:#fff4e0;--good:#1b6b3a;--good-paper:#e8f5ec;--bad:#a3241b}
+@media(prefers-color-scheme:dark){:root{--ink:#f1efe9;--soft:#b8b2a7;--paper:#161513;--card:#211f1d;--line:#3d3a35;
+--link:#8db4f5;--accent:#8db4f5;--on-accent:#0d1d35;--warn:#ffcf8f;--warn-paper:#36260f;--good:#8fd8a8;
+--good-paper:#16301f;--bad:#ff9d94}}@media(prefers-contrast:more){:root{--soft:var(--ink);--line:var(--ink)}}
 *{box-sizing:border-box}
-body{margin:0;min-height:100vh;display:grid;place-items:center;padding:1rem;background:var(--paper);color:var(--ink);font:1rem/1.5 system-ui,sans-serif}
-main{width:100%;max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);border-radius:1.1rem}
-main.wide{max-width:44rem}
-header{margin:0 0 1.1rem;color:var(--soft);font-size:.9rem;overflow-wrap:anywhere}
-h1{margin:0 0 .4rem;font-size:1.5rem;line-height:1.25;overflow-wrap:anywhere}
-h2{margin:2rem 0 .5rem;font-size:1.1rem}
-p{margin:.5rem 0;overflow-wrap:anywhere}
-small,.soft,dt{color:var(--soft);font-size:.9rem}
-dl{margin:1.1rem 0;display:grid;gap:.9rem}
-dd{margin:.1rem 0 0;overflow-wrap:anywhere}
-ul{list-style:none;margin:0;padding:0}
-.list>li{padding:.9rem 0;border-top:1px solid var(--line);display:flex;flex-wrap:wrap;gap:.5rem 1rem;align-items:center}
-.list>li>div{flex:1 1 14rem;min-width:0;overflow-wrap:anywhere}
-.warn{margin:1rem 0;padding:.75rem .9rem;border-radius:.7rem;background:var(--warn-paper);color:var(--warn);font-weight:600}
-.mark{color:var(--link);font-weight:600}
-label,legend{display:block;margin-top:1rem;font-weight:600}
-fieldset{border:0;margin:1rem 0 0;padding:0}
-legend{margin:0;padding:0}
-fieldset label{font-weight:400;margin:0;display:flex;gap:.6rem;align-items:center;min-height:2.75rem}
-input,select,button,a.button{width:100%;min-height:3rem;margin-top:.5rem;padding:.6rem .9rem;font:inherit;border-radius:.7rem;border:1px solid var(--soft);color:inherit;background:var(--card)}
+body{margin:0;min-height:100vh;display:grid;grid-template-columns:100%;place-items:center;padding:1rem;
+background:var(--paper);color:var(--ink);font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere}
+main{width:100%;max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);
+border-radius:1.1rem}main.wide{max-width:44rem;align-self:start}
+header,.row,.pair,fieldset label{display:flex;gap:.7rem;align-items:center}
+header{min-height:2.75rem;margin-bottom:.5rem;color:var(--soft);font-size:.9rem}header b,.to b{color:var(--ink)}
+header form{margin-left:auto}h1{margin:0 0 .5rem;font-size:1.5rem;line-height:1.2;text-wrap:balance}
+h2{margin:1.6rem 0 .3rem;font-size:1rem}p{margin:.5rem 0}small{display:block}
+small,.soft,.to{color:var(--soft);font-size:.875rem}ul,ol{list-style:none;margin:0;padding:0}a{color:var(--link)}
+.name{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;overflow:hidden;overflow:clip;
+font-weight:600;text-align:left}.card,.flash,.warn,.chip,.av{border:1px solid transparent;border-radius:.8rem}
+.card,.flash,.warn{margin:1rem 0;padding:.8rem}.card{border-color:var(--line)}
+.flash,.chip{background:var(--good-paper);color:var(--good)}.warn{background:var(--warn-paper);color:var(--warn)}
+.warn,.chip{font-weight:600}.chip{padding:0 .5rem;font-size:.8rem;white-space:nowrap}.row{padding:.7rem 0}
+.row p{margin:0}.row p::first-letter{text-transform:uppercase}.row>div{flex:1;min-width:0}
+.av{flex:none;width:2.5rem;height:2.5rem;display:grid;place-items:center;overflow:clip;color:#fff;background:#5c574f;
+font-weight:700}.c0{background:#b0492a}.c1{background:#2d66a8}.c2{background:#6a53c0}.c3{background:#1f7350}
+.c4{background:#a23b72}.to{margin:.2rem 0 0;padding-top:.8rem;border-top:1px solid var(--line)}.to b{font-size:1.2rem}
+.marks li{padding:.2rem 0 .2rem 1.6rem;position:relative}
+.marks li::before{content:"✓";position:absolute;left:.2rem;color:var(--good);font-weight:700}
+.marks .more::before{content:"!";left:.45rem;color:var(--warn)}.marks .bad::before{content:"✗";color:var(--bad)}
+.list>li{border-top:1px solid var(--line)}label,legend{display:block;margin-top:1rem;padding:0;font-weight:600}
+fieldset{border:0;margin:0;padding:0}fieldset label{min-height:2.75rem;margin:0;font-weight:400}
+input,select,button,.button{width:100%;min-height:3rem;margin-top:.5rem;padding:.6rem .9rem;font:inherit;
+border:1px solid var(--soft);border-radius:.7rem;color:inherit;background:var(--card)}
 input[type=checkbox]{width:1.35rem;min-height:1.35rem;margin:0;accent-color:var(--accent)}
-button{font-weight:600;cursor:pointer}
-.list button,.row button{width:auto;min-width:7rem;margin:0}
-.row{display:flex;flex-wrap:wrap;gap:.75rem}
-button.approve{background:var(--accent);border-color:var(--accent);color:var(--on-accent);margin-top:1.25rem}
-pre{margin:.5rem 0;padding:.8rem;border:1px solid var(--line);border-radius:.7rem;white-space:pre-wrap;overflow-wrap:anywhere;user-select:all;font-size:.9rem}
-summary{min-height:2.75rem;padding:.5rem 0;cursor:pointer;font-weight:600}
-a{color:var(--link)}
-:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+button,.button,summary{font-weight:600;cursor:pointer}.button{display:block;text-align:center;text-decoration:none}
+.approve{margin-top:1.25rem;background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
+.plain{width:auto;min-height:2.75rem;margin:0;padding:0;border:0;background:none;color:var(--link)}
+.danger{color:var(--bad)}.pair button,.row>small{flex:none;width:auto}
+summary{min-height:2.75rem;padding:.6rem 0;color:var(--link)}
+summary.row{padding:.7rem .3rem .7rem 0;color:inherit;font-weight:400;list-style:none}
+summary.row::-webkit-details-marker{display:none}
+summary.row::after{content:"";padding:.2rem;border:solid var(--soft);border-width:0 2px 2px 0;rotate:45deg}
+[open]>summary.row::after{rotate:225deg}.row+.card{margin:0 0 .8rem}
+code{display:block;padding:.8rem;border:1px solid var(--line);border-radius:.7rem;background:var(--paper);
+white-space:pre-wrap;user-select:all;font-size:.875rem}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 `;
 
-/** The question to the owner, and with it the password form if nobody is signed in. */
-function consentPage(
-  c: Context,
-  settings: Settings,
-  request: AuthorizationRequest,
-  form: { who: Session["who"]; encoded: string; csrf: string; vouched: boolean; problem?: Problem },
-): Response | Promise<Response> {
-  const { issuer, basePath, scopes } = settings;
-  const { client, redirect_uri } = request;
-  const target = new URL(redirect_uri);
-  const here = isLoopback(target.hostname);
-  const name = client.name || UNNAMED;
-  const title = `Connect ${name}?`;
-  const origin = client.source === "document"
-    ? `Described by ${new URL(client.id).host}`
-    : client.source === "registered"
-    ? "The app chose this name; it is not verified."
-    : "You registered this app yourself.";
-  const allowed = request.scopes.filter((scope) => scope !== OFFLINE_ACCESS);
-  // Beside what it vouches for: the site of the document, or else the one that the answer goes to; never a mere name.
-  const mark = form.vouched && html`<br><small class="mark">✓ On your list</small>`;
-  const body = html`
-    <h1>${title}</h1>
-    <dl>
-      <div>
-        <dt>App</dt>
-        <dd><strong>${name}</strong><br><small>${origin}</small>
-          ${client.source === "document" && mark}</dd>
-      </div>
-      <div>
-        <dt>You'll be sent back to</dt>
-        <dd><strong>${target.protocol}//${target.host}</strong>
-          ${client.source !== "document" && mark}
-          ${here && html`<br><small>an app on this computer</small>`}
-          ${!/^https?:$/.test(target.protocol) && html`<br><small>an app on this device</small>`}</dd>
-      </div>
-      <div>
-        <dt>It may</dt>
-        <dd>
-          <ul>${allowed.map((scope) => html`<li>${scopes.words(scope)}</li>`)}</ul>
-        </dd>
-      </div>
-      <div>
-        <dt>Server</dt>
-        <dd>${issuer}</dd>
-      </div>
-    </dl>
-    ${here && html`<p class="warn">Approve only if you just started this.</p>`}
-    <form method="post" action="${basePath}/authorize">
-      <input type="hidden" name="request" value="${form.encoded}">
-      <input type="hidden" name="csrf" value="${form.csrf}">
-      ${passwordField(form)}
-      <button class="approve" name="decision" value="approve">Approve</button>
-      <button name="decision" value="deny" formnovalidate>Deny</button>
-    </form>
-  `;
-  return page(c, settings, { status: form.problem?.status ?? 200, title, body });
+/** What the owner calls this server. */
+function serverName({ pages, issuer }: Settings): string {
+  return pages.title || issuer.replace(/^https?:\/\//, "");
+}
+
+/** Where an answer goes: a web site by its host, anything else with its scheme. Never shortened: the end counts. */
+function hostOf({ protocol, host }: URL): string {
+  return protocol === "https:" ? host : `${protocol}//${host}`;
+}
+
+/** Whether an app on the browser's own computer listens there. A private-use scheme may have a host `localhost` too. */
+function isLocal({ protocol, hostname }: URL): boolean {
+  return /^https?:$/.test(protocol) && isLoopback(hostname);
+}
+
+/** A name that an app or the owner chose, of any length and direction. */
+function nameOf(name: string): Html {
+  return html`<bdi class="name">${name || UNNAMED}</bdi>`;
+}
+
+/** The first letters of a name, in one of five colours, so that rows are told apart at a glance. */
+function monogram(name: string, where: string): Html {
+  const letters = name.split(/\s+/).map((word) => word.match(/[\p{L}\p{N}]/u)?.[0] ?? "").slice(0, 2).join("");
+  const sum = [...(name + where)].reduce((sum, char) => (sum * 31 + char.codePointAt(0)!) % 9973, 0);
+  return html`<span class="av c${sum % 5}" aria-hidden="true">${letters.toUpperCase() || "?"}</span>`;
+}
+
+/** A time relative to now, because a page without script does not know the owner's time zone; exact in the title. */
+function timeOf(at: number): Html {
+  const left = at - seconds();
+  const units = [["month", 30 * DAY], ["day", DAY], ["hour", HOUR], ["minute", MINUTE]] as const;
+  const [unit, size] = units.find(([, size]) => Math.abs(left) >= size) ?? ["minute", Infinity];
+  const text = size === Infinity ? "just now" : RELATIVE_TIME.format(Math.trunc(left / size), unit);
+  return html`<time datetime="${new Date(at * 1000).toISOString()}" title="${formatTime(at)}">${text}</time>`;
+}
+
+const RELATIVE_TIME = new Intl.RelativeTimeFormat("en");
+
+function formatTime(at: number): string {
+  return `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
+}
+
+/** What a connection may do, in words; what is granted on request only is marked. */
+function scopeList({ scopes }: Settings, granted: string[]): Html {
+  const more = html`<span class="chip warn">extra</span>`;
+  const item = (scope: string) => {
+    const extra = !scopes.byDefault.includes(scope);
+    return html`<li class="${extra && "more"}">${scopes.words(scope)} ${extra && more}</li>`;
+  };
+  return html`<ul class="marks">${granted.filter((scope) => scope !== OFFLINE_ACCESS).map(item)}</ul>`;
+}
+
+/** A text to copy: one tap selects all of it. */
+function copyable(text: string): Html {
+  return html`<code tabindex="0">${text}</code>`;
 }
 
 /** `ready`: with the cursor in it; not where that would scroll the question out of sight on a phone. */
-function passwordField(
-  { who, problem, ready = problem !== undefined }: { who: Session["who"]; problem?: Problem; ready?: boolean },
-): Html {
+function passwordField(who: Session["who"], problem?: Problem, ready = problem !== undefined): Html {
+  // Password managers store and fill in a password only where they see a user name.
   return html`
     ${problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`}
     ${who === "anybody" && html`
+      <input autocomplete="username" value="owner" hidden>
       <label for="password">Your password for this server</label>
       <input id="password" name="password" type="password" autocomplete="current-password" required
         ${problem && raw('aria-describedby="problem" aria-invalid="true"')} ${ready && raw("autofocus")}>
@@ -3069,163 +3401,261 @@ function passwordField(
   `;
 }
 
-function signInPage(
-  c: Context,
+/** The question to the owner, and with it the password form if nobody is signed in. */
+function consentPage(
   settings: Settings,
-  { action, csrf, problem }: { action: string; csrf: string; problem?: Problem },
-): Response | Promise<Response> {
+  c: Context,
+  { client, redirect_uri, scopes }: AuthorizationRequest,
+  form: { who: Session["who"]; encoded: string; csrf: string; vouched: boolean; problem?: Problem },
+) {
+  const { issuer, basePath } = settings;
+  const target = new URL(redirect_uri);
+  // It says what the list says, no more, beside what it stands for: the site of the document, or else the one that the
+  // answer goes to; never beside a mere name.
+  const chip = form.vouched && html`<span class="chip">on your list</span>`;
+  const isDocument = client.source === "document";
+  const own = client.source === "registered" ? "The app chose this name; it is not verified" : "You registered it";
+  const body = html`
+    <h1>Connect this app to ${serverName(settings)}?</h1>
+    <div class="card">
+      <div class="row">${monogram(client.name, target.host)}
+        <div>${nameOf(client.name)}
+          <small>${isDocument ? html`Described by ${new URL(client.id).host} ${chip}` : own}</small></div></div>
+      <p class="to">Sends you back to ${isLocal(target) && "an app on this computer"}
+        ${!/^https?:$/.test(target.protocol) && "an app on this device"}<br>
+        <b title="${redirect_uri}">${hostOf(target)}</b> ${!isDocument && chip}</p>
+    </div>
+    <h2>It will be able to</h2>
+    ${scopeList(settings, scopes)}
+    <p class="warn">Approve only if you just started this.</p>
+    <form method="post" action="${basePath}/authorize">
+      <input type="hidden" name="request" value="${form.encoded}">
+      <input type="hidden" name="csrf" value="${form.csrf}">
+      ${passwordField(form.who, form.problem)}
+      <button class="approve" name="decision" value="approve">Approve</button>
+      <button name="decision" value="deny" formnovalidate>Deny</button>
+      ${isLocal(target) && html`<details><summary>The app is on another computer</summary>
+        <p>This browser cannot reach it there. Approve here, then copy the address that is shown into the app.</p>
+        <button name="decision" value="approve_elsewhere">Approve and show the address</button></details>`}
+    </form>
+    <p class="soft">Stays connected until you revoke it at <a href="${issuer}/connections">/connections</a>.</p>
+  `;
+  return page(settings, c, `Connect ${client.name || UNNAMED}?`, body, { status: form.problem?.status });
+}
+
+/**
+ * Leads to a private-use scheme. After a redirect the browser would keep showing the form, as if nothing had happened;
+ * this page goes on by itself as well, and has a link for browsers that want a click.
+ */
+function openAppPage(settings: Settings, c: Context, uri: string, name: string, approved: boolean) {
+  c.header("Refresh", `0; url=${uri}`);
+  const texts = ["The app opens now. If it does not, press the button.", link(uri, `Open ${name || "the app"}`)];
+  return messagePage(settings, c, 200, approved ? "Approved" : "Not connected", ...texts, "Then close this page.");
+}
+
+/** The address of the callback, to be carried by hand to the computer that the app runs on. */
+function elsewherePage(settings: Settings, c: Context, uri: string) {
+  const what = "Paste this address where the app on the other computer asks for it, or into a browser there:";
+  const warning = html`<strong>Give it only to the app that you started yourself, and to nobody else.</strong>`;
+  const limit = `It works once, within ${CODE_TTL / MINUTE} minutes.`;
+  return messagePage(settings, c, 200, "Approved", what, copyable(uri), warning, limit);
+}
+
+/** The answer to a form that was sent before, and the way on if the first answer did not get through. */
+function answeredPage(settings: Settings, c: Context, client: string, uri?: string) {
+  const text = "You approved this request before. If the app is not connected, go back to it and connect again.";
+  const way = uri ? link(uri, `Go on to ${client || "the app"}`) : "";
+  return messagePage(settings, c, 409, "Already answered", text, way);
+}
+
+function link(uri: string, text: string): Html {
+  return html`<a class="button approve" href="${uri}">${nameOf(text)}</a>`;
+}
+
+function signInPage(settings: Settings, c: Context, action: string, csrf: string, problem?: Problem) {
   const body = html`
     <h1>Sign in</h1>
     <p>This page is for the owner of this server.</p>
     <form method="post" action="${action}">
       <input type="hidden" name="csrf" value="${csrf}">
-      ${passwordField({ who: "anybody", ready: true, ...(problem && { problem }) })}
+      ${passwordField("anybody", problem, true)}
       <button class="approve">Sign in</button>
     </form>
   `;
-  return page(c, settings, { status: problem?.status ?? 200, title: "Sign in", body });
+  return page(settings, c, "Sign in", body, { status: problem?.status });
 }
 
+/** A form of the owner's page; its buttons name the action. */
+type Form = (content: Html) => Html;
+
 function connectionsPage(
-  c: Context,
   settings: Settings,
-  { action, csrf, connections, events, problem }: {
+  c: Context,
+  { action, csrf, connections, attempts, events, done, problem }: {
     action: string;
     csrf: string;
     connections: Connection[];
-    events: Awaited<ReturnType<typeof latestEvents>>;
+    attempts: Timeline[];
+    events: LoggedEvents;
+    done?: string;
     problem?: Problem;
   },
-): Response | Promise<Response> {
-  const { authenticateOwner } = settings;
-  const form = (name: string, content: Html) =>
-    html`
-      <form method="post" action="${action}">
-        <input type="hidden" name="csrf" value="${csrf}"><input type="hidden" name="action" value="${name}">${content}
-      </form>
+) {
+  const form: Form = (content) =>
+    html`<form method="post" action="${action}"><input type="hidden" name="csrf" value="${csrf}">${content}</form>`;
+  const signOut = (name: string, text: string) =>
+    !settings.authenticateOwner && form(html`<button class="plain" name="action" value="${name}">${text}</button>`);
+  const section = (title: string, items: Html[]) =>
+    items.length > 0 && html`
+      <h2>${title}</h2>
+      <ul class="list">${items}</ul>
     `;
-  const button = (name: string, text: string) => form(name, html`<button>${text}</button>`);
+  const isNew = ({ type, at }: LoggedEvents[number]) => !ROUTINE.test(type) && seconds() - at < 30 * DAY;
+  const told = onceEach(events);
   const body = html`
     <h1>Connections</h1>
+    ${done && html`<p class="flash" role="status">${done}</p>`}
     ${problem && html`<p class="warn" role="alert">${problem.message}</p>`}
-    ${connections.length === 0 && html`<p class="soft">Nothing is connected yet.</p>`}
+    ${connections.length === 0 && html`<p>Nothing is connected yet.</p>`}
     <ul class="list">${connections.map((connection) => connectionItem(settings, connection, form))}</ul>
-    ${connections.length > 1 && html`
-      <details><summary>Revoke all</summary>
-        <p>Every app and every token has to be connected anew.</p>${button("revoke_all", "Revoke all")}</details>
-    `}
-    <h2>New personal access token</h2>
-    <p class="soft">For scripts, and for clients without a browser.</p>
-    ${form("create_token", tokenFields(settings))}
-    <h2>Recent activity</h2>
-    ${events.length === 0 && html`<p class="soft">No activity yet.</p>`}
-    <ul class="list">${events.map(({ at, message, clientName, count }) =>
-      html`
-        <li>
-          <div>${clientName && html`
-            <strong>${clientName}</strong>:
-          `}${message}<br>
-          <small>${formatTime(at)}${count > 1 && html`
-            · ${count} times in all
-          `}</small></div>
-        </li>
-      `
-    )}</ul>
-    ${!authenticateOwner && html`
-      <h2>This browser</h2>
-      <div class="row">${button("sign_out", "Sign out here")}
-              ${button("sign_out_everywhere", "Sign out everywhere")}</div>
-    `}
+    ${addressPart(settings, connections.length === 0)}
+    <details><summary>New token for a script</summary>
+      <p class="soft">For scripts, and for clients without a browser.</p>${form(tokenFields(settings))}</details>
+    ${connections.length > 1 && html`<details><summary>Disconnect all</summary>
+      <p>Every app and every token has to be connected again.</p>
+      ${form(html`<button class="danger" name="action" value="revoke_all">Disconnect all</button>`)}</details>`}
+    ${section("Attempts to connect", attempts.map(attemptItem))}
+    ${section("Needs a look", told.filter(isNew).map(eventItem))}
+    ${section("Recent activity", told.filter((event) => !isNew(event)).map(eventItem))}
+    ${told.length === 0 && html`<p class="soft">No activity yet.</p>`}
+    ${signOut("sign_out_everywhere", "Sign out everywhere")}
   `;
-  return page(c, settings, { status: problem?.status ?? 200, title: "Connections", body, wide: true });
+  const aside = signOut("sign_out", "Sign out");
+  return page(settings, c, "Connections", body, { status: problem?.status, wide: true, aside });
 }
 
-function connectionItem(
-  { scopes }: Settings,
-  { id, kind, clientName, redirectUri, scopes: granted, createdAt, lastUsedAt, expiresAt }: Connection,
-  form: (name: string, content: Html) => Html,
-): Html {
-  const target = redirectUri && new URL(redirectUri);
-  const used = lastUsedAt ? `last used ${formatTime(lastUsedAt)}` : "never used";
-  const name = clientName || UNNAMED;
-  return html`<li>
-    <div><strong>${name}</strong> <small>${
-    target ? `${target.protocol}//${target.host}` : "personal access token"
-  }</small><br>
-      <small>${
-    granted.filter((scope) => scope !== OFFLINE_ACCESS).map((scope) => scopes.words(scope)).join(", ")
-  }</small><br>
-      <small>Since ${formatTime(createdAt)} · ${used}
-        ${
-    kind === "token" && html`
-      · until ${formatTime(expiresAt)}
-    `
-  }</small></div>
-    ${
-    form(
-      "revoke",
-      html`
-        <input type="hidden" name="id" value="${id}">
-        <button aria-label="Revoke: ${name}">Revoke</button>
-      `,
-    )
-  }
-  </li>`;
+/** A row with what is most asked for; opened, the rest, and what can be done with the connection. */
+function connectionItem(settings: Settings, connection: Connection, form: Form): Html {
+  const { id, kind, clientName, label, redirectUri, scopes, createdAt, lastUsedAt, expiresAt } = connection;
+  const name = label || clientName || UNNAMED;
+  const where = redirectUri ? hostOf(new URL(redirectUri)) : "token";
+  const short = scopes.filter((scope) => scope !== OFFLINE_ACCESS).join(" · ");
+  const expires = kind === "token" && html`<span> · expires ${timeOf(expiresAt)}</span>`;
+  const used = lastUsedAt ? html`last used ${timeOf(lastUsedAt)}` : "never used";
+  const actions = html`
+    <input type="hidden" name="id" value="${id}">
+    <label for="label-${id}">Your name for it</label>
+    <div class="pair">
+      <input id="label-${id}" name="label" value="${label ?? ""}" maxlength="${MAX_LABEL}" autocomplete="off">
+      <button name="action" value="rename" aria-label="Rename: ${name}">Rename</button>
+    </div>
+    <p>Once disconnected, it has to ask you again before it can use this server.</p>
+    <button class="danger" name="action" value="revoke" aria-label="Disconnect: ${name}">Disconnect</button>
+  `;
+  return html`
+    <li>
+      <details>
+        <summary class="row">${monogram(clientName, where)}
+          <div>${nameOf(name)}<small>${where} · ${used}</small><small>${short}${expires}</small></div></summary>
+        <div class="card">
+          ${label && nameOf(clientName)}
+          ${scopeList(settings, scopes)}
+          <small>Connected ${timeOf(createdAt)} · ${formatTime(createdAt)}</small>
+          ${form(actions)}
+        </div>
+      </details>
+    </li>
+  `;
+}
+
+/** How far an attempt came, step by step, and the same as text, to ask somebody about it. */
+function attemptItem({ title, steps, advice }: Timeline): Html {
+  const lines = steps.map(({ at, text, ok }) => `${ok ? "ok    " : "FAILED"} ${formatTime(at)} ${text}`);
+  const items = steps.map(({ at, text, ok }) =>
+    html`<li class="${!ok && "bad"}">${text}<small>${timeOf(at)}</small></li>`
+  );
+  return html`
+    <li class="row">
+      <div>${nameOf(title)}
+        <ol class="marks">${items}</ol>
+        <p>${advice}</p>
+        <details><summary>As text</summary>${copyable([title, ...lines, advice].join("\n"))}</details></div>
+    </li>
+  `;
+}
+
+/** What to type into an app. */
+function addressPart(settings: Settings, open: boolean): Html {
+  const { resource } = settings;
+  return html`<details ${open && raw("open")}><summary>Connect an app</summary>
+    <p>Give it this address, in Claude as a custom connector:</p>${copyable(resource)}
+    <p>In Claude Code:</p>${copyable(addCommand(serverName(settings), resource))}</details>`;
+}
+
+/** The command that adds this server to Claude Code, under a name that needs no quotes in any shell. */
+function addCommand(name: string, resource: string): string {
+  const word = name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "personal";
+  return `claude mcp add --transport http ${word} ${resource}`;
+}
+
+/** What happens when all is well; everything else needs a look. */
+const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|token_created)$/;
+
+/** Each thing once, with the number of its kind at the latest of them alone. */
+function onceEach(events: LoggedEvents): LoggedEvents {
+  const seen = new Set<string>();
+  const isFirst = (...key: unknown[]) => seen.size < seen.add(JSON.stringify(key)).size;
+  return events.filter(({ type, message, clientName }) => isFirst(type, message, clientName))
+    .map((event) => isFirst(event.type) ? event : { ...event, count: 1 });
+}
+
+function eventItem({ at, message, clientName, count }: LoggedEvents[number]): Html {
+  return html`<li class="row"><div>${clientName && nameOf(clientName)}<p>${message}</p>
+    ${count > 1 && html`<small>${count} times in all</small>`}</div><small>${timeOf(at)}</small></li>`;
 }
 
 function tokenFields({ scopes }: Settings): Html {
+  const days = [30, 90, 365].map((days) => html`<option value="${days}">${days} days</option>`);
+  const choices = scopes.all.map((scope) =>
+    html`<label><input type="checkbox" name="scope" value="${scope}"
+      ${scopes.byDefault.includes(scope) && raw("checked")}>${scopes.words(scope)}</label>`
+  );
   return html`
     <label for="name">What is it for?</label>
     <input id="name" name="name" required maxlength="200" autocomplete="off">
     <label for="days">Expires after</label>
-    <select id="days" name="days">${[30, 90, 365].map((days) =>
-      html`<option value="${days}">${days} days</option>`
-    )}</select>
-    ${scopes.all.length > 1 && html`<fieldset><legend>It may</legend>${
-      scopes.all.map((scope) =>
-        html`
-          <label><input type="checkbox" name="scope" value="${scope}"
-            ${scopes.byDefault.includes(scope) && raw("checked")}>${scopes.words(scope)}</label>
-        `
-      )
-    }</fieldset>`}
-    <button>Create token</button>
+    <select id="days" name="days">${days}</select>
+    ${choices.length > 1 && html`<fieldset><legend>It may</legend>${choices}</fieldset>`}
+    <button name="action" value="create_token">Create token</button>
   `;
 }
 
 /** The one time that a personal access token is shown. */
-function tokenPage(
-  c: Context,
-  settings: Settings,
-  { token, name, back }: { token: string; name: string; back: string },
-): Response | Promise<Response> {
-  const { resource } = settings;
-  const label = name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "personal";
-  const command = `claude mcp add --transport http ${label} ${resource} --header "Authorization: Bearer ${token}"`;
-  const body = html`
-    <h1>Your new token</h1>
-    <p class="warn">Copy it now: it is not shown again.</p>
-    <pre tabindex="0">${token}</pre>
-    <p>In Claude Code, for example:</p>
-    <pre tabindex="0">${command}</pre>
-    <p><a href="${back}">Back to your connections</a></p>
-  `;
-  return page(c, settings, { status: 200, title: "Your new token", body });
+function tokenPage(settings: Settings, c: Context, token: string, name: string) {
+  const command = `${addCommand(name, settings.resource)} --header "Authorization: Bearer ${token}"`;
+  const back = html`<a href="${settings.basePath}/connections">Back to your connections</a>`;
+  const once = html`<strong>Copy it now: it is not shown again.</strong>`;
+  const texts = [once, copyable(token), "In Claude Code, for example:", copyable(command), back];
+  return messagePage(settings, c, 200, "Your new token", ...texts);
 }
 
-/** In UTC: without script, a page cannot know the owner's own time. */
-function formatTime(at: number): string {
-  return `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
+function messagePage(settings: Settings, c: Context, status: PageStatus, title: string, ...texts: (string | Html)[]) {
+  const body = html`<h1>${title}</h1>${texts.map((text) => text && html`<p>${text}</p>`)}`;
+  return page(settings, c, title, body, { status });
 }
 
-/** The answer to a form that was sent before, and the way on if the first answer did not get through. */
-function answeredPage(c: Context, settings: Settings, client: string, uri?: string): Response | Promise<Response> {
-  const body = html`
-    <h1>Already answered</h1>
-    <p>You approved this request before. If the app is not connected, go back to it and connect again.</p>
-    ${uri && html`<p><a href="${uri}">Go on to ${client || UNNAMED}</a></p>`}
-  `;
-  return page(c, settings, { status: 409, title: "Already answered", body });
+const OPEN_TOO_LONG: Problem = {
+  status: 403,
+  message: "This page was open for too long. Please check it and answer again.",
+};
+
+function expiredPage(settings: Settings, c: Context) {
+  const advice = "Go back to the app and connect again. If that does not help, allow cookies for this site.";
+  return messagePage(settings, c, 403, "This page has expired", advice);
+}
+
+function strangerPage(settings: Settings, c: Context) {
+  return messagePage(settings, c, 403, "For the owner only", "You are not signed in as the owner of this server.");
 }
 
 /** Black or white, whichever is easier to read on a colour `#rrggbb` (relative luminance, WCAG 2). */
@@ -3234,43 +3664,17 @@ function readableOn(colour: string): string {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? "#000" : "#fff";
 }
 
-function messagePage(
-  c: Context,
-  settings: Settings,
-  status: PageStatus,
-  title: string,
-  ...texts: string[]
-): Response | Promise<Response> {
-  return page(c, settings, {
-    status,
-    title,
-    body: html`<h1>${title}</h1>${texts.map((text) => html`<p>${text}</p>`)}`,
-  });
-}
-
-const OPEN_TOO_LONG: Problem = {
-  status: 403,
-  message: "This page was open for too long. Please check it and answer again.",
-};
-
-function expiredPage(c: Context, settings: Settings): Response | Promise<Response> {
-  const advice = "Go back to the app and connect again. If that does not help, allow cookies for this site.";
-  return messagePage(c, settings, 403, "This page has expired", advice);
-}
-
-function strangerPage(c: Context, settings: Settings): Response | Promise<Response> {
-  const text = "You are not signed in as the owner of this server.";
-  return messagePage(c, settings, 403, "For the owner only", text);
-}
-
 /**
  * No script, no frame, no image: the page can be neither decorated nor framed by anybody. There is no `form-action` on
  * purpose: browsers apply it to the redirects after the form as well, and would stop the way back to the app.
  */
 function page(
+  settings: Settings,
   c: Context,
-  { issuer, pages }: Settings,
-  { status, title, body, wide }: { status: PageStatus; title: string; body: Html; wide?: boolean },
+  title: string,
+  body: Html,
+  // `aside`: what stands at the end of the head line.
+  { status = 200, wide, aside }: { status?: PageStatus | undefined; wide?: boolean; aside?: Html | false } = {},
 ): Response | Promise<Response> {
   const nonce = random(16);
   const policy = `default-src 'none'; style-src 'nonce-${nonce}'; frame-ancestors 'none'; base-uri 'none'`;
@@ -3279,7 +3683,8 @@ function page(
   c.header("X-Content-Type-Options", "nosniff");
   c.header("Referrer-Policy", "same-origin"); // not no-referrer: the form would then be sent with Origin: null
   c.header("Cache-Control", "no-store");
-  const name = pages.title ?? new URL(issuer).host;
+  const { issuer, pages } = settings;
+  const name = serverName(settings);
   const accent = pages.accent ? `:root{--accent:${pages.accent};--on-accent:${readableOn(pages.accent)}}` : "";
   return c.html(
     html`
@@ -3293,7 +3698,8 @@ function page(
           <style nonce="${nonce}">${raw(STYLE + accent)}</style>
         </head>
         <body>
-          <main class="${wide ? "wide" : ""}"><header>${name}</header>${body}</main>
+          <main class="${wide ? "wide" : ""}"><header><b>${name}</b>${pages.title &&
+            html`<span>${hostOf(new URL(issuer))}</span>`}${aside}</header>${body}</main>
         </body>
       </html>
     `,
@@ -4272,7 +4678,7 @@ function errorPage(server: Server, c: Context, thrown: unknown): Response | Prom
   const { message, status, headers } = asOAuthError(server, thrown);
   for (const [name, value] of Object.entries(headers)) c.header(name, value);
   const title = status < 500 ? "This request cannot be answered" : "Something went wrong here";
-  return messagePage(c, server, status, title, `${message}.`);
+  return messagePage(server, c, status, title, `${message}.`);
 }
 
 /** Makes a route of an endpoint: whatever it throws is answered. */

@@ -39,7 +39,6 @@ import { storeContract } from "./.ci/stores/contract.ts";
 import {
   type AuthEnv,
   type AuthEvent,
-  type AuthInfo,
   checkSetup,
   fileStore,
   internals,
@@ -183,7 +182,7 @@ class Browser {
       this.cookies.set(name!, value!);
     }
     const text = await response.text();
-    const location = response.headers.get("Location");
+    const location = response.headers.get("Location") ?? response.headers.get("Refresh")?.replace(/^0; url=/, "");
     const fields: Record<string, string> = {};
     for (const [input] of text.matchAll(/<input type="hidden"[^>]*>/g)) {
       fields[input.match(/name="([^"]*)"/)![1]!] = unescapeHtml(input.match(/value="([^"]*)"/)![1]!);
@@ -1452,6 +1451,99 @@ test("denial is told to the client", async () => {
   assertEquals(await contents(store), before);
 });
 
+test("the consent page marks what the app says of itself, and what is granted on request only", async () => {
+  const run = { description: "run commands", onRequest: true };
+  const { app } = world({ password: PASSWORD, scopes: { read: "read your notes", run } });
+  const { client_id } = await register(app, { client_name: "mcp.example.com" });
+  const { text } = await browse(app).open(authorizeUrl(client_id, { scope: "read run" }));
+  assert(text.includes('<bdi class="name">mcp.example.com</bdi>'));
+  for (
+    const part of [
+      "it is not verified",
+      "on your list",
+      "Approve only if you just started this.",
+      "until you revoke it",
+    ]
+  ) {
+    assert(text.includes(part), part);
+  }
+  assertMatch(text, /<li class="">read your notes *<\/li>/);
+  assertMatch(text, /<li class="more">run commands <span class="chip warn">extra<\/span><\/li>/);
+  assertMatch(text, /<input autocomplete="username" value="owner" hidden>/); // without, password managers stay silent
+  const local = await register(app, { redirect_uris: ["http://localhost:1/callback"] });
+  const localUrl = authorizeUrl(local.client_id, { redirect_uri: "http://localhost:1/callback" });
+  assert(!(await browse(app).open(localUrl)).text.includes("on your list")); // everybody's computer is called that
+});
+
+test("an app with a scheme of its own is opened from a page, after Approve and after Deny", async () => {
+  const redirect_uri = "cursor://anysphere.cursor-mcp/oauth/callback";
+  const { app } = world({ allowedRedirectDomains: redirects.cursor });
+  const { client_id } = await register(app, { client_name: "Cursor <b>", redirect_uris: [redirect_uri] });
+  const browser = browse(app);
+  const url = authorizeUrl(client_id, { redirect_uri });
+  for (const [decision, title] of [["approve", "Approved"], ["deny", "Not connected"]] as const) {
+    const page = await browser.submit(await browser.open(url), { decision });
+    assertEquals([page.status, page.headers.get("Location")], [200, null]);
+    assertEquals(page.headers.get("Refresh"), `0; url=${page.location!.href}`);
+    assertEquals(page.headers.get("Cache-Control"), "no-store");
+    assert(page.text.includes(`<h1>${title}</h1>`) && page.text.includes("Open Cursor &lt;b&gt;"));
+    assert(unescapeHtml(page.text).includes(`href="${page.location!.href}"`));
+    assertEquals(page.location!.searchParams.get("state"), "s t&te");
+  }
+});
+
+test("an app on another computer: the callback address to copy, for loopback alone", async () => {
+  const { app, auth, events } = world({ password: PASSWORD, allowedRedirectDomains: null });
+  const asked = async (redirect_uri: string) => {
+    const { client_id } = await register(app, { redirect_uris: [redirect_uri] });
+    return { client_id, url: authorizeUrl(client_id, { redirect_uri }) };
+  };
+  const elsewhere = { decision: "approve_elsewhere", password: PASSWORD };
+  for (const redirect_uri of [CLAUDE, "cursor://localhost/callback", "https://localhost.example/"]) {
+    const browser = browse(app);
+    const page = await browser.open((await asked(redirect_uri)).url);
+    assert(!page.text.includes("another computer"), redirect_uri);
+    const answer = await browser.submit(page, elsewhere);
+    assertEquals([answer.status, answer.location], [400, undefined], redirect_uri);
+    assert(!answer.text.includes("pac_"));
+  }
+  const { client_id, url } = await asked("http://127.0.0.1:4321/callback");
+  const browser = browse(app);
+  const page = await browser.open(url);
+  assert(page.text.includes("The app is on another computer"));
+  assertEquals((await browser.submit(page, { ...elsewhere, password: "wrong" })).status, 403);
+  assertEquals(await auth.connections(), []);
+  const shown = [await browser.submit(page, elsewhere)];
+  const address = unescapeHtml(shown[0]!.text.match(/<code[^>]*>(http:[^<]*)<\/code>/)![1]!);
+  assertEquals([shown[0]!.status, shown[0]!.location, shown[0]!.headers.get("Cache-Control")], [
+    200,
+    undefined,
+    "no-store",
+  ]);
+  const callback = new URL(address);
+  assertEquals([callback.host, callback.searchParams.get("state")], ["127.0.0.1:4321", "s t&te"]);
+  const code = callback.searchParams.get("code")!;
+  assertEquals(events.filter(({ type }) => type === "connection_approved").length, 1);
+  // As bound as ever: to the client, its verifier, and one use.
+  const request = { grant_type: "authorization_code", client_id, code, code_verifier: VERIFIER };
+  assertEquals((await post(app, "/token", { ...request, code_verifier: "x".repeat(43) })).status, 400);
+  assertEquals((await post(app, "/token", request)).status, 200);
+});
+
+test("a double click shows the address for another computer again", async () => {
+  const { app, auth, events } = world();
+  const redirect_uri = "http://localhost:4321/callback";
+  const { client_id } = await register(app, { redirect_uris: [redirect_uri] });
+  const browser = browse(app);
+  const page = await browser.open(authorizeUrl(client_id, { redirect_uri }));
+  const [one, two] = [0, 1].map(async () =>
+    (await browser.submit(page, { decision: "approve_elsewhere" })).text.match(/code=pac_\w+/)![0]
+  );
+  assertEquals(await one, await two);
+  assertEquals(events.filter(({ type }) => type === "connection_approved").length, 1);
+  assertEquals((await auth.connections()).map(({ state }) => state), ["pending"]);
+});
+
 test("resource is compared after normalising, and the audience is always the canonical URL", async () => {
   const { app, auth } = world();
   const same = [
@@ -1755,15 +1847,14 @@ test("servers on one host do not share a cookie name", async () => {
 
 const PAGE = `${BASE}/connections`;
 
-/** The forms of a page, each with its hidden fields. */
+/** What each button of a page sends: its own value and the hidden fields of its form. */
 function formsOf(page: Page): Record<string, string>[] {
-  return [...page.text.matchAll(/<form[^>]*>([^]*?)<\/form>/g)].map(([, inside]) =>
-    Object.fromEntries(
-      [...inside!.matchAll(/<input type="hidden" name="([^"]*)" value="([^"]*)">/g)].map((
-        [, n, v],
-      ) => [n, unescapeHtml(v!)]),
-    )
-  );
+  return [...page.text.matchAll(/<form[^>]*>([^]*?)<\/form>/g)].flatMap(([, inside]) => {
+    const pairs = (pattern: RegExp) =>
+      [...inside!.matchAll(pattern)].map(([, n, v]) => [n!, unescapeHtml(v!)] as const);
+    const hidden = Object.fromEntries(pairs(/<input type="hidden" name="([^"]*)" value="([^"]*)">/g));
+    return pairs(/<button[^>]* name="([^"]*)" value="([^"]*)"/g).map(([name, value]) => ({ ...hidden, [name]: value }));
+  });
 }
 
 async function signedIn(app: World["app"]): Promise<{ browser: Browser; page: Page }> {
@@ -1832,13 +1923,80 @@ test("/connections shows what is connected, and revokes one or all", async () =>
   const [connection] = (await auth.connections()).filter(({ clientName }) => clientName === "Second");
   const revoke = formsOf(page).find(({ action, id }) => action === "revoke" && id === connection!.id)!;
   const answer = await browser.open(PAGE, form(revoke));
-  assertEquals([answer.status, answer.location?.href], [303, PAGE]);
+  assertEquals([answer.status, answer.location?.href], [303, `${PAGE}?done=disconnected`]);
+  assert((await browser.open(answer.location!.href)).text.includes("Disconnected. It has to ask you again."));
   assertEquals([(await callMcp(app, one)).status, (await callMcp(app, two)).status], [200, 401]);
   await auth.createToken({ name: "script" });
   const all = formsOf(await browser.open(PAGE)).find(({ action }) => action === "revoke_all")!;
   await browser.open(PAGE, form(all));
   assertEquals(await auth.connections(), []);
   assert((await browser.open(PAGE)).text.includes("Nothing is connected yet."));
+});
+
+test("/connections gives a connection the owner's own name", async (t) => {
+  const travel = timeMachine(t);
+  const { app, auth } = world({ password: PASSWORD });
+  const { token } = await auth.createToken({ name: "script" });
+  const { browser } = await signedIn(app);
+  const rename = async (label: string) => {
+    const button = formsOf(await browser.open(PAGE)).find(({ action }) => action === "rename")!;
+    return await browser.open(PAGE, form({ ...button, label }));
+  };
+  const named = await rename(`  <b onclick='x'>"Laptop"\u202e\n`);
+  assertEquals([named.status, named.location?.href], [303, `${PAGE}?done=renamed`]);
+  const label = `<b onclick='x'>"Laptop"`;
+  assertEquals((await auth.connections()).map((it) => [it.label, it.clientName]), [[label, "script"]]);
+  const { text } = await browser.open(named.location!.href);
+  assert(text.includes("Renamed.") && text.includes("script") && !text.includes("<b onclick"));
+  assert(unescapeHtml(text).includes(`<bdi class="name">${label}</bdi>`));
+  assertEquals((await rename("x".repeat(61))).status, 400);
+  travel(2 * 60); // used, and so written again
+  assertEquals((await callMcp(app, token)).status, 200);
+  assertEquals((await auth.connections())[0]!.label, label);
+  await rename("x".repeat(60));
+  assertEquals((await auth.connections())[0]!.label, "x".repeat(60));
+  await rename("\u200b ");
+  assertEquals((await auth.connections())[0]!.label, undefined);
+  const button = formsOf(await browser.open(PAGE)).find(({ action }) => action === "rename")!;
+  await browser.open(PAGE, form({ ...button, id: "0".repeat(32), label: "nobody" }));
+  assertEquals((await auth.connections()).length, 1);
+});
+
+test("/connections says what was done in words of its own, whatever its address says", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { browser } = await signedIn(app);
+  for (const done of ["<script>", "constructor", "__proto__", "toString", ""]) {
+    const { status, text } = await browser.open(`${PAGE}?done=${encodeURIComponent(done)}`);
+    assertEquals([status, text.includes('class="flash"'), text.includes("<script>")], [200, false, false], done);
+  }
+  assert(!(await browse(app).open(`${PAGE}?done=disconnected`)).text.includes("Disconnected"), "told to a stranger");
+});
+
+test("/connections tells times from now, and exactly", async (t) => {
+  const travel = timeMachine(t);
+  const { app, auth } = world();
+  const { token } = await auth.createToken({ name: "script", expiresIn: 90 * 86400 + 60 });
+  const said = async () =>
+    [...(await browse(app).open(PAGE)).text.matchAll(/<time[^>]*>([^<]*)</g)].map(([, it]) => it);
+  assertEquals((await said()).slice(0, 2), ["in 3 months", "just now"]);
+  await callMcp(app, token);
+  travel(5 * 60);
+  assertEquals((await said())[0], "5 minutes ago");
+  travel(26 * 3600);
+  assertEquals((await said())[0], "1 day ago");
+  const [used] = (await browse(app).open(PAGE)).text.match(/<time[^>]*>/)!;
+  const { lastUsedAt } = (await auth.connections())[0]!;
+  const iso = new Date(lastUsedAt! * 1000).toISOString();
+  assertEquals(used, `<time datetime="${iso}" title="${iso.slice(0, 16).replace("T", " ")} UTC">`);
+});
+
+test("/connections without a connection says what to type into an app", async () => {
+  const { app } = world({ pages: { title: "Ada's notes" } });
+  const { text } = await browse(app).open(PAGE);
+  assert(text.includes("Nothing is connected yet."));
+  for (const copy of [`${BASE}/mcp`, `claude mcp add --transport http ada-s-notes ${BASE}/mcp`]) {
+    assert(text.includes(`<code tabindex="0">${copy}</code>`), copy);
+  }
 });
 
 test("/connections shows the token of a double click, and makes it once", async () => {
@@ -1999,6 +2157,209 @@ test("/connections tells what happened lately, of each kind, across a restart", 
   assert((await contents(store)).length < 10_000);
 });
 
+test("/connections counts each kind of event once, and keeps what needs a look apart", async () => {
+  const { app } = world({ password: PASSWORD });
+  for (let i = 0; i < 7; i++) {
+    await app.request(`${BASE}/register`, json({ redirect_uris: [`https://app${i % 2}.example/`] }));
+  }
+  const { client_id } = await register(app);
+  for (let i = 0; i < 3; i++) await browse(app).approve(authorizeUrl(client_id), PASSWORD);
+  const { page } = await signedIn(app);
+  const [, look = "", activity = ""] = page.text.split(/Needs a look|Recent activity/);
+  assertEquals([...page.text.matchAll(/\d+ times in all/g)].map(([it]) => it), [
+    "7 times in all",
+    "4 times in all", // signed in
+    "3 times in all", // approved
+  ]);
+  assertEquals([look.match(/app0\.example&quot; to/g)?.length, look.match(/app1\.example&quot; to/g)?.length], [1, 1]);
+  assert(look.includes("7 times") && !look.includes("signed in") && !activity.includes("allowedRedirectDomains"));
+});
+
+test("a browser at / is led to /connections, but for an app that has something there", async () => {
+  const html = { headers: { Accept: "text/html,*/*" } };
+  const at = async (app: Hono<AuthEnv>, path = "/", init: RequestInit = html) => {
+    const response = await app.request(BASE + path, init);
+    return [response.status, response.headers.get("Location") ?? await response.text()];
+  };
+  const auth = personalAuth({ baseUrl: BASE, store: memoryStore(), authenticateOwner: () => true });
+  const mounted = (add: (app: Hono<AuthEnv>) => void, first: boolean) => {
+    const app = new Hono<AuthEnv>();
+    app.notFound((c) => c.text("nothing", 404, { "X-Of": "the 404" }));
+    if (first) add(app);
+    app.route("/", auth);
+    if (!first) add(app);
+    return app;
+  };
+  for (const first of [true, false]) {
+    assertEquals(await at(mounted(() => {}, first)), [302, "/connections"]);
+    assertEquals(await at(mounted((app) => app.get("/", (c) => c.text("mine")), first)), [200, "mine"]);
+    assertEquals(await at(mounted((app) => app.all("*", (c) => c.text("all mine")), first)), [200, "all mine"]);
+    assertEquals(await at(mounted((app) => app.get("/", (c) => c.redirect("/login")), first)), [302, "/login"]);
+    assertEquals(await at(mounted((app) => app.use(async (_, next) => await next()), first)), [302, "/connections"]);
+  }
+  const app = mounted(() => {}, true);
+  assertEquals((await app.request(`${BASE}/`, html)).headers.get("X-Of"), null);
+  assertEquals(await at(app, "/", { headers: { Accept: "application/json" } }), [404, "nothing"]);
+  assertEquals(await at(app, "/", { ...html, method: "POST" }), [404, "nothing"]);
+  assertEquals(await at(app, "/elsewhere"), [404, "nothing"]);
+  const below = new Hono<AuthEnv>();
+  below.route(
+    "/",
+    personalAuth({ baseUrl: `${BASE}/vault`, store: memoryStore(), authenticateOwner: () => true }),
+  );
+  for (const path of ["/vault", "/vault/"]) assertEquals(await at(below, path), [302, "/vault/connections"]);
+  assertEquals((await at(below, "/"))[0], 404);
+});
+
+/** The text of the owner's page, without tags. */
+async function pageText(app: World["app"]): Promise<string> {
+  const { text } = await browse(app).open(PAGE);
+  return unescapeHtml(text.replace(/<style[^]*<\/style>/, "").replace(/<[^>]*>/g, " ").replace(/\s+/g, " "));
+}
+
+/** Registers, opens the page and approves; returns what is needed to go on. */
+async function approved(app: World["app"], redirect_uri = CLAUDE) {
+  const { client_id } = await register(app, { redirect_uris: [redirect_uri], client_name: "Notes app" });
+  const code = await approvedCode(app, client_id, { redirect_uri });
+  const fields = { grant_type: "authorization_code", client_id, code, code_verifier: VERIFIER, redirect_uri };
+  return { client_id, fields };
+}
+
+test("/connections says where a broken set-up stopped, and whose turn it is", async (t) => {
+  type Setup = { app: World["app"]; auth: PersonalAuth; store: Store; travel: (seconds: number) => void };
+  const setups: Record<string, [spoil: (setup: Setup) => Promise<unknown>, says: string[]]> = {
+    "page never opened": [async ({ app }) => await register(app, { client_name: "Notes app" }), [
+      "introduced itself",
+      "no browser has opened the page",
+      `mod.ts ${BASE}/mcp`,
+    ]],
+    "page opened and left": [async ({ app }) => {
+      const { client_id } = await register(app, { client_name: "Notes app" });
+      await browse(app).open(authorizeUrl(client_id));
+    }, ["was shown to you for approval", "It is your turn"]],
+    "denied": [async ({ app }) => {
+      const { client_id } = await register(app, { client_name: "Notes app" });
+      const browser = browse(app);
+      await browser.submit(await browser.open(authorizeUrl(client_id)), { decision: "deny" });
+    }, ["was denied by you", "You denied it"]],
+    "wrong resource": [async ({ app }) => {
+      const { client_id } = await register(app, { client_name: "Notes app" });
+      await browse(app).open(authorizeUrl(client_id, { resource: "https://elsewhere.example/mcp" }));
+    }, ['the client asked for "https://elsewhere.example/mcp"', "Mend that"]],
+    "waiting for the app": [async ({ app }) => await approved(app), ["Notes app's turn", "claude.ai"]],
+    "app never redeems": [async ({ app, travel }) => {
+      await approved(app);
+      travel(3600);
+    }, ["never fetched its token", "Its servers may not reach", `${BASE}/token`]],
+    "nothing listens on the port": [async ({ app, travel }) => {
+      await approved(app, "http://localhost:4711/callback");
+      travel(3600);
+    }, ["nothing listens at localhost:4711", "on another computer"]],
+    "verifier lost": [async ({ app }) => {
+      const { fields } = await approved(app);
+      await post(app, "/token", { ...fields, code_verifier: "x".repeat(43) });
+    }, ["code_verifier does not match the code_challenge", "Connect again in Notes app"]],
+    "clock wrong by an hour": [async ({ app, travel }) => {
+      const { fields } = await approved(app);
+      travel(3600);
+      await post(app, "/token", fields);
+    }, ["the code expired 55 minutes ago"]],
+    "another redirect_uri at the token endpoint": [async ({ app }) => {
+      const { fields } = await approved(app);
+      await post(app, "/token", { ...fields, redirect_uri: "https://claude.ai/other" });
+    }, ['redirect_uri "https://claude.ai/other" differs from', CLAUDE]],
+    "user agent blocked": [async ({ app, travel }) => {
+      const { fields } = await approved(app);
+      await post(app, "/token", fields);
+      travel(120);
+    }, ["got its token 2 minutes ago and has not called since", "block the user agent Claude-User"]],
+    "Authorization stripped": [async ({ app, travel }) => {
+      const { fields } = await approved(app);
+      await post(app, "/token", fields);
+      travel(120);
+      await app.request(`${BASE}/mcp`, { method: "POST", headers: { "User-Agent": "Claude-User" } });
+    }, ["a request without a token came", "may remove the Authorization header"]],
+    "refresh token lost": [async ({ app, travel }) => {
+      const { fields } = await approved(app);
+      const { body } = await post(app, "/token", fields);
+      await callMcp(app, body.access_token);
+      travel(31 * 86400);
+    }, ["access token expired 1 day ago", "has not come back", "Open Notes app"]],
+    "expired token used": [async ({ app, travel }) => {
+      const { fields } = await approved(app);
+      const { body } = await post(app, "/token", fields);
+      await callMcp(app, body.access_token);
+      travel(33 * 86400);
+      assertEquals((await callMcp(app, body.access_token)).status, 401);
+    }, ["access token: it expired 3 days ago"]],
+  };
+  const travel = timeMachine(t);
+  for (const [name, [spoil, says]] of Object.entries(setups)) {
+    const { app, auth, store } = world();
+    await spoil({ app, auth, store, travel });
+    const text = await pageText(app);
+    for (const part of says) assert(text.includes(part), `${name}: ${part} is not in ${text}`);
+    assert(!/p(at|rt|ac)_[0-9a-f]/.test(text), name);
+  }
+});
+
+test("the timeline of a good connection holds every step, and outlives a restart", async (t) => {
+  const travel = timeMachine(t);
+  const { app, store, events } = world();
+  await app.request(`${BASE}/mcp`);
+  const { fields, client_id } = await approved(app);
+  const { body } = await post(app, "/token", fields);
+  await callMcp(app, body.access_token);
+  travel(60);
+  await refreshing(app, client_id, body.refresh_token);
+  const types = events.map(({ type }) => type);
+  assert(types.includes("code_redeemed") && types.filter((type) => type === "first_call").length === 1);
+  const steps = ["found this server", "introduced itself", "was shown to you", "was approved by you"];
+  steps.push("fetched its token", "called for the first time", "refreshed its token");
+  for (const server of [app, world({ store }).app]) {
+    const text = await pageText(server);
+    const places = steps.map((step) => text.indexOf(step));
+    assert(places.every((place, i) => place > (places[i - 1] ?? 0)), text);
+  }
+});
+
+test("a flood of attempts costs no memory and no write, and leaves the owner's own attempts", async () => {
+  const memory = memoryStore();
+  let writes = 0;
+  const store: Store = { ...memory, update: (...args) => (writes++, memory.update(...args)) };
+  const { app } = world({ store });
+  await approved(app);
+  const { client_id } = await register(app, { client_name: "Opened by me" });
+  await browse(app).open(authorizeUrl(client_id));
+  const before = [writes, await contents(memory)];
+  for (let i = 0; i < 2000; i++) {
+    const { client_id } = await register(app, { client_name: `<b>stranger ${i}</b>` });
+    if (i % 10 === 0) await post(app, "/token", { client_id, grant_type: "refresh_token", refresh_token: "prt_x" });
+    if (i % 10 === 1) await callMcp(app, `pat_${"0".repeat(96)}`);
+  }
+  assertEquals([writes, await contents(memory)], before as [number, string]);
+  const { text } = await browse(app).open(PAGE);
+  assert(text.includes("Notes app") && text.includes("Opened by me") && !text.includes("<b>stranger"));
+  assert(text.length < 60_000, `${text.length} characters`);
+});
+
+test("a client that fell silent is shown as such", async (t) => {
+  const travel = timeMachine(t);
+  const { app, auth } = world();
+  const state = async () => (await auth.connections()).map(({ state }) => state);
+  const { fields, client_id } = await approved(app);
+  assertEquals(await state(), ["pending"]);
+  const { body } = await post(app, "/token", fields);
+  assertEquals(await state(), ["unused"]);
+  await callMcp(app, body.access_token);
+  assertEquals(await state(), ["active"]);
+  travel(31 * 86400);
+  assertEquals(await state(), ["silent"]);
+  const again = await refreshing(app, client_id, body.refresh_token);
+  await callMcp(app, again.body.access_token);
+  assertEquals(await state(), ["active"]);
+});
+
 test("/connections with authenticateOwner or without any owner", async () => {
   let owner: boolean | Response = false;
   const { app } = world({ authenticateOwner: () => owner });
@@ -2027,7 +2388,7 @@ test("the owner's title and colour replace the built-in ones, escaped", async ()
   for (
     const part of [
       "Ada&#39;s &lt;notes&gt;",
-      "Connect $&amp; {server}?",
+      "<title>Connect $&amp; {server}? · Ada&#39;s &lt;notes&gt;</title>",
       "--accent:#ffcc00;--on-accent:#000",
     ]
   ) {
@@ -2152,7 +2513,7 @@ test("a code that is redeemed again ends the connection", async () => {
   assertEquals((await callMcp(app, access_token)).status, 401);
   assertEquals((await refreshing(app, client.client_id, refresh_token)).body.error, "invalid_grant");
   assertEquals(await auth.connections(), []);
-  assertEquals(events.at(-1)!.type, "code_replayed");
+  assertEquals(events.filter(({ type }) => type !== "token_refused").at(-1)!.type, "code_replayed");
 });
 
 test("a code redeemed by many at once gives exactly one token, which works", async () => {
@@ -2926,6 +3287,7 @@ test("connections() lists what is connected, and revoke() ends one", async (t) =
     clientName: "Second",
     redirectUri: CLAUDE,
     scopes: ["mcp"],
+    state: "active",
   });
   assert(
     [createdAt, lastUsedAt, expiresAt].every(Number.isInteger) && createdAt <= lastUsedAt && lastUsedAt < expiresAt,
@@ -3591,6 +3953,7 @@ test("a server whose store hangs at its start serves as soon as it answers", asy
   assertEquals([refused.status, refused.headers.get("Retry-After")], [503, "5"]);
   assert(events.some(({ type }) => type === "server_error"));
   hangs = false;
+  await new Promise((resolve) => setTimeout(resolve, 100)); // what was asked at the start is given up as well
   const { client_id } = await register(app);
   assertEquals((await browse(app).approve(authorizeUrl(client_id), PASSWORD)).status, 302);
 });
@@ -4266,7 +4629,11 @@ test("S5: Claude Desktop's Code tab gets its own scheme, or an early refusal tha
   const { app } = world();
   const { client_id } = await register(app, { redirect_uris: [redirect_uri] });
   const page = await browse(app).approve(authorizeUrl(client_id, { redirect_uri }));
-  assert(page.headers.get("Location")!.startsWith(`${redirect_uri}?code=pac_`));
+  // A page, and not a redirect: after that the browser would go on showing the form.
+  assertEquals([page.status, page.headers.get("Location")], [200, null]);
+  assert(page.location!.href.startsWith(`${redirect_uri}?code=pac_`));
+  assert(unescapeHtml(page.text).includes(`href="${page.location!.href}"`) && page.text.includes("Open Claude"));
+  assertEquals(page.headers.get("Referrer-Policy"), "same-origin");
   const shown = await browse(app).open(authorizeUrl(client_id, { redirect_uri }));
   assert(shown.text.includes("claude://claude.ai")); // with its scheme, or it would read like a web site
   const strict = world({ allowedRedirectDomains: ["claude.ai", "localhost"] }).app;
