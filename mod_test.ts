@@ -7,12 +7,13 @@ import node from "node:assert/strict";
 import { createHmac } from "node:crypto";
 import dns from "node:dns";
 import https from "node:https";
-import { spawn } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
 import {
   chmodSync,
   mkdtempSync,
   readdirSync,
   readFileSync,
+  renameSync,
   rmSync,
   statSync,
   utimesSync,
@@ -32,16 +33,16 @@ import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/
 import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 import { WebStandardStreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/webStandardStreamableHttp.js";
 import * as schemas from "@modelcontextprotocol/sdk/shared/auth.js";
-import { Hono } from "hono";
+import { type Context, Hono } from "hono";
 import { z } from "zod";
+import { storeContract } from "./.ci/stores/contract.ts";
 import {
-  approveGrant,
   type AuthEnv,
   type AuthEvent,
+  type AuthInfo,
   checkSetup,
   fileStore,
-  type Grant,
-  isPublicAddress,
+  internals,
   type KvLike,
   kvStore,
   memoryStore,
@@ -49,16 +50,13 @@ import {
   type PersonalAuth,
   personalAuth,
   type PersonalAuthOptions,
-  presentGrant,
-  redeemGrant,
   redirects,
-  refreshGrant,
-  revokeGrant,
   type SetupOptions,
   type SetupReport,
   type Store,
-  verifyGrant,
 } from "./mod.ts";
+
+const { approveGrant, isPublicAddress, presentGrant, redeemGrant, refreshGrant, revokeGrant, verifyGrant } = internals;
 
 // ─── Assertions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -238,6 +236,15 @@ async function connect(app: World["app"], metadata: Record<string, unknown> = {}
   return { client, code, ...body } as Json;
 }
 
+/** The same on a server with a password. */
+async function connectAs(app: World["app"], password: string): Promise<Json> {
+  const client = await register(app);
+  const { location } = await browse(app).approve(authorizeUrl(client.client_id), password);
+  const code = location!.searchParams.get("code")!;
+  const fields = { grant_type: "authorization_code", client_id: client.client_id, code, code_verifier: VERIFIER };
+  return { client, ...(await post(app, "/token", fields)).body };
+}
+
 const refreshing = (app: World["app"], client_id: string, refresh_token: string, more: Record<string, string> = {}) =>
   post(app, "/token", { grant_type: "refresh_token", client_id, refresh_token, ...more });
 
@@ -276,6 +283,7 @@ function assertNoNull(value: Json): void {
 }
 
 const seconds = () => Date.now() / 1000;
+const pause = (milliseconds: number) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 // ─── Options ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -2081,7 +2089,7 @@ test("a changed password ends every session", async () => {
   assertEquals((await browse(changed.app).approve(authorizeUrl(client_id), PASSWORD)).status, 403);
 });
 
-test("a password is generated once, printed once, and kept hashed", async () => {
+test("a password is generated and printed at every start until the first sign-in, and kept hashed", async () => {
   const printed: string[] = [];
   const log = console.log;
   console.log = (...args: unknown[]) => printed.push(args.join(" "));
@@ -2095,13 +2103,25 @@ test("a password is generated once, printed once, and kept hashed", async () => 
   } finally {
     console.log = log;
   }
-  assertEquals(printed.length, 1);
-  const password = printed[0]!.match(/[a-z1-9]{5}(-[a-z1-9]{5}){3}/)![0];
-  assert(!(await contents(store)).includes(password));
+  const passwords = printed.map((text) => text.match(/[a-z1-9]{5}(-[a-z1-9]{5}){3}/)![0]);
+  assertEquals(new Set(passwords).size, 2);
+  for (const password of passwords) assert(!(await contents(store)).includes(password));
+  const [unused = "", password = ""] = passwords.reverse();
   const { app, events } = world({ store, password: undefined });
   const { client_id } = await register(app);
+  // The one that was printed first is as good as the last one, until one is used.
   assertEquals((await browse(app).approve(authorizeUrl(client_id), ` ${password} `)).status, 302);
+  assertEquals((await browse(app).approve(authorizeUrl(client_id), unused)).status, 403);
+  assertEquals((await browse(app).approve(authorizeUrl(client_id), password)).status, 302);
   assert(!JSON.stringify(events).includes(password));
+  printed.length = 0;
+  console.log = (...args: unknown[]) => printed.push(args.join(" "));
+  try {
+    await browse(world({ store, password: undefined }).app).open(authorizeUrl(client_id));
+  } finally {
+    console.log = log;
+  }
+  assertEquals(printed, []);
 });
 
 test("guessing is throttled for everybody together, and does not lock out the owner's browser", async (t) => {
@@ -2175,7 +2195,8 @@ test("a short password is warned about", () => {
 
 test("servers on one host do not share a cookie name", async () => {
   const names = new Set<string>();
-  for (const baseUrl of ["http://localhost:1", "http://localhost:2", BASE, `${BASE}/vault`]) {
+  const paths = ["", "/vault", "/8443", "/a/b", "/a-b"].flatMap((path) => [BASE + path, `${BASE}:8443${path}`]);
+  for (const baseUrl of ["http://localhost:1", "http://localhost:2", ...paths]) {
     const { app } = world({ baseUrl });
     const response = await app.request(`${baseUrl}/authorize?client_id=x`);
     assertEquals(response.status, 400);
@@ -2186,7 +2207,7 @@ test("servers on one host do not share a cookie name", async () => {
     assertEquals(cookie!.includes("; Secure"), baseUrl.startsWith("https"));
     assertEquals(cookie!.startsWith("__Host-"), baseUrl.startsWith("https"));
   }
-  assertEquals(names.size, 4);
+  assertEquals(names.size, 12);
 });
 
 // ─── Owner's page ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2285,7 +2306,7 @@ test("/connections shows the token of a double click, and makes it once", async 
   const create = formsOf(page).find(({ action }) => action === "create_token")!;
   const made = async (more: Record<string, string> = {}) => {
     const { status, text } = await browser.open(PAGE, form({ ...create, name: "x", days: "30", ...more }));
-    return [status, text.match(/pat_[0-9a-f]{96}/)?.[0]] as const;
+    return [status, text.match(/pat_[\w-]{65}/)?.[0]] as const;
   };
   const [first, second] = [await made(), await made()];
   assertEquals(second, first);
@@ -2311,6 +2332,62 @@ test("/connections signs in by a double click, too", async () => {
   }
 });
 
+test("the owner's pages refuse a form that names another site, even with everything else right", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { browser } = await signedIn(app);
+  const { client_id } = await register(app);
+  const headers: [headers: Record<string, string>, isOwn: boolean][] = [
+    [{ Origin: "https://evil.example" }, false],
+    [{ Origin: "https://sub.mcp.example.com" }, false],
+    [{ Origin: "http://mcp.example.com:8080" }, false],
+    [{ Origin: "null" }, false],
+    [{ Origin: "nonsense" }, false],
+    [{ "Sec-Fetch-Site": "cross-site" }, false],
+    [{ "Sec-Fetch-Site": "same-site" }, false],
+    [{ "Sec-Fetch-Site": "same-origin", Origin: "https://evil.example" }, false],
+    [{ "Sec-Fetch-Site": "cross-site", Origin: BASE }, false],
+    [{ "Sec-Fetch-Site": "same-origin", Origin: BASE }, true],
+    [{ "Sec-Fetch-Site": "same-origin", Origin: "null" }, true],
+    [{ Origin: "http://127.0.0.1:8050", Host: "127.0.0.1:8050" }, true],
+    [{}, true],
+  ];
+  for (const [more, isOwn] of headers) {
+    const page = await browser.open(authorizeUrl(client_id));
+    const { headers, ...init } = form({ ...page.fields, decision: "approve" });
+    const answer = await browser.open(`${BASE}/authorize`, { ...init, headers: { ...headers, ...more } });
+    assertEquals(answer.status, isOwn ? 302 : 403, JSON.stringify(more));
+    const list = await browser.open(PAGE);
+    const fields = { ...list.fields, action: "sign_out_nowhere" };
+    const changed = await browser.open(PAGE, { ...form(fields), headers: { ...headers, ...more } });
+    assertEquals(changed.status, isOwn ? 303 : 403, JSON.stringify(more));
+  }
+});
+
+test("every answer says that its type is not to be guessed", async () => {
+  const { app, auth } = world();
+  const { client, refresh_token } = await connect(app);
+  const { token } = await auth.createToken({ name: "x" });
+  const answers = [
+    app.request(`${BASE}/register`, json({ redirect_uris: [CLAUDE] })),
+    app.request(`${BASE}/register`, json("{")),
+    app.request(`${BASE}/token`, form({ grant_type: "refresh_token", client_id: client.client_id, refresh_token })),
+    app.request(`${BASE}/token`, form({})),
+    app.request(`${BASE}/revoke`, form({ client_id: client.client_id, token })),
+    app.request(`${BASE}/introspect`, form({ token })),
+    app.request(authorizeUrl(client.client_id)),
+    app.request(authorizeUrl("nobody")),
+    app.request(PAGE),
+    app.request(`${BASE}/mcp`),
+    app.request(`${BASE}/token`),
+    app.request(`${BASE}/.well-known/openid-configuration`),
+    app.request(`${BASE}/.well-known/oauth-authorization-server`),
+    app.request(`${BASE}/.well-known/oauth-protected-resource/mcp`),
+  ];
+  for (const answer of await Promise.all(answers)) {
+    assertEquals(answer.headers.get("X-Content-Type-Options"), "nosniff", `${answer.url} ${answer.status}`);
+  }
+});
+
 test("/connections makes a personal access token, shown once and made once", async () => {
   const { app, auth } = world({ password: PASSWORD, scopes: ["read", "write"] });
   const { browser, page } = await signedIn(app);
@@ -2321,7 +2398,7 @@ test("/connections makes a personal access token, shown once and made once", asy
   ]];
   const shown = await browser.open(PAGE, form(fields));
   assertEquals([shown.status, shown.headers.get("Cache-Control")], [200, "no-store"]);
-  const token = shown.text.match(/pat_[0-9a-f]{96}/)![0];
+  const token = shown.text.match(/pat_[\w-]{65}/)![0];
   assert(
     unescapeHtml(shown.text).includes(
       `claude mcp add --transport http nightly-backup ${BASE}/mcp --header "Authorization: Bearer ${token}"`,
@@ -2399,30 +2476,23 @@ test("/connections with authenticateOwner or without any owner", async () => {
   assert(closed.status === 403 && !closed.text.includes("a secret name"));
 });
 
-test("the owner's texts, title and colour replace the built-in ones, escaped", async () => {
+test("the owner's title and colour replace the built-in ones, escaped", async () => {
   const { app } = world({
     password: PASSWORD,
-    pages: {
-      title: "Ada's <notes>",
-      accent: "#ffcc00",
-      wording: { approve: "Ja & los", connect: "{client} verbinden? {x}" },
-    },
+    pages: { title: "Ada's <notes>", accent: "#ffcc00" },
   });
   const { client_id } = await register(app, { client_name: "$& {server}" });
   const { text } = await browse(app).open(authorizeUrl(client_id));
   for (
     const part of [
       "Ada&#39;s &lt;notes&gt;",
-      "Ja &amp; los",
-      "$&amp; {server} verbinden? {x}",
+      "Connect $&amp; {server}?",
       "--accent:#ffcc00;--on-accent:#000",
     ]
   ) {
     assert(text.includes(part), part);
   }
-  const wrong: Json[] = [{ accent: "red" }, { accent: "#fff}</style>" }, { title: 1 }, { wording: { nonsense: "x" } }, {
-    wording: { approve: 1 },
-  }];
+  const wrong: Json[] = [{ accent: "red" }, { accent: "#fff}</style>" }, { title: 1 }];
   for (const pages of wrong) assertThrows(() => world({ pages }), TypeError, "pages.", JSON.stringify(pages));
 });
 
@@ -2669,6 +2739,48 @@ test("a lost answer can be asked for again, however late, with an access token t
   assertEquals((await refreshing(app, client.client_id, again.refresh_token)).status, 200);
 });
 
+test("an answer that is repeated late is told to the owner, and in two rotations in a row ends the connection", async (t) => {
+  const travel = timeMachine(t);
+  const { app, auth, events } = world();
+  const { client, refresh_token } = await connect(app);
+  const refresh = async (token: string) => await refreshing(app, client.client_id, token);
+  const repeats = () => events.filter(({ type }) => type === "refresh_token_repeated").length;
+  // A thief rotates first, and leaves the answer unused. The honest client comes days later.
+  const stolen = await refresh(refresh_token);
+  travel(3 * 86400);
+  const first = await refresh(refresh_token);
+  assertEquals([first.status, first.body.refresh_token, repeats()], [200, stolen.body.refresh_token, 1]);
+  assertEquals((await callMcp(app, first.body.access_token)).status, 200);
+  // Again in the same rotation: an answer can be lost twice.
+  const next = await refresh(first.body.refresh_token);
+  travel(86400);
+  const again = await refresh(first.body.refresh_token);
+  assertEquals([again.status, again.body.error], [400, "invalid_grant"]);
+  assertEquals(events.at(-1)!.type, "refresh_token_reused");
+  assertEquals((await callMcp(app, next.body.access_token)).status, 401);
+  assertEquals(await auth.connections(), []);
+});
+
+test("lost answers in rotations that are not consecutive cost nothing", async (t) => {
+  const travel = timeMachine(t);
+  const { app, events } = world();
+  const { client, refresh_token } = await connect(app);
+  let token = refresh_token;
+  for (let rotation = 0; rotation < 6; rotation++) {
+    let answer = await refreshing(app, client.client_id, token);
+    if (rotation % 2 === 0) {
+      for (let i = 0; i < 2; i++) {
+        travel(86400);
+        answer = await refreshing(app, client.client_id, token);
+      }
+    }
+    assertEquals(answer.status, 200);
+    token = answer.body.refresh_token;
+    travel(86400);
+  }
+  assertEquals(events.filter(({ type }) => type === "refresh_token_reused").length, 0);
+});
+
 test("a lost answer that is given again prolongs its connection like any other", async (t) => {
   const travel = timeMachine(t);
   const { app } = world({ refreshTokenTtl: 60 * 86400 });
@@ -2821,7 +2933,7 @@ const issue = (n: number, now: number, ttl = 3600) => ({
   expires: now + 1e7,
 });
 
-function redeemed(now: number): Grant {
+function redeemed(now: number): Json {
   const request = { client: { id: "c", name: "C" }, redirect_uri: CLAUDE, scopes: ["mcp"], resource: "r" };
   const grant = approveGrant(request, { hash: "code", challenge: "challenge", refreshes: true }, now);
   const right = { hash: "code", challenge: "challenge", client_id: "c", redirect_uri: CLAUDE, arrived: now };
@@ -2994,6 +3106,82 @@ test("the guard tells a bad token from none", async () => {
       Authorization,
     );
   }
+});
+
+test("guard() keeps a handler closed wherever it stands", async () => {
+  const { app: issuing, store } = world();
+  const { access_token } = await connect(issuing);
+  const auth = () => personalAuth({ baseUrl: BASE, store, authenticateOwner: () => true, onEvent: () => {} });
+  const handler = (c: Context<AuthEnv>) => c.json({ clientName: c.var.auth.extra?.clientName });
+  const mistakes: Record<string, (app: Hono, auth: PersonalAuth) => string> = {
+    "before app.route": (app, auth) => {
+      app.all("/mcp", auth.guard, handler);
+      app.route("/", auth);
+      return "/mcp";
+    },
+    "without the routes": (app, auth) => {
+      app.all("/mcp", auth.guard, handler);
+      return "/mcp";
+    },
+    "routes mounted at another path": (app, auth) => {
+      app.route("/auth", auth);
+      app.all("/mcp", auth.guard, handler);
+      return "/mcp";
+    },
+    "at another path": (app, auth) => {
+      app.route("/", auth);
+      app.all("/mcp2", auth.guard, handler);
+      return "/mcp2";
+    },
+    "in an app below": (app, auth) => {
+      app.route("/", auth);
+      app.route("/below", new Hono().all("/mcp", auth.guard, handler));
+      return "/below/mcp";
+    },
+    "in its place": (app, auth) => {
+      app.route("/", auth);
+      app.all("/mcp", auth.guard, handler);
+      return "/mcp";
+    },
+  };
+  for (const [mistake, mount] of Object.entries(mistakes)) {
+    const app = new Hono();
+    const path = mount(app, auth());
+    for (const method of ["GET", "POST", "DELETE"]) {
+      const sent: Record<string, string>[] = [{}, { Authorization: "Bearer x" }, {
+        Origin: "https://elsewhere.example",
+      }];
+      for (const headers of sent) {
+        const refused = await app.request(BASE + path, { method, headers });
+        assertEquals(refused.status, 401, mistake);
+        assert(refused.headers.get("WWW-Authenticate")!.includes(`${BASE}/.well-known/oauth-protected-resource/mcp`));
+      }
+    }
+    const allowed = await app.request(BASE + path, { headers: { Authorization: `Bearer ${access_token}` } });
+    assertEquals([allowed.status, await allowed.json()], [200, { clientName: "Claude" }], mistake);
+  }
+});
+
+test("guard() checks a token once per request, and trusts nobody else's c.var.auth", async () => {
+  const memory = memoryStore();
+  let reads = 0;
+  const { version: _version, ...store } = memory; // a store that cannot tell whether anything changed
+  const counting: Store = { ...store, get: (key) => (reads++, memory.get(key)) };
+  const { auth } = world({ store: counting });
+  const { token } = await auth.createToken({ name: "script" });
+  const app = new Hono();
+  app.use(async (c, next) => {
+    c.set("auth" as never, { token: "forged", clientId: "x", scopes: ["mcp"] } as never);
+    await next();
+  });
+  app.route("/", auth);
+  app.all("/mcp", auth.guard, auth.requireScopes("mcp"), (c) => c.json(c.var.auth.token));
+  reads = 0;
+  const response = await app.request(`${BASE}/mcp`, { headers: { Authorization: `Bearer ${token}` } });
+  assertEquals([response.status, await response.json(), reads], [200, token, 1]);
+  assertEquals((await app.request(`${BASE}/mcp`)).status, 401);
+  // Types: c.var.auth is there without new Hono<AuthEnv>().
+  new Hono().get("/x", auth.guard, (c) => c.json(c.var.auth.scopes satisfies string[]));
 });
 
 test("the guard gives the handler the SDK's AuthInfo", async () => {
@@ -3183,8 +3371,9 @@ test("connections() lists what is connected, and revoke() ends one", async (t) =
   const travel = timeMachine(t);
   const { app, auth, events } = world();
   const first = await connect(app);
-  await approvedCode(app, first.client.client_id); // approved, but never picked up: not a connection
-  travel(100);
+  await approvedCode(app, first.client.client_id); // approved, and never redeemed: gone when its code has expired
+  assertEquals((await auth.connections()).length, 2);
+  travel(301);
   const second = await connect(app, { client_name: "Second" });
   await callMcp(app, second.access_token);
   const list = await auth.connections();
@@ -3211,7 +3400,7 @@ test("createToken() makes a token that opens the door until it expires or is rev
   const travel = timeMachine(t);
   const { app, auth, store } = world({ scopes: ["read", "write"] });
   const { id, token, expiresAt } = await auth.createToken({ name: "backup script", scopes: ["read"], expiresIn: 3600 });
-  assertMatch(token, /^pat_[0-9a-f]{96}$/);
+  assertMatch(token, /^pat_[\w-]{65}$/);
   assert(!(await contents(store)).includes(token.slice(40)));
   assertEquals((await auth.verifyAccessToken(token)).scopes, ["read"]);
   const { kind, clientName } = (await auth.connections())[0]!;
@@ -3239,97 +3428,43 @@ test("createToken() makes a token that opens the door until it expires or is rev
 // deno-lint-ignore no-explicit-any
 const openKv: ((path: string) => Promise<KvLike>) | undefined = (globalThis as any).Deno?.openKv;
 
-/** What every store owes to the rest of mod.ts. `open` may be called again to look at the same state. */
-export async function storeContract(open: () => Store | Promise<Store>): Promise<void> {
-  const store = await open();
-  const entries = async (prefix: string) => {
-    const list = [];
-    for await (const entry of store.list(prefix)) list.push(entry);
-    return list;
-  };
-  // read, write, delete
-  assertEquals(await store.get("a/1"), undefined);
-  assertEquals(await store.update("a/1", (current) => ({ was: current === undefined })), { was: true });
-  assertEquals(await store.get("a/1"), { was: true });
-  await store.update("a/1", () => undefined);
-  assertEquals(await store.get("a/1"), undefined);
-  assertEquals(await store.update("a/1", (current) => current), undefined);
-  assertEquals(await entries(""), []);
+/** Each of them breaks one promise; the contract must name it. */
+const BROKEN_STORES: [promise: string, (store: Store) => Partial<Store>][] = [
+  ["expiry that the key had", (store) => ({
+    update: (key, change, options) => store.update(key, change, { expiresAt: seconds() + 3600, ...options }),
+  })],
+  ["a change that throws", (store) => ({
+    update: (key, change, options) => store.update(key, change, options).catch(() => undefined),
+  })],
+  ["through one holder", (store) => ({
+    async update(key, change, options) {
+      const next = change(await store.get(key));
+      await pause(1);
+      return await store.update(key, () => next, options);
+    },
+  })],
+  ["in the order of their keys", (store) => ({
+    async *list(prefix) {
+      const entries = [];
+      for await (const entry of store.list(prefix)) entries.unshift(entry);
+      yield* entries;
+    },
+  })],
+  ["keys of a prefix and no others", (store) => ({ list: (prefix) => store.list(prefix.slice(0, -1)) })],
+  ["for every method", (store) => ({
+    update: (key, change, options) => store.update(key, change, options && { expiresAt: options.expiresAt! + 60 }),
+  })],
+  ["version()", (store) => ({ version: () => 1, get: store.get })],
+  ["version()", (store) => ({ version: () => Math.random(), get: store.get })],
+];
 
-  // nobody can change what is stored by holding on to it
-  const value = { list: [1, { deep: "ü\u0000\u{1f510}" }] };
-  await store.update("a/1", () => value);
-  value.list.push(2);
-  const read = await store.get("a/1") as typeof value;
-  assertEquals(read, { list: [1, { deep: "ü\u0000\u{1f510}" }] });
-  read.list.pop();
-  assertEquals(await store.get("a/1"), { list: [1, { deep: "ü\u0000\u{1f510}" }] });
-
-  // a change that throws changes nothing, and the next one works
-  const boom = new Error("boom");
-  const thrown = await store.update("a/1", () => {
-    throw boom;
-  }).catch((error) => error);
-  assert(thrown === boom);
-  assertEquals(await store.get("a/1"), { list: [1, { deep: "ü\u0000\u{1f510}" }] });
-
-  // lists
-  const keys = ["a/", "a/0", "a/10", "a/2", "a/%_*", "a/ü", "a0", "b/1", `a/${"k".repeat(500)}`];
-  for (const key of keys) await store.update(key, () => key);
-  assertEquals(
-    (await entries("a/")).map(([key]) => key).sort(),
-    [...keys.filter((key) => key.startsWith("a/")), "a/1"].sort(),
-  );
-  assertEquals(await entries("a/1"), [["a/1", { list: [1, { deep: "ü\u0000\u{1f510}" }] }], ["a/10", "a/10"]]);
-  assertEquals(await entries("c"), []);
-  for (let i = 0; i < 250; i++) await store.update(`many/${String(i).padStart(3, "0")}`, () => i);
-  assertEquals((await entries("many/")).map(([, value]) => value), Array.from({ length: 250 }, (_, i) => i));
-
-  // expiry: seconds since the epoch; kept by an update that names none; a value of its own each
-  await store.update("e/soon", () => 1, { expiresAt: seconds() + 0.15 });
-  await store.update("e/later", () => 1, { expiresAt: seconds() + 3600 });
-  await store.update("e/past", () => 1, { expiresAt: seconds() - 1 });
-  await store.update("e/soon", () => 2);
-  assertEquals([await store.get("e/soon"), await store.get("e/later"), await store.get("e/past")], [2, 1, undefined]);
-  await new Promise((resolve) => setTimeout(resolve, 200));
-  assertEquals(await store.get("e/soon"), undefined);
-  assertEquals((await entries("e/")).map(([key]) => key), ["e/later"]);
-  assertEquals(await store.update("e/soon", (current) => current ?? "new"), "new");
-  assertEquals(await store.get("e/soon"), "new");
-
-  // values as large as the largest record
-  const large = { text: "x".repeat(40_000) };
-  await store.update("large", () => large);
-  assertEquals(await store.get("large"), large);
-
-  // atomicity
-  const increment = (current: unknown) => (current as number ?? 0) + 1;
-  await Promise.all(Array.from({ length: 200 }, () => store.update("counter", increment)));
-  assertEquals(await store.get("counter"), 200);
-
-  // another holder of the same state
-  const second = await open();
-  assertEquals(await second.get("counter"), 200);
-  await Promise.all(
-    [store, second].flatMap((store) => Array.from({ length: 50 }, () => store.update("counter", increment))),
-  );
-  assertEquals([await store.get("counter"), await second.get("counter")], [300, 300]);
-
-  // the stamp of the state: the same while nothing changes, another one after a change by anybody
-  const stamps = () => [store.version?.(), second.version?.()];
-  if (store.version) {
-    const before = stamps();
-    await store.get("counter");
-    await store.update("counter", (current) => current);
-    assertEquals(stamps(), before);
-    await second.update("counter", increment);
-    const after = stamps();
-    assert(after[0] !== before[0] && after[1] !== before[1]);
-    await store.update("counter", increment);
-    assert(stamps()[0] !== after[0] && stamps()[1] !== after[1]);
-  }
-  for (const each of new Set([store, second])) await each.close?.();
-}
+test("storeContract() names the promise that a store breaks", async () => {
+  await Promise.all(BROKEN_STORES.map(async ([promise, broken]) => {
+    const memory = memoryStore();
+    const error = await storeContract(() => ({ ...memory, ...broken(memory) })).catch((error: unknown) => error);
+    assert(error instanceof Error && error.message.includes(promise), `${promise}: ${error}`);
+  }));
+});
 
 test("memoryStore() keeps the contract of a store", async () => {
   const store = memoryStore();
@@ -3345,25 +3480,24 @@ test("fileStore() tells of every commit by its stamp, whoever closes", async (t)
   const dir = temporaryFolder(t);
   const [one, two] = [fileStore(dir), fileStore(dir)];
   t.after(() => two.close!());
-  assert(process.platform === "win32" || one.version!() !== undefined);
+  assert(one.version!() !== undefined);
   const stamps = new Set([two.version!()]);
   for (let i = 0; i < 3000; i++) { // past the checkpoints that begin the log anew
     await (i < 1000 && i % 2 ? one : two).update(`key/${i % 7}`, () => i);
     stamps.add(two.version!());
     if (i === 1000) one.close!();
   }
-  assert(process.platform === "win32" || stamps.size === 3001, `${stamps.size} stamps`);
+  assertEquals(stamps.size, 3001);
 });
 
 test("fileStore() commits together what is asked for together, and one that fails takes no other with it", async (t) => {
   const dir = temporaryFolder(t);
   const store = fileStore(dir);
   await store.update("key", () => 0);
-  const commits = () => Math.floor(store.version!()! / 2 ** 32);
-  const before = commits();
+  const before = store.version!()!;
   const increments = Array.from({ length: 20 }, () => store.update("key", (current) => current as number + 1));
   assertEquals(await Promise.all(increments), Array.from({ length: 20 }, (_, i) => i + 1));
-  assertEquals(commits(), before + 1);
+  assertEquals(store.version!(), before + 1);
   const mixed = ["a", "b", "c"].map((key) =>
     store.update(key, () => {
       if (key === "b") throw new Error("not this one");
@@ -3378,23 +3512,6 @@ test("fileStore() commits together what is asked for together, and one that fail
   const again = fileStore(dir);
   t.after(() => again.close!());
   assertEquals(await again.get("last"), "written before the file is closed");
-});
-
-test("fileStore() trusts no stamp that its own commits do not change", async (t) => {
-  const dir = temporaryFolder(t);
-  const store = fileStore(dir);
-  t.after(() => store.close!());
-  await store.update("key", () => 1);
-  const fs = process.getBuiltinModule("node:fs");
-  const { readSync } = fs;
-  try {
-    fs.readSync = (() => 32) as typeof readSync; // as if files and shared memory had parted
-    await store.update("key", () => 2);
-  } finally {
-    fs.readSync = readSync;
-  }
-  assertEquals(store.version!(), undefined);
-  assertEquals(await store.get("key"), 2);
 });
 
 test("kvStore() keeps the contract of a store", { skip: openKv ? false : "only Deno has Deno.openKv" }, async (t) => {
@@ -3429,6 +3546,91 @@ test(
   },
 );
 
+/** As much of a `Deno.Kv` as `kvStore` uses, for every runtime: it keeps what it is given, byte for byte. */
+function kvInMemory(): KvLike & { entries: Map<string, { value: unknown; versionstamp: string }> } {
+  const entries = new Map<string, { value: unknown; versionstamp: string }>();
+  let writes = 0;
+  return {
+    entries,
+    get: ([, key]) => Promise.resolve(entries.get(key!) ?? { value: null, versionstamp: null }),
+    async *list({ start: [, start], end: [, end] }) {
+      for (const [key, { value }] of [...entries].sort(([a], [b]) => a < b ? -1 : 1)) {
+        if (key >= start! && key < end!) yield { key: ["personal-auth", key], value };
+      }
+    },
+    atomic() {
+      let [at, expected, write]: [string, string | null, () => unknown] = ["", null, () => {}];
+      return {
+        check({ key: [, key], versionstamp }) {
+          [at, expected] = [key!, versionstamp];
+          return this;
+        },
+        set(_key, value) {
+          write = () => entries.set(at, { value: structuredClone(value), versionstamp: String(++writes) });
+          return this;
+        },
+        delete() {
+          write = () => entries.delete(at);
+          return this;
+        },
+        commit() {
+          const ok = (entries.get(at)?.versionstamp ?? null) === expected;
+          if (ok) write();
+          return Promise.resolve({ ok });
+        },
+      };
+    },
+    close() {},
+  };
+}
+
+test("kvStore() keeps bytes that every runtime reads, and the contract of a store", async () => {
+  const kv = kvInMemory();
+  await storeContract(() => kvStore(kv));
+  const store = kvStore(kv);
+  await store.update("a", () => ({ text: "ü\u{1f510}" }), { expiresAt: 99999999999.5 });
+  await store.update("b", () => "for ever");
+  const text = (key: string) => new TextDecoder().decode(kv.entries.get(key)!.value as Uint8Array);
+  assertEquals([text("a"), text("b")], ['[99999999999.5,{"text":"ü\u{1f510}"}]', '[null,"for ever"]']);
+  assert([...kv.entries.values()].every(({ value }) => value instanceof Uint8Array));
+});
+
+test("kvStore() leaves what somebody else wrote as it is, and says what is too large", async () => {
+  const kv = kvInMemory();
+  const { app, events } = world({ store: kvStore(kv) });
+  const { access_token } = await connect(app);
+  const key = `grant/${access_token.slice(4, 36)}`;
+  const good = kv.entries.get(key)!;
+  const bytes = (text: string) => new TextEncoder().encode(text);
+  const foreign = [
+    "text",
+    { json: "{}", expires: null },
+    7n,
+    bytes("{}"),
+    bytes("[null"),
+    bytes("[null]"),
+    bytes('["x",1]'),
+  ];
+  for (const value of foreign) {
+    kv.entries.set(key, { value, versionstamp: "foreign" });
+    const store = kvStore(kv);
+    for (const call of [() => store.get(key), () => store.update(key, () => 1), () => contents(store)]) {
+      const { message } = await call().then(() => new Error("it was answered"), (error: Error) => error);
+      assertMatch(message, /grant\/[^]* was not written by personal-auth and was left as it is/);
+    }
+    assertEquals((await callMcp(app, access_token)).status, 503);
+    assertEquals(kv.entries.get(key), { value, versionstamp: "foreign" });
+  }
+  assertMatch(String(events.find(({ type }) => type === "server_error")!.cause), /delete it, or open another KV/);
+  kv.entries.set(key, good);
+  assertEquals((await callMcp(app, access_token)).status, 200);
+  const store = kvStore(kv);
+  await store.update("large", () => "x".repeat(65_526)); // 65,536 bytes with the brackets
+  const error = await store.update("large", () => "é".repeat(32_764)).catch((error) => error) as Error;
+  assertMatch(error.message, /"large" would take 65537 bytes, and a Deno.Kv holds 65536/);
+  assertEquals(await store.get("large"), "x".repeat(65_526));
+});
+
 test("kvStore() refuses what is not an open Deno.Kv", () => {
   assertThrows(() => kvStore(undefined as unknown as KvLike), TypeError, "Deno.openKv");
 });
@@ -3452,6 +3654,8 @@ test("fileStore() stops at a damaged, foreign or newer file, says which, and lea
   damaged.fill(0xff, bytes.length / 2, bytes.length / 2 + 8192);
   const newer = Buffer.from(bytes);
   newer.writeUInt32BE(99, 60);
+  const older = Buffer.from(bytes);
+  older.writeUInt32BE(1, 60);
   const foreign = Buffer.from(bytes);
   foreign.writeUInt32BE(1, 68);
   const cases: [string, Buffer, string][] = [
@@ -3460,6 +3664,7 @@ test("fileStore() stops at a damaged, foreign or newer file, says which, and lea
     ["truncated", bytes.subarray(0, bytes.length / 2), "cannot be read"],
     ["a page overwritten", damaged, "cannot be read"],
     ["newer", newer, "newer version"],
+    ["of a format that was never released", older, "has format 1"],
     ["another program's", foreign, "not a state file"],
   ];
   for (const [what, content, says] of cases) {
@@ -3480,12 +3685,126 @@ test("fileStore() says what to do about a folder that cannot be written", (t) =>
   assertThrows(() => fileStore(join(parent, "file")), Error, "make it writable");
   assertThrows(() => fileStore(join(parent, "file", "below")), Error, "make it writable");
   assertThrows(() => fileStore(""), TypeError, "folder");
+  for (const dir of ["~", "~/state", "~\\state"]) assertThrows(() => fileStore(dir), TypeError, 'called "~"');
   const readOnly = join(parent, "read-only");
   const store = fileStore(readOnly);
   store.close!();
   chmodSync(readOnly, 0o500);
   if (process.getuid?.() !== 0) assertThrows(() => fileStore(join(readOnly, "below")), Error, "make it writable");
   chmodSync(readOnly, 0o700);
+});
+
+test(
+  "fileStore() names the permission that Deno was started without",
+  { skip: "Deno" in globalThis ? false : "only Deno has permissions" },
+  (t) => {
+    const script = `import { fileStore } from ${JSON.stringify(new URL("mod.ts", import.meta.url))};
+      fileStore(${JSON.stringify(join(temporaryFolder(t), "state"))}).close();
+      console.log("open");`;
+    const start = (...permissions: string[]) => {
+      const args = ["run", "--no-prompt", ...permissions, "-"];
+      const { stdout, stderr } = spawnSync(process.execPath, args, { input: script, encoding: "utf8" });
+      return stdout + stderr;
+    };
+    for (const missing of ["--allow-sys", "--allow-write", "--allow-read"]) {
+      const others = ["--allow-sys", "--allow-write", "--allow-read"].filter((name) => name !== missing);
+      const said = start(...others);
+      assert(said.includes("started without a permission") && said.includes(missing), said);
+      assert(!said.includes("make it writable"), said);
+    }
+    assertEquals(start("--allow-read", "--allow-write", "--allow-sys=uid"), "open\n");
+  },
+);
+
+test("fileStore() accepts nothing when its files are no longer those in the folder, and goes on when they are", async (t) => {
+  const parent = temporaryFolder(t);
+  const name = (suffix = "") => join(dir, `oauth.sqlite${suffix}`);
+  const removeAll = () => ["", "-wal", "-shm"].forEach((suffix) => rmSync(name(suffix)));
+  const faults: [what: string, happen: () => void, undo?: () => void][] = [
+    ["moved away", () => renameSync(name(), name("-away")), () => renameSync(name("-away"), name())],
+    ["folder moved", () => renameSync(dir, `${dir}-away`), () => renameSync(`${dir}-away`, dir)],
+    ["removed", () => rmSync(name())],
+    ["folder removed", () => rmSync(dir, { recursive: true })],
+    ["log removed", () => rmSync(name("-wal"))],
+    ["index of the log removed", () => rmSync(name("-shm"))],
+    ["log replaced", () => {
+      rmSync(name("-wal"));
+      writeFileSync(name("-wal"), "");
+    }],
+    ["replaced", () => {
+      removeAll();
+      t.after(fileStore(dir).close!);
+    }],
+  ];
+  let dir = "";
+  for (const [i, [what, happen, undo]] of faults.entries()) {
+    dir = join(parent, String(i));
+    const store = fileStore(dir);
+    t.after(() => store.close!());
+    const { app, events } = world({ store });
+    const { client, access_token, refresh_token } = await connect(app);
+    for (let i = 0; i < 3; i++) assertEquals((await callMcp(app, access_token)).status, 200, what);
+    happen();
+    const write = await refreshing(app, client.client_id, refresh_token); // at once: no write may be answered as done
+    assertEquals([write.status, write.headers.get("Retry-After")], [503, "5"], what);
+    await pause(15);
+    const read = await callMcp(app, access_token);
+    assertEquals([read.status, read.headers.get("WWW-Authenticate")], [503, null], what);
+    assertEquals(store.version!(), undefined, what);
+    for (const call of [() => store.get("x"), () => store.update("x", () => 1), () => contents(store)]) {
+      const { message } = await call().then(() => new Error("it was answered"), (error: Error) => error);
+      assertMatch(message, /oauth\.sqlite.* was removed or replaced .* restarted/, what);
+    }
+    const told = events.filter(({ type, cause }) => type === "server_error" && /replaced/.test(String(cause)));
+    assert(told.length >= 2, what);
+    undo?.();
+    await pause(15);
+    assertEquals((await callMcp(app, access_token)).status, undo ? 200 : 503, what);
+    assertEquals((await refreshing(app, client.client_id, refresh_token)).status, undo ? 200 : 503, what);
+  }
+});
+
+test("fileStore() starts without hard links, and under a virus scanner that holds what it wants to remove", async (t) => {
+  const fs = process.getBuiltinModule("node:fs");
+  const { linkSync, rmSync } = fs;
+  const refuse = (code: string, pattern = /(?:)/) => (file: unknown) => {
+    if (pattern.test(String(file))) throw Object.assign(new Error(code), { code });
+  };
+  t.after(() => Object.assign(fs, { linkSync, rmSync }));
+  for (const code of ["EPERM", "EISDIR", "ENOTSUP"]) {
+    fs.linkSync = refuse(code) as typeof linkSync;
+    fs.rmSync = rmSync;
+    const dir = temporaryFolder(t);
+    const [one, two] = [fileStore(dir), fileStore(dir)] as [Store, Store];
+    await one.update("key", () => code);
+    assertEquals(await two.get("key"), code);
+    for (const store of [one, two]) store.close!();
+    assertEquals(readdirSync(dir), ["oauth.sqlite"]);
+    fs.linkSync = ((from: string, to: string) => {
+      linkSync(from, to); // another process is faster
+      refuse(code)("");
+    }) as typeof linkSync;
+    const raced = temporaryFolder(t);
+    fileStore(raced).close!();
+    assertEquals(readdirSync(raced), ["oauth.sqlite"]);
+  }
+  fs.linkSync = linkSync;
+  fs.rmSync = refuse("EBUSY", /\.new(-\w+)?$/) as typeof rmSync;
+  const dir = temporaryFolder(t);
+  fileStore(dir).close!();
+  const store = fileStore(dir);
+  await store.update("key", () => 1);
+  store.close!();
+  const leftovers = () => readdirSync(dir).filter((file) => file !== "oauth.sqlite");
+  for (let starts = 0; starts < 2; starts++) {
+    for (const file of leftovers()) utimesSync(join(dir, file), 1, 1); // so old that the next start clears them away
+    fileStore(dir).close!();
+  }
+  for (const file of leftovers()) utimesSync(join(dir, file), 1, 1);
+  assert(leftovers().length >= 4);
+  fs.rmSync = rmSync;
+  fileStore(dir).close!();
+  assertEquals(readdirSync(dir), ["oauth.sqlite"]);
 });
 
 test("fileStore() clears away what has expired, a little with each change, but for the latest thousand", async (t) => {
@@ -3550,7 +3869,7 @@ test("a copy of the store, with this source, lets nobody in", async () => {
   const script = await auth.createToken({ name: "script" });
   const create = formsOf(await owner.open(PAGE)).find(({ action }) => action === "create_token")!;
   const made = (await owner.open(PAGE, form({ ...create, name: "script", days: "365" }))).text;
-  const scripts = [script.token, made.match(/pat_[0-9a-f]{96}/)![0]].map((token) => token.slice(4, 36));
+  const scripts = [script.token, made.match(/pat_[\w-]{65}/)![0]].map((token) => token.slice(4, 26));
 
   // every string there is, and what can be made of it with the server's key, which is one of them
   const found = new Set<string>();
@@ -3631,6 +3950,124 @@ test("a store that fails is answered 503 and costs nobody anything", async () =>
   assertEquals(page.status, 200);
 });
 
+/** Makes every timer of 8 s or more due after 40 ms, until the test ends. */
+function shortDeadlines(t: TestContext): void {
+  const { setTimeout } = globalThis;
+  t.after(() => {
+    globalThis.setTimeout = setTimeout;
+  });
+  globalThis.setTimeout =
+    ((call: () => void, milliseconds = 0) =>
+      setTimeout(call, milliseconds >= 8000 ? 40 : milliseconds)) as typeof setTimeout;
+}
+
+test("a store that hangs is answered 503 in time, and what comes late changes nothing", async (t) => {
+  shortDeadlines(t);
+  const memory = memoryStore();
+  /** "hangs": before it does anything; "acknowledges late": after it has done it. */
+  let mode: "works" | "hangs" | "acknowledges late" = "works";
+  let wake: () => void = () => {};
+  let awake = Promise.resolve();
+  const set = (how: typeof mode) => {
+    mode = how;
+    awake = new Promise((resolve) => wake = resolve);
+  };
+  const store: Store = {
+    async get(key) {
+      if (mode === "hangs") await awake;
+      return await memory.get(key);
+    },
+    async update(key, change, options) {
+      if (mode === "hangs") await awake;
+      const next = await memory.update(key, change, options);
+      if (mode === "acknowledges late") await awake;
+      return next;
+    },
+    async *list(prefix) {
+      for await (const entry of memory.list(prefix)) {
+        if (mode === "hangs") await awake;
+        yield entry;
+      }
+    },
+  };
+  const { app, auth, events } = world({ store });
+  const { client, access_token, refresh_token } = await connect(app);
+  const ended = await connect(app);
+  const code = await approvedCode(app, client.client_id);
+  const redeem = () => {
+    const fields = { grant_type: "authorization_code", client_id: client.client_id, code, code_verifier: VERIFIER };
+    return post(app, "/token", fields);
+  };
+  const before = await contents(memory);
+  set("hangs");
+  const refused = await Promise.all([
+    callMcp(app, access_token),
+    refreshing(app, client.client_id, refresh_token),
+    post(app, "/revoke", { client_id: client.client_id, token: ended.refresh_token }),
+    browse(app).approve(authorizeUrl(client.client_id)),
+    redeem(),
+  ]);
+  for (const { status, headers } of refused) assertEquals([status, headers.get("Retry-After")], [503, "5"]);
+  for (const call of [() => auth.connections(), () => auth.createToken({ name: "script" })]) {
+    const error = await call().then(() => undefined, (error: unknown) => error);
+    assert(error instanceof OAuthError && error.status === 503);
+  }
+  assert(events.some(({ type, cause }) => type === "server_error" && /has not answered for 8 s/.test(String(cause))));
+  mode = "works";
+  wake();
+  await pause(20);
+  assertEquals(await contents(memory), before);
+  for (const token of [access_token, ended.access_token]) assertEquals((await callMcp(app, token)).status, 200);
+  assertEquals((await redeem()).status, 200);
+
+  // what was done and only acknowledged late is a lost answer: asked for again, it is the same
+  const written = await contents(memory);
+  set("acknowledges late");
+  assertEquals((await refreshing(app, client.client_id, refresh_token)).status, 503);
+  mode = "works";
+  assertNotEquals(await contents(memory), written);
+  const again = await refreshing(app, client.client_id, refresh_token);
+  wake();
+  await pause(20);
+  const third = await refreshing(app, client.client_id, refresh_token);
+  assertEquals([again.status, third.body.refresh_token], [200, again.body.refresh_token]);
+  assertEquals((await callMcp(app, third.body.access_token)).status, 200);
+});
+
+test("a server whose store hangs at its start serves as soon as it answers", async (t) => {
+  shortDeadlines(t);
+  const memory = memoryStore();
+  let hangs = true;
+  const never = new Promise<never>(() => {});
+  const store: Store = {
+    ...memory,
+    get: (key) => hangs ? never : memory.get(key),
+    update: (key, change, options) => hangs ? never : memory.update(key, change, options),
+  };
+  const { app, events } = world({ store, password: PASSWORD });
+  const registration = () => app.request(`${BASE}/register`, json({ redirect_uris: [CLAUDE] }));
+  const refused = await registration();
+  assertEquals([refused.status, refused.headers.get("Retry-After")], [503, "5"]);
+  assert(events.some(({ type }) => type === "server_error"));
+  hangs = false;
+  const { client_id } = await register(app);
+  assertEquals((await browse(app).approve(authorizeUrl(client_id), PASSWORD)).status, 302);
+});
+
+test("kvStore() goes on with a key after a call that never ended", async (t) => {
+  shortDeadlines(t);
+  const kv = kvInMemory();
+  let hangs = true;
+  const { get } = kv;
+  kv.get = (key) => hangs ? new Promise<never>(() => {}) : get(key);
+  const { app, events } = world({ store: kvStore(kv) });
+  const registration = () => app.request(`${BASE}/register`, json({ redirect_uris: [CLAUDE] }));
+  assertEquals((await registration()).status, 503);
+  hangs = false;
+  assertEquals((await registration()).status, 201);
+  assert(events.some(({ type }) => type === "server_error"));
+});
+
 test("a store that is down at the start is tried again", async () => {
   const memory = memoryStore();
   let down = true;
@@ -3668,6 +4105,25 @@ test("a server that has only Web Crypto shares its connections with one that has
   ];
   assertEquals([one.access_token, one.refresh_token], [two.access_token, two.refresh_token]);
   assertEquals((await callMcp(web, one.access_token)).status, 200);
+});
+
+test("two servers at different addresses on one store say so, and touch nothing of each other's", async () => {
+  const store = memoryStore();
+  const first = world({ store, password: PASSWORD });
+  const { access_token, refresh_token, client } = await connectAs(first.app, PASSWORD);
+  assert(!first.events.some(({ type }) => type === "store_shared"));
+  const second = world({ store, baseUrl: "https://other.example", password: "another long password" });
+  await second.auth.connections();
+  const told = second.events.filter(({ type }) => type === "store_shared");
+  assert(told.length === 1 && told[0]!.message.includes(BASE));
+  assertEquals(await second.auth.connections(), []);
+  const [{ id }] = await first.auth.connections() as [Json];
+  assertEquals(await second.auth.revoke(id), false);
+  assertEquals((await callMcp(first.app, access_token)).status, 200);
+  assertEquals((await refreshing(first.app, client.client_id, refresh_token)).status, 200);
+  // Each keeps its own password, sessions and events.
+  assertEquals((await browse(first.app).approve(authorizeUrl(client.client_id), PASSWORD)).status, 302);
+  assert(!JSON.stringify(second.events).includes("connection_approved"));
 });
 
 test("two servers on one store serve one set of connections", async (t) => {
@@ -3771,6 +4227,23 @@ test("a generated password opens the door whatever strangers have used up; wrong
   assertEquals((await browse(app).approve(url, password)).status, 302);
 });
 
+test("right passwords use up no attempts", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  for (let i = 0; i < 12; i++) {
+    assertEquals((await browse(app).approve(authorizeUrl(client_id), PASSWORD)).status, 302, `private window ${i}`);
+  }
+});
+
+test("a password with a NUL behind it is another password", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  for (const typed of [`${PASSWORD}\0`, `${PASSWORD}\0\0`]) {
+    assertEquals((await browse(app).approve(authorizeUrl(client_id), typed)).status, 403);
+  }
+  assertEquals((await browse(app).approve(authorizeUrl(client_id), PASSWORD)).status, 302);
+});
+
 test("a throttle that was filled under a wrong clock refills under the right one", async (t) => {
   const travel = timeMachine(t);
   const { app } = world({ password: PASSWORD });
@@ -3820,10 +4293,11 @@ test("what the guard remembers ends with its token, and belongs to nobody else",
   const { access_token } = await connect(app);
   for (let i = 0; i < 3; i++) assertEquals((await callMcp(app, access_token)).status, 200);
   const info = await auth.verifyAccessToken(access_token);
-  info.scopes.push("admin");
-  info.extra!.connection = "x";
+  assertThrows(() => info.scopes.push("admin"), TypeError);
+  assertThrows(() => info.extra!.connection = "x", TypeError);
+  assertThrows(() => info.clientId = "x", TypeError);
   const again = await auth.verifyAccessToken(access_token);
-  assertEquals(again.scopes, ["mcp"]);
+  assertEquals([again.scopes, again.clientId], [["mcp"], info.clientId]);
   assertNotEquals(again.extra!.connection, "x");
   travel(101);
   assertEquals((await callMcp(app, access_token)).status, 401);
@@ -4007,27 +4481,6 @@ test("fileStore() leaves the write-ahead log of a damaged file alone, so that no
       assert(readFileSync(join(dir, "oauth.sqlite-wal")).equals(wal));
     }
   }
-});
-
-test("fileStore() takes a file of an earlier format over, under a server that still uses it", async (t) => {
-  const { DatabaseSync } = process.getBuiltinModule("node:sqlite");
-  const dir = temporaryFolder(t);
-  const earlier = new DatabaseSync(join(dir, "oauth.sqlite"));
-  t.after(() => earlier.close());
-  earlier.exec(`PRAGMA journal_mode = WAL; PRAGMA application_id = ${0x6d637061};
-    CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL) WITHOUT ROWID;
-    CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
-    PRAGMA user_version = 1`);
-  const upsert = earlier.prepare("INSERT OR REPLACE INTO entries (key, value, expires) VALUES (?, ?, ?)");
-  for (let i = 0; i < 300; i++) upsert.run(`key/${i}`, JSON.stringify("x".repeat(i * 10)), i % 2 ? null : 1e11);
-  const stores = [fileStore(dir), fileStore(dir)] as [Store, Store];
-  t.after(() => stores.forEach((store) => store.close!()));
-  for (let i = 0; i < 300; i++) assertEquals(await stores[0].get(`key/${i}`), "x".repeat(i * 10));
-  upsert.run("key/0", '"from the earlier version"', null);
-  await stores[1].update("key/1", () => "from this one");
-  assertEquals(await stores[0].get("key/0"), "from the earlier version");
-  assertEquals(earlier.prepare("SELECT value FROM entries WHERE key = 'key/1'").get()!.value, '"from this one"');
-  assertEquals(earlier.prepare("PRAGMA user_version").get()!.user_version, 2);
 });
 
 test("fileStore() sees in the write-ahead log that a file is newer, foreign or without its table", (t) => {
@@ -4292,15 +4745,15 @@ test("S6-S9: refreshes with resource, with scope, in parallel, after a lost answ
   const { client, ...tokens } = await connect(app, {}, { scope: "mcp offline_access" });
   const { client_id } = client;
   let { refresh_token } = tokens;
-  const variants: Record<string, string>[] = [
-    { resource: `${BASE}/mcp` },
-    { resource: `${BASE}/mcp`, scope: "mcp offline_access" },
-    {},
+  const variants: [more: Record<string, string>, waits: number[]][] = [
+    [{ resource: `${BASE}/mcp` }, [0, 90]],
+    [{ resource: `${BASE}/mcp`, scope: "mcp offline_access" }, [0, 90, 3600]],
+    [{}, [0, 90]],
   ];
-  for (const more of variants) {
+  for (const [more, waits] of variants) {
     const answers = await Promise.all([0, 1, 2, 3].map(() => refreshing(app, client_id, refresh_token, more)));
     assertEquals(new Set(answers.map(({ status, body }) => `${status} ${body.refresh_token}`)).size, 1);
-    for (const wait of [0, 90, 3600]) {
+    for (const wait of waits) {
       travel(wait);
       const again = await refreshing(app, client_id, refresh_token, more);
       assertEquals(again.body.access_token, answers[0]!.body.access_token);
@@ -4402,9 +4855,12 @@ test("S16: the conformance tool sends neither scope nor resource", async () => {
 
 // ─── Setup check ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+let goodServer: World["app"] | undefined; // one for all: hashing its password takes longer than checking it
+
 /** A good server with one thing spoilt: what it answers is handed to `spoil` before it leaves. */
 function spoiltBy(spoil: (request: Request, answer: () => Promise<Response>) => Response | Promise<Response>) {
-  const { app } = world({ password: PASSWORD });
+  goodServer ??= world({ password: PASSWORD }).app;
+  const app = goodServer;
   return async (request: Request) => {
     const response = await spoil(request.clone(), () => Promise.resolve(app.request(request)));
     return new Response(response.body, { status: response.status, headers: new Headers(response.headers) });
@@ -4446,9 +4902,14 @@ test("checkSetup() finds nothing wrong with a good server, and leaves it as it w
     fetch: (request) => app.request(request),
     onProgress: (what) => asked.push(what),
   });
-  assertEquals(report.findings.filter(({ result }) => result !== "ok"), []);
+  const { token_endpoint_auth_methods_supported: methods } = await (await app.request(`${BASE}${SERVER}`)).json();
+  const noted = methods.includes("private_key_jwt")
+    ? []
+    : ["private_key_jwt is not accepted: ChatGPT may insist on it"];
+  assertEquals(report.findings.filter(({ result }) => result !== "ok").map(({ what }) => what), noted);
   assertEquals(report.verdict, "ready");
   assert(report.findings.length > 40 && asked.length > 15);
+  assertMatch(report.next.join("\n"), /claude mcp add --transport http personal https:\/\/mcp\.example\.com\/mcp$/);
   assertEquals(await contents(store), before);
 });
 
@@ -4569,7 +5030,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     [
       "null in a registration",
       spoilt("/register", { json: (body) => ({ ...body, client_uri: null }) }),
-      /Leave out client_uri/,
+      /without a value: "client_uri"/,
     ],
     [
       "a code without asking",
@@ -4581,7 +5042,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     [
       "PKCE not required",
       spoiltBy((request, answer) =>
-        isPath(request, "/authorize") && !request.url.includes("code_challenge")
+        isPath(request, "/authorize") && request.method === "GET" && !request.url.includes("code_challenge")
           ? Response.redirect(`${CLAUDE}?code=x`, 302)
           : answer()
       ),
@@ -4673,9 +5134,11 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     ],
   ];
   for (const [what, fetch, says] of faults) {
-    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch: fetch! });
+    const { verdict, findings, next } = await checkSetup(`${BASE}/mcp`, { fetch: fetch! });
     const failed = findings.filter(({ result }) => result === "failed");
     assertEquals(verdict, "broken", what);
+    assertEquals(failed.length, 1, `${what}: ${JSON.stringify(failed)}`); // what follows from it is not told
+    assertEquals(next, [`Repair this first: ${failed[0]!.what}`]);
     assert(failed.some(({ what, fix }) => says.test(`${what} ${fix}`)), `${what}: ${JSON.stringify(failed)}`);
   }
 });
@@ -4687,12 +5150,12 @@ test("checkSetup() warns of what trips some clients, and calls the server ready"
       spoilt("/mcp", {
         headers: { "WWW-Authenticate": `Bearer error="invalid_token", resource_metadata="${BASE}${RESOURCE}/mcp"` },
       }),
-      /names the scope/,
+      /names no scope/,
     ],
     [
       "missing CORS",
       spoiltBy((request, answer) => request.method === "OPTIONS" ? new Response("", { status: 401 }) : answer()),
-      /a browser may use the token endpoint/,
+      /browser may not use the "token" endpoint/,
     ],
     [
       "a partial OpenID configuration",
@@ -4714,12 +5177,12 @@ test("checkSetup() warns of what trips some clients, and calls the server ready"
     [
       "a page that can be framed",
       spoilt("/authorize", { headers: { "Content-Security-Policy": "default-src 'none'", "X-Frame-Options": null } }),
-      /framed/,
+      /can be framed/,
     ],
     [
       "no offline_access",
       spoilt(SERVER, { json: (body) => ({ ...body, scopes_supported: ["mcp"] }) }),
-      /offline_access is on offer/,
+      /offline_access is not on offer/,
     ],
     [
       "no iss",
@@ -4740,11 +5203,13 @@ test("checkSetup() looks at the address itself", async () => {
   const fetch = (request: Request) => app.request(request);
   const told = async (url: string) =>
     (await checkSetup(url, { fetch })).findings.filter(({ result }) => result !== "ok").map(({ what }) => what);
-  assert((await told("http://mcp.example.com/mcp")).includes("the address is https"));
-  assert((await told(`${BASE}:8443/mcp`)).includes("the port is 443"));
-  assert((await told(`${BASE}/mcp/`)).includes("the address has no slash at its end"));
-  assert((await told("http://localhost:8050/mcp")).includes("localhost:8050 is this computer"));
-  for (const url of ["", "mcp.example.com", "ftp://mcp.example.com"]) {
+  assert((await told("http://mcp.example.com/mcp")).includes("The address is http"));
+  assert((await told(`${BASE}:8443/mcp`)).includes("The port is 8443"));
+  assert((await told(`${BASE}/mcp/`)).includes("The address ends with a slash"));
+  assert(
+    (await told("http://localhost:8050/mcp")).includes('"localhost:8050" is this computer or in its private network'),
+  );
+  for (const url of ["", "mcp.example.com", "ftp://mcp.example.com", "https://me:secret@mcp.example.com/mcp"]) {
     const error = await checkSetup(url).catch((error) => error);
     assert(error instanceof TypeError && error.message.includes("https://your-domain.com/mcp"), url);
   }
@@ -4758,26 +5223,447 @@ test("checkSetup() says why nothing could be asked", async () => {
     [new DOMException("The operation timed out.", "TimeoutError"), /too long/],
   ];
   for (const [error, says] of reasons) {
-    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch: () => Promise.reject(error) });
+    const { verdict, findings, next } = await checkSetup(`${BASE}/mcp`, { fetch: () => Promise.reject(error) });
     assertEquals(verdict, "unreachable");
-    assertMatch(findings.at(-1)!.fix!, says);
+    assertMatch(findings.at(-1)!.what + findings.at(-1)!.fix!, says);
+    assertEquals(next, [`Repair this first: ${findings.at(-1)!.what}`]);
   }
+});
+
+test("checkSetup() waits for no answer for ever", async (t) => {
+  const { setTimeout: real } = globalThis;
+  t.after(() => void (globalThis.setTimeout = real));
+  // deno-lint-ignore no-explicit-any
+  (globalThis as any).setTimeout = (call: () => void, wait: number) => real(call, wait === 30_000 ? 20 : wait);
+  const never = new Promise<never>(() => {});
+  const drips = () => new Response(new ReadableStream({ pull: () => never }), { status: 401 });
+  for (const fetch of [() => never, drips]) {
+    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch });
+    assertEquals(verdict, "unreachable");
+    assertMatch(findings.at(-1)!.what, /took too long/);
+  }
+});
+
+test("checkSetup() tells what is in front of the server from the server itself", async () => {
+  const check = async (spoil: Parameters<typeof spoiltBy>[0], path = "/mcp") => {
+    let requests = 0;
+    const fetch = spoiltBy((request, answer) => (requests++, spoil(request, answer)));
+    const { findings, next } = await checkSetup(BASE + path, { fetch });
+    return { failed: findings.filter(({ result }) => result === "failed"), next, requests, findings };
+  };
+  for (const status of [502, 503, 504]) {
+    const { failed, requests } = await check(() => html(status));
+    assertEquals(failed.map(({ what }) => what), [`The proxy answers ${status}, your server does not`]);
+    assertEquals(requests, 1);
+  }
+  const { app } = world({ password: PASSWORD });
+  const stripped = (request: Request) => {
+    const headers = new Headers(request.headers);
+    headers.delete("Authorization");
+    return app.request(new Request(request, { headers }));
+  };
+  const { failed, next } = await check(stripped);
+  assertEquals(failed.map(({ what }) => what), ["The token did not arrive: the proxy drops Authorization"]);
+  assertEquals(next, ["Repair this first: The token did not arrive: the proxy drops Authorization"]);
+  // A server that never says invalid_token is not accused: either may be the reason, and both are named.
+  const silent = await check(async (request, answer) => {
+    if (!isPath(request, "/mcp") || request.method === "OPTIONS") return await answer();
+    const challenge = `Bearer resource_metadata="${BASE}${RESOURCE}/mcp", scope="mcp"`;
+    return new Response("Unauthorized", { status: 401, headers: { "WWW-Authenticate": challenge } });
+  });
+  assertEquals(silent.failed, []);
+  const warning = silent.findings.find(({ what }) => /without invalid_token/.test(what));
+  assertMatch(warning!.fix!, /let the proxy pass/);
+});
+
+test("checkSetup() knows both ways in for clients, and which clients sign their requests", async () => {
+  const warnings = async (change: (body: Json) => Json) => {
+    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch: spoilt(SERVER, { json: change }) });
+    assertEquals(verdict, "ready", JSON.stringify(findings.filter(({ result }) => result === "failed")));
+    return findings.filter(({ result }) => result === "warning").map(({ what }) => what).join();
+  };
+  const methods = (...list: string[]) => (body: Json) => ({ ...body, token_endpoint_auth_methods_supported: list });
+  assertMatch(await warnings(methods("none")), /private_key_jwt is not accepted/);
+  assertEquals(await warnings(methods("none", "private_key_jwt")), "");
+  const { registration_endpoint: _, ...rest } = methods("none", "private_key_jwt")({});
+  assertEquals(await warnings(({ registration_endpoint: _, ...body }) => ({ ...body, ...rest })), "");
+});
+
+/** An MCP server behind a guard, which answers as JSON or as a stream of events that stays open. */
+function callable(tools: unknown[], streams: boolean) {
+  const { app, auth } = world({ password: PASSWORD });
+  const seen: { method: string; session: string | null; agent: string | null }[] = [];
+  const fetch = async (request: Request) => {
+    if (!isPath(request, "/mcp") || request.headers.get("Authorization") === null) return await app.request(request);
+    if (!(await app.request(request.clone())).ok) return await app.request(request);
+    const message = request.method === "POST" ? await request.json() : { method: request.method };
+    const { headers } = request;
+    seen.push({ method: message.method, session: headers.get("Mcp-Session-Id"), agent: headers.get("User-Agent") });
+    const result = ({ initialize: { protocolVersion: "2025-11-25" }, "tools/list": { tools } } as Json)[message.method];
+    if (!result) return new Response(null, { status: 202 });
+    const body = JSON.stringify({ jsonrpc: "2.0", id: message.id, result });
+    const session = { "Mcp-Session-Id": "session-1" };
+    if (!streams) return new Response(body, { headers: { "Content-Type": "application/json", ...session } });
+    const events = `: hello\r\n\r\ndata: {"jsonrpc":"2.0","method":"notifications/message"}\n\ndata: ${body}\r\n\r\n`;
+    const stream = new ReadableStream({ // byte by byte, and never closed
+      start: (controller) => [...new TextEncoder().encode(events)].forEach((b) => controller.enqueue(Uint8Array.of(b))),
+    });
+    return new Response(stream, { headers: { "Content-Type": "text/event-stream", ...session } });
+  };
+  return { auth, fetch, seen };
+}
+
+test("checkSetup() with a token calls initialize and tools/list as Claude does", async () => {
+  for (const streams of [false, true]) {
+    const tools = [{ name: "add" }, { name: "do it" }, { name: "x".repeat(65) }, { name: 5 }, null];
+    const { auth, fetch, seen } = callable(tools, streams);
+    const { token } = await auth.createToken({ name: "check" });
+    const { verdict, findings, next } = await checkSetup(`${BASE}/mcp`, { fetch, token });
+    assertEquals(verdict, "ready", JSON.stringify(findings.filter(({ result }) => result === "failed")));
+    assertEquals(seen.map(({ method }) => method).slice(-4), [
+      "initialize",
+      "notifications/initialized",
+      "tools/list",
+      "DELETE",
+    ]);
+    assertEquals(seen.slice(-3).every(({ session }) => session === "session-1"), true);
+    assertEquals(seen.slice(-4).every(({ agent }) => agent === "Claude-User"), true);
+    assertMatch(next[0]!, /^initialize took \d+\.\d\d s, tools\/list \d+\.\d\d s: 5 tools$/);
+    const refused = findings.find(({ what }) => /refuses the tools/.test(what));
+    assert(refused?.result === "warning" && refused.what.includes("do it") && !refused.what.includes("add"));
+    assert(!JSON.stringify({ findings, next }).includes(token));
+  }
+  const { fetch } = callable([], false);
+  const dead = await checkSetup(`${BASE}/mcp`, { fetch, token: "pat_dead" });
+  assertEquals(dead.next, ["Repair this first: The token is answered 401"]);
+  const error = await checkSetup(`${BASE}/mcp`, { fetch, token: "pat_\nsecret" }).catch((error) => error);
+  assert(error instanceof TypeError && !error.message.includes("secret"));
+});
+
+test("checkSetup() sends the token to its server alone, and prints it nowhere", async () => {
+  const token = "pat_" + "0123456789abcdef".repeat(4);
+  const elsewhere: string[] = [];
+  const noisy = spoiltBy(async (request, answer) => {
+    const sent = request.headers.get("Authorization") ?? "";
+    if (!isPath(request, "/mcp") && sent) elsewhere.push(request.url);
+    // A server that repeats what it was sent, wherever the check shows a server's words.
+    if (isPath(request, "/register")) return new Response(`${"x".repeat(100)}${token}`, { status: 400 });
+    if (!sent.includes(token)) return await answer();
+    const { method } = request.method === "POST" ? await request.json() : request;
+    const result = method === "tools/list" ? { tools: [{ name: `${"y".repeat(180)} ${token}` }] } : {};
+    return Response.json({ result }, { headers: { "Mcp-Session-Id": token } });
+  });
+  const report = await checkSetup(`${BASE}/mcp`, { fetch: noisy, token });
+  assert(report.findings.some(({ what }) => what.includes("[token]")), JSON.stringify(report));
+  for (let length = 12; length <= token.length; length++) {
+    assert(!JSON.stringify(report).includes(token.slice(0, length)), `the first ${length} characters`);
+  }
+  const redirecting = spoiltBy((request, answer) =>
+    request.headers.get("Authorization")?.includes(token)
+      ? Response.redirect("https://evil.example/mcp", 307)
+      : (new URL(request.url).origin === BASE || elsewhere.push(request.url), answer())
+  );
+  await checkSetup(`${BASE}/mcp`, { fetch: redirecting, token });
+  assertEquals(elsewhere, []);
+});
+
+test("checkSetup() lets no control character of a server through", async () => {
+  const evil = "\x1b]52;c;aGFjaw==\x07\x1b[2J\r\n\x00\x7f\x9b31m\u202e\u2066\u200b\ufeff\u2028 ✓";
+  const header = "\x1b]0;title\x07\x9b\x7f";
+  const text = (path: string, status: number) =>
+    spoiltBy((request, answer) => isPath(request, path) ? new Response(evil, { status }) : answer());
+  const servers = [
+    text("/mcp", 418),
+    text("/register", 400),
+    text("/authorize", 500),
+    text("/token", 500),
+    text(RESOURCE, 200),
+    spoilt(RESOURCE, { json: (body) => ({ ...body, resource: evil }) }),
+    spoilt(RESOURCE, { json: (body) => ({ ...body, authorization_servers: [`https://evil.example/${evil}`] }) }),
+    spoilt(SERVER, { json: (body) => ({ ...body, issuer: evil }) }),
+    spoilt(SERVER, { json: (body) => ({ ...body, token_endpoint: `http://evil.example/${evil}` }) }),
+    spoilt(SERVER, { json: (body) => ({ ...body, [evil]: null }) }),
+    spoilt("/register", { json: (body) => ({ ...body, [evil]: "" }) }),
+    spoilt("/token", { json: (body) => ({ ...body, error: evil }) }),
+    spoilt("/mcp", { headers: { "WWW-Authenticate": `Bearer resource_metadata="https://${header}/"` } }),
+    spoilt(RESOURCE, { headers: { "Content-Type": header } }),
+    spoiltBy((request, answer) =>
+      isPath(request, "/authorize")
+        ? new Response(null, { status: 302, headers: { Location: `${CLAUDE}?error=${header}` } })
+        : answer()
+    ),
+    spoiltBy(() => Promise.reject(new TypeError(`certificate of ${evil}`))),
+  ];
+  for (const [index, fetch] of servers.entries()) {
+    const { findings, next, url } = await checkSetup(`${BASE}/mcp`, { fetch });
+    assert(findings.some(({ result }) => result === "failed"), `server ${index}`);
+    for (const shown of [url, ...next, ...findings.flatMap(({ what, fix = "" }) => [what, fix])]) {
+      assert(!/[\p{C}\p{Zl}\p{Zp}]/u.test(shown), `server ${index}: ${JSON.stringify(shown)}`);
+    }
+  }
+});
+
+test("checkSetup() is led to no inside address, by whatever the server names", async (t) => {
+  const lookup = dns.lookup;
+  t.after(() => void (dns.lookup = lookup));
+  const names: Record<string, string> = { "inside.example": "10.0.0.1", "public.example": "93.184.215.14" };
+  // deno-lint-ignore no-explicit-any
+  (dns as any).lookup = (name: string, _options: unknown, done: any) =>
+    setTimeout(() => names[name] ? done(null, [{ address: names[name], family: 4 }]) : done(new Error("ENOTFOUND")));
+  const asked = async (spoil: (origin: string) => SetupOptions["fetch"], origin: string, typed = `${BASE}/mcp`) => {
+    const origins = new Set<string>();
+    const fetch = async (request: Request) => {
+      origins.add(new URL(request.url).origin);
+      assertEquals(request.redirect, "manual"); // the built-in fetch would follow the others by itself
+      return await spoil(origin)!(request);
+    };
+    const { verdict } = await checkSetup(typed, { fetch });
+    return { origins: [...origins].filter((asked) => asked !== new URL(typed).origin), verdict };
+  };
+  const form = (origin: string) =>
+    spoiltBy((request, answer) =>
+      isPath(request, "/authorize") && request.method === "GET"
+        ? new Response(`<form method="post" action="${origin}/x"><button name="decision" value="deny"></form>`, {
+          headers: { "Content-Type": "text/html" },
+        })
+        : answer()
+    );
+  const ways: ((origin: string) => SetupOptions["fetch"])[] = [
+    (origin) =>
+      spoiltBy((request, answer) => isPath(request, "/mcp") ? Response.redirect(`${origin}/`, 307) : answer()),
+    (origin) => spoilt("/mcp", { headers: { "WWW-Authenticate": `Bearer resource_metadata="${origin}/x"` } }),
+    (origin) => spoilt(RESOURCE, { json: (body) => ({ ...body, authorization_servers: [origin] }) }),
+    (origin) => spoilt(SERVER, { json: (body) => ({ ...body, registration_endpoint: `${origin}/register` }) }),
+    (origin) => spoilt(SERVER, { json: (body) => ({ ...body, authorization_endpoint: `${origin}/authorize` }) }),
+    (origin) => spoilt(SERVER, { json: (body) => ({ ...body, token_endpoint: `${origin}/token` }) }),
+    (origin) =>
+      spoiltBy((request, answer) => isPath(request, "/authorize") ? Response.redirect(`${origin}/`, 302) : answer()),
+    form,
+  ];
+  const inside = [
+    "http://localhost:2375",
+    "https://127.0.0.1",
+    "http://127.1",
+    "http://[::1]:80",
+    "https://[::ffff:127.0.0.1]",
+    "https://192.168.1.1",
+    "http://169.254.169.254",
+    "https://0x7f000001",
+    "https://inside.example",
+    "https://nowhere.example",
+    "http://public.example",
+  ];
+  for (const way of ways) for (const origin of inside) assertEquals((await asked(way, origin)).origins, [], origin);
+  // What is public and https may be asked, and what is typed may be inside; then its own computer is no secret.
+  assertEquals((await asked(ways[5]!, "https://public.example")).origins, ["https://public.example"]);
+  assertEquals((await asked(form, "https://public.example")).origins, []);
+  const { app } = world({ password: PASSWORD, baseUrl: "http://localhost:8050" });
+  const local = (origin: string) => async (request: Request) => {
+    const response = await app.request(request);
+    if (!isPath(request, SERVER) || request.method === "HEAD") return response;
+    return Response.json({ ...await response.json(), token_endpoint: `${origin}/token` });
+  };
+  const typed = "http://localhost:8050/mcp";
+  assertEquals((await asked(local, "http://127.0.0.1:9000", typed)).origins, ["http://127.0.0.1:9000"]);
+  assertEquals((await asked(local, "https://192.168.1.1", typed)).origins, []);
+});
+
+test("checkSetup() sends a page's form with that page's cookies, by name and value", async () => {
+  let sent: Request | undefined;
+  const fetch = spoiltBy((request, answer) => {
+    if (!isPath(request, "/authorize")) return answer();
+    if (request.method === "POST") {
+      sent = request;
+      return Response.redirect(`${CLAUDE}?error=access_denied&state=setup-check&iss=${BASE}`, 302);
+    }
+    if (!request.url.includes("code_challenge=")) return html(400);
+    const headers = new Headers({ "Content-Type": "text/html" });
+    headers.append("Set-Cookie", "mine=1; Domain=example.com; Path=/; HttpOnly");
+    headers.append("Set-Cookie", "two=a b");
+    headers.append("Set-Cookie", "nameless");
+    return new Response(
+      `<form action="/get"><input type=hidden name=no value=1><button name=a value=deny></form>
+       <FORM METHOD='POST' action=/authorize?x=1&amp;y=2><input type="hidden" name="csrf" value='&quot;1&quot;'>
+       <input type=hidden name = plain value = yes><input name=password><button name=ok value=approve>
+       <button name="decision" value="deny">Deny</button></FORM>`,
+      { headers },
+    );
+  });
+  const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch });
+  assertEquals(verdict, "ready", JSON.stringify(findings.filter(({ result }) => result === "failed")));
+  assertEquals(sent!.url, `${BASE}/authorize?x=1&y=2`);
+  assertEquals(sent!.headers.get("Cookie"), "mine=1");
+  assertEquals(Object.fromEntries(new URLSearchParams(await sent!.text())), {
+    csrf: '"1"',
+    plain: "yes",
+    decision: "deny",
+  });
+});
+
+test("checkSetup() answers whatever a server sends with a report", async () => {
+  const deep = `${"[".repeat(50_000)}${"]".repeat(50_000)}`;
+  const json = (path: string, body: string) =>
+    spoiltBy((request, answer) =>
+      isPath(request, path)
+        ? new Response(body, { status: path === "/mcp" ? 401 : 200, headers: { "Content-Type": "application/json" } })
+        : answer()
+    );
+  const members = (value: string) =>
+    `{${
+      [
+        "resource",
+        "authorization_servers",
+        "scopes_supported",
+        "issuer",
+        "token_endpoint",
+        "redirect_uris",
+        "client_id",
+      ]
+        .map((name) => `"${name}":${value}`).join()
+    }}`;
+  const redirects = (location: string) =>
+    spoiltBy((request, answer) =>
+      isPath(request, "/authorize") ? new Response(null, { status: 302, headers: { Location: location } }) : answer()
+    );
+  const odd = ["null", "1", '"x"', "[]", "[null]", '{"toString":1,"includes":1}', deep];
+  const servers = [
+    ...[RESOURCE, SERVER, "/register", "/token", "/mcp"].flatMap((path) =>
+      odd.map((value) => json(path, members(value)))
+    ),
+    ...["http://[", "//", "javascript:alert(1)", "https://a b", CLAUDE + "\\"].map(redirects),
+    ...["authorization_endpoint", "token_endpoint", "registration_endpoint"].flatMap((name) =>
+      ["https://me:pw@mcp.example.com/", "http://[", {}, [deep]].map((value) =>
+        spoilt(SERVER, { json: (body) => ({ ...body, [name]: value }) })
+      )
+    ),
+    json(RESOURCE, "x".repeat(2 * 1024 * 1024)),
+  ];
+  for (const [index, fetch] of servers.entries()) {
+    const { findings, verdict } = await checkSetup(`${BASE}/mcp`, { fetch });
+    assert(["ready", "broken"].includes(verdict) && findings.length > 0, `server ${index}`);
+  }
+  const { findings } = await checkSetup(`${BASE}/mcp`, { fetch: servers.at(-1)! });
+  assertMatch(findings.at(-1)!.what, /too large/);
+});
+
+test("checkSetup() reads answers in time that grows with their length alone", async () => {
+  const { app, auth } = world({ password: PASSWORD });
+  const { token } = await auth.createToken({ name: "check" });
+  const kinds = [
+    ...[
+      "<",
+      ">",
+      '"',
+      "'",
+      "=",
+      " ",
+      "/",
+      "&",
+      "a",
+      "-",
+      "é",
+      "<!--",
+      "&amp;",
+      "no ",
+      "Missing ",
+      "code=",
+      "\n",
+      "\r\n",
+    ],
+    ...[
+      "<form ",
+      "</form>",
+      "<input ",
+      "<button a",
+      "<form a=",
+      `<form a="`,
+      "<form a='",
+      "<style>",
+      "data:{",
+      "data:\n",
+    ],
+    ...["<form method=post><input name=a value=deny>", `resource_metadata="`, `scope="`, "error=", "[", `{"a":`, "\t"],
+  ];
+  const places: ((request: Request, run: string) => Response | undefined)[] = [
+    (request, run) =>
+      isPath(request, "/authorize") ? new Response(run, { headers: { "Content-Type": "text/html" } }) : undefined,
+    (request, run) =>
+      isPath(request, "/authorize")
+        ? new Response(`<form method=post><input ${run}`, { status: 500, headers: { "Content-Type": "text/html" } })
+        : undefined,
+    (request, run) =>
+      isPath(request, "/mcp") && request.method === "POST"
+        ? new Response(run, {
+          status: 401,
+          headers: { "WWW-Authenticate": `Bearer ${run.replace(/[^ -~]/g, " ").slice(0, -1)}x` },
+        })
+        : undefined,
+    (request, run) =>
+      isPath(request, "/register") || isPath(request, RESOURCE)
+        ? new Response(run, { headers: { "Content-Type": "application/json" } })
+        : undefined,
+    (request, run) =>
+      isPath(request, "/mcp") && request.headers.get("Authorization")?.includes(token)
+        ? new Response(run, { headers: { "Content-Type": "text/event-stream" } })
+        : undefined,
+  ];
+  const time = async (answer: (typeof places)[number], run: string) => {
+    const fetch = (request: Request) => answer(request, run) ?? app.request(request);
+    const start = performance.now();
+    const { findings } = await checkSetup(`${BASE}/mcp`, { fetch, ...(answer === places[4] && { token }) });
+    if (answer === places[0]) assert(findings.some(({ heading }) => heading === "Browser apps")); // it read the page
+    return performance.now() - start;
+  };
+  for (const [index, place] of places.entries()) {
+    for (const kind of kinds) {
+      const run = (length: number) => kind.repeat(Math.ceil(length / kind.length));
+      // A linear reader takes at most 8 times as long, a quadratic one up to 64. A busy machine gets several tries.
+      let [short, long] = [Infinity, Infinity];
+      for (let tries = 0; tries < 8 && (tries === 0 || long > 16 * short); tries++) {
+        short = Math.min(short, await time(place, run(8 * 1024)));
+        long = Math.min(long, await time(place, run(64 * 1024)));
+      }
+      assert(long <= 16 * short, `place ${index}, ${JSON.stringify(kind)}: ${short} ms became ${long} ms`);
+    }
+  }
+  // What is longer is cut, and costs no more than its transport.
+  const page = places[0]!;
+  const [bounded, megabyte] = [await time(page, "<form ".repeat(11_000)), await time(page, "<form ".repeat(170_000))];
+  assert(megabyte < 64 * bounded, `${bounded} ms became ${megabyte} ms`);
 });
 
 test("mod.ts is a command that checks a server, with its verdict as exit status", async (t) => {
   const { base, use } = await listen(t);
   use(world({ baseUrl: base, password: PASSWORD }).app);
   const run = (...args: string[]) => runProgram(t, ["mod.ts", ...args], {}, /$^/);
+  const all = await run("-v", `${base}/mcp`);
+  assertEquals(await all.exited, 0, all.output());
+  assert(all.output().includes("✓ A request without a token is answered 401") && !all.output().includes("\x1b"));
   const good = await run(`${base}/mcp`);
   assertEquals(await good.exited, 0, good.output());
-  assert(good.output().includes("✓ a request without a token is answered 401") && !good.output().includes("\x1b"));
+  const lines = good.output().trimEnd().split("\n").flatMap((line) => line.match(/.{1,80}/g) ?? [""]);
+  assert(lines.length <= 22, good.output()); // with the command and the next prompt, one screen
+  assert(lines.at(-1) === `Claude Code: claude mcp add --transport http personal ${base}/mcp`, good.output());
+  assert(!/✗|https/.test(good.output().replace("with https in front", "").replace("to the https address", "")));
   const wrong = await run("--json", `${base}/other`);
   assertEquals(await wrong.exited, 1);
   const report: SetupReport = JSON.parse(wrong.output());
   assertEquals([report.verdict, report.url], ["broken", `${base}/other`]);
+  const told = await run(`${base}/other`);
+  assertEquals(await told.exited, 1);
+  assertEquals(told.output().trimEnd().split("\n").at(-1), report.next[0]);
+  assertEquals(report.next, ["Repair this first: Nothing is served at /other: it answers 404"]);
   const [port] = await freePorts(1);
   const none = await run(`http://localhost:${port}/mcp`);
   assertEquals(await none.exited, 2, none.output());
+  const help = await run("--help");
+  assertEquals(await help.exited, 0);
+  for (const word of ["--token", "MCP_TOKEN", "--verbose", "--json", "findings", "Exit status"]) {
+    assert(help.output().includes(word), word);
+  }
+  const unknown = await run("--tokn=pat_secret", `${base}/mcp`);
+  assertEquals(await unknown.exited, 2);
+  assert(unknown.output().includes("--help") && !unknown.output().includes("pat_secret"), unknown.output());
   const nothing = await run();
   assertEquals(await nothing.exited, 2);
   assert(nothing.output().includes("https://your-domain.com/mcp"));
