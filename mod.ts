@@ -82,6 +82,8 @@ export interface PersonalAuthOptions {
   refreshTokenTtl?: number | undefined;
   /** Where state is kept. Default: `fileStore(".oauth-state")`. */
   store?: Store | undefined;
+  /** `false`: no dynamic client registration, only clients with a metadata document and those of `clients`. */
+  registration?: boolean | undefined;
   /** The path of the MCP endpoint below `baseUrl`. Both together are the resource identifier. Default: `/mcp`. */
   mcpPath?: string | undefined;
   /** The scopes on offer: a list of names, or an object from name to description. Default: `mcp`, every tool. */
@@ -132,6 +134,7 @@ export interface AuthEvent {
   type:
     | "client_registered"
     | "client_document_refused"
+    | "client_assertion_refused"
     | "redirect_refused"
     | "owner_signed_in"
     | "sign_in_failed"
@@ -158,7 +161,7 @@ export interface AuthEvent {
   connection?: string;
   /** The name the client gives itself; nobody has verified it. */
   clientName?: string;
-  /** What was thrown, for `server_error` and `client_document_refused`. */
+  /** What was thrown, for `server_error`, `client_document_refused` and `client_assertion_refused`. */
   cause?: unknown;
 }
 
@@ -362,6 +365,7 @@ const OPTIONS: Record<keyof PersonalAuthOptions, [isGood: (it: any) => unknown, 
     (it) => [it?.get, it?.update, it?.list].every(isFunction),
     `must be a store, such as fileStore(".oauth-state")`,
   ],
+  registration: [(it) => typeof it === "boolean", "must be true or false"],
   mcpPath: [
     (it) => isString(it) && PATH.test(it) && !OUR_PATHS.has(it),
     `must be a path of its own without a trailing slash, such as "/mcp"`,
@@ -452,6 +456,7 @@ function readOptions(options: PersonalAuthOptions) {
     accessTokenTtl: options.accessTokenTtl ?? 30 * DAY,
     refreshTokenTtl: options.refreshTokenTtl ?? 365 * DAY,
     allowed: readAllowed(options.allowedRedirectDomains),
+    registration: options.registration ?? true,
     clients: readClients(options.clients ?? []),
     password: typeof password === "string" ? normalizePassword(password) : password,
     authenticateOwner,
@@ -642,6 +647,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   ];
   const withSlash = (path: string) => [basePath + path, `${basePath}${path}/`];
   for (const [path, handler] of endpoints) {
+    if (path === "/register" && !server.registration) continue;
     const onlyPost: Handler = (server, c) => c.req.method === "POST" ? handler(server, c) : methodNotAllowed("POST");
     for (const route of withSlash(path)) app.all(route, withCors(withErrors(server, onlyPost)));
   }
@@ -754,13 +760,14 @@ function discoveryDocuments(server: Server): Map<string, Record<string, unknown>
  *
  * @see {@link https://www.rfc-editor.org/rfc/rfc8414#section-2 | RFC 8414 §2}
  */
-function authorizationServerMetadata({ issuer, scopes, clients }: Server): Record<string, unknown> {
-  const authMethods = ["none", "client_secret_post", "client_secret_basic"]; // Claude looks for "none"
+function authorizationServerMetadata({ issuer, scopes, clients, registration }: Server): Record<string, unknown> {
+  const authMethods = ["none", "client_secret_post", "client_secret_basic", "private_key_jwt"]; // Claude looks for "none"
+  const algorithms = Object.keys(ASSERTION_ALGORITHMS);
   return {
     issuer,
     authorization_endpoint: `${issuer}/authorize`,
     token_endpoint: `${issuer}/token`,
-    registration_endpoint: `${issuer}/register`,
+    ...(registration && { registration_endpoint: `${issuer}/register` }),
     revocation_endpoint: `${issuer}/revoke`,
     // Clients ask for a refresh token only where this list has offline_access (MCP 2026-07-28, refresh tokens).
     scopes_supported: [...scopes.all, OFFLINE_ACCESS],
@@ -768,7 +775,9 @@ function authorizationServerMetadata({ issuer, scopes, clients }: Server): Recor
     response_modes_supported: ["query"],
     grant_types_supported: ["authorization_code", "refresh_token"],
     token_endpoint_auth_methods_supported: authMethods,
+    token_endpoint_auth_signing_alg_values_supported: algorithms,
     revocation_endpoint_auth_methods_supported: authMethods,
+    revocation_endpoint_auth_signing_alg_values_supported: algorithms,
     ...(clients.some(({ client_secret }) => client_secret !== undefined) && {
       introspection_endpoint: `${issuer}/introspect`,
       introspection_endpoint_auth_methods_supported: ["client_secret_post", "client_secret_basic"],
@@ -785,9 +794,10 @@ function authorizationServerMetadata({ issuer, scopes, clients }: Server): Recor
  *
  * @see {@link https://www.rfc-editor.org/rfc/rfc9728#section-2 | RFC 9728 §2}
  */
-function protectedResourceMetadata({ issuer, resource, scopes }: Server): Record<string, unknown> {
+function protectedResourceMetadata({ issuer, resource, scopes, pages }: Server): Record<string, unknown> {
   return {
     resource,
+    resource_name: pages.title ?? new URL(issuer).host,
     authorization_servers: [issuer],
     scopes_supported: scopes.byDefault,
     bearer_methods_supported: ["header"],
@@ -814,6 +824,10 @@ interface Client {
   refreshes: boolean;
   /** Typed in by the owner, signed by this server, or a document that the client publishes. */
   source: "preregistered" | "registered" | "document";
+  /** Its document offers no other way of authentication. */
+  auth?: "private_key_jwt";
+  /** Its public keys, or where they are. */
+  keys?: { jwks: unknown; jwks_uri?: undefined } | { jwks_uri: string };
 }
 
 /** What a signed client_id carries: no more than is needed to recognise the client again. Short names keep it short. */
@@ -903,25 +917,26 @@ function preregistered({ clients }: Server, id: string): PreregisteredClient | u
 }
 
 /**
- * Authenticates the client of a request to /token, /revoke or /introspect: none, client_secret_post or
- * client_secret_basic.
+ * Authenticates the client of a request to /token, /revoke or /introspect: none, client_secret_post,
+ * client_secret_basic or private_key_jwt.
  *
  * @throws {OAuthError} 401 `invalid_client`, which makes clients that kept an old registration register again.
  * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-2.3 | RFC 6749 §2.3}
  */
 async function authenticateClient(server: Server, c: Context, form: URLSearchParams): Promise<Client> {
   const { id, secrets } = clientCredentials(server, c.req.header("Authorization"), form);
-  const refused = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
-  // The document matters where it is decided where to redirect to. Here the grant is bound to the id itself, and a
-  // connection must go on whether or not the client's site is up.
-  const isPublished = isDocumentUrl(id) && !preregistered(server, id);
-  const client = isPublished ? publicClient(id) : await resolveClient(server, id);
-  if (!client) throw refused("This client is unknown here: register again");
+  if (isDocumentUrl(id) && !preregistered(server, id)) return await authenticatePublished(server, id, form);
+  const client = await resolveClient(server, id);
+  if (!client) throw unauthenticated("This client is unknown here: register again");
   if (client.secret === undefined) return client;
   // Both sides are hashed, so that neither length nor content of the secret shows in the time this takes.
   const expected = await hashToken(client.secret);
   for (const secret of secrets) if (equal(await hashToken(secret), expected)) return client;
-  throw refused("The client_secret is missing or wrong");
+  throw unauthenticated("The client_secret is missing or wrong");
+}
+
+function unauthenticated(description: string, cause?: unknown): OAuthError {
+  return new OAuthError("invalid_client", description, { status: 401, cause });
 }
 
 /**
@@ -929,22 +944,22 @@ async function authenticateClient(server: Server, c: Context, form: URLSearchPar
  * clients send them as they are: the secret is taken either way, and the id in whichever way is known.
  */
 function clientCredentials(server: Server, authorization: string | undefined, form: URLSearchParams) {
-  const failed = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
-  const id = form.get("client_id");
+  const assertion = form.get("client_assertion");
+  const id = form.get("client_id") ?? (assertion && readAssertion(assertion).claims.sub);
   const isBasic = authorization?.slice(0, 6).toLowerCase() === "basic ";
-  if (!isBasic) {
-    if (id === null) throw failed("client_id is missing");
-    return { id, secrets: form.getAll("client_secret") };
+  if ([isBasic, form.has("client_secret"), assertion !== null].filter(Boolean).length > 1) {
+    throw new OAuthError("invalid_request", "The client authenticates in more than one way (RFC 6749 §2.3)");
   }
-  if (form.has("client_secret")) {
-    throw new OAuthError("invalid_request", "The client authenticates both by header and by body (RFC 6749 §2.3)");
+  if (!isBasic) {
+    if (typeof id !== "string") throw unauthenticated("client_id is missing");
+    return { id, secrets: form.getAll("client_secret") };
   }
   const credentials = authorization.length > MAX_CREDENTIALS_LENGTH ? "" : decodeBase64(authorization.slice(6).trim());
   const colon = credentials?.indexOf(":") ?? -1;
-  if (!credentials || colon < 0) throw failed("The Basic credentials cannot be read");
+  if (!credentials || colon < 0) throw unauthenticated("The Basic credentials cannot be read");
   const [name, password] = [credentials.slice(0, colon), credentials.slice(colon + 1)];
   const known = preregistered(server, name) ? name : decodeForm(name);
-  if (id !== null && id !== known) throw failed("client_id differs between header and body");
+  if (id !== null && id !== known) throw unauthenticated("client_id differs between header and body");
   return { id: known, secrets: [password, decodeForm(password)] };
 }
 
@@ -953,6 +968,139 @@ const MAX_CREDENTIALS_LENGTH = 16 * 1024;
 
 function decodeForm(value: string): string {
   return new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
+}
+
+/**
+ * Authenticates a client that publishes its metadata: by an assertion, or by none where it may. Its grant is bound to the
+ * client_id itself and says whether only assertions will do, so a connection that may go without goes on whether or
+ * not the client's site is up: what may be left out need not be verifiable.
+ */
+async function authenticatePublished(server: Server, id: string, form: URLSearchParams): Promise<Client> {
+  const ids = ["code", "refresh_token", "token"].map((name) => form.get(name) ?? "").map((token) =>
+    grantId("pac", token) ?? grantId("prt", token) ?? grantId("pat", token)
+  );
+  const records = await Promise.all(ids.map((id) => id && server.store.get(`grant/${id}`))) as (Grant | undefined)[];
+  const grants = records.filter((grant) => grant?.client.id === id);
+  const isHeld = grants.some((grant) => grant?.client.auth);
+  const assertion = form.get("client_assertion");
+  try {
+    if (assertion !== null) {
+      if (form.get("client_assertion_type") !== ASSERTION_TYPE) throw unauthenticated("client_assertion_type is wrong");
+      const { jti, exp } = await verifyAssertion(server, id, assertion);
+      // Only for a connection that there is, or strangers with keys of their own could fill the store.
+      if (grants.length > 0) await spendAssertion(server, id, jti, exp);
+    } else if (isHeld && (await publishedClient(server, id)).auth) { // what it asks for now counts, not what it asked for
+      throw unauthenticated("This client must authenticate by private_key_jwt, as its metadata says");
+    }
+  } catch (error) {
+    const { message, cause } = error as Error;
+    if (grants.length > 0) server.emit("client_assertion_refused", `${id}: ${message}`, defined({ cause }));
+    if (!isTemporary(error)) {
+      throw unauthenticated(error instanceof OAuthError ? error.message : "The client's keys cannot be used", error);
+    }
+    if (isHeld) throw tryLater("The client's keys cannot be fetched at the moment", error);
+  }
+  return publicClient(id);
+}
+
+const ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
+const MAX_ASSERTION_LENGTH = 8 * 1024;
+const MAX_ASSERTION_AGE = HOUR;
+const MAX_CLOCK_SKEW = MINUTE;
+const MAX_KEYS = 20;
+
+/** What each `alg` means, with the one type of key it takes: so a public key is never the secret of an HMAC. */
+const ASSERTION_ALGORITHMS: Record<
+  string,
+  { kty: string; crv?: string; name: string; hash?: string; saltLength?: number }
+> = {
+  ES256: { kty: "EC", crv: "P-256", name: "ECDSA", hash: "SHA-256" },
+  RS256: { kty: "RSA", name: "RSASSA-PKCS1-v1_5", hash: "SHA-256" },
+  PS256: { kty: "RSA", name: "RSA-PSS", hash: "SHA-256", saltLength: 32 },
+  EdDSA: { kty: "OKP", crv: "Ed25519", name: "Ed25519" },
+};
+
+/** Decodes an assertion (a JWT, RFC 7519) without believing any of it. */
+function readAssertion(assertion: string) {
+  const parts = assertion.length > MAX_ASSERTION_LENGTH ? [] : assertion.split(".");
+  try {
+    const [header, claims] = parts.slice(0, 2).map((part) => JSON.parse(decodeBase64(part)!));
+    const signature = Uint8Array.from(
+      atob(parts[2]!.replace(/[-_]/g, (c) => c === "-" ? "+" : "/")),
+      (c) => c.charCodeAt(0),
+    );
+    if (parts.length === 3 && isObject(header) && isObject(claims)) {
+      return { header, claims, signature, signed: utf8.encode(parts.slice(0, 2).join(".")) };
+    }
+  } catch { /* no JWT */ }
+  throw unauthenticated("The client_assertion is not a JWT");
+}
+
+/**
+ * Verifies an assertion with the keys that the client publishes. They are fetched again, once, where none of them fits:
+ * the client may have changed them a moment ago.
+ *
+ * @throws {OAuthError} 401 `invalid_client`, or 503 if the keys cannot be fetched.
+ * @see {@link https://www.rfc-editor.org/rfc/rfc7523#section-3 | RFC 7523 §3}
+ */
+async function verifyAssertion(server: Server, id: string, assertion: string): Promise<{ jti: string; exp: number }> {
+  const { header, claims, signature, signed } = readAssertion(assertion);
+  const { iss, sub, aud, exp, nbf = 0, iat = 0, jti } = claims;
+  const must = (good: unknown, what: string) => {
+    if (!good) throw unauthenticated(`The client_assertion must ${what}`);
+  };
+  const now = seconds();
+  const algorithm = Object.hasOwn(ASSERTION_ALGORITHMS, header.alg) ? ASSERTION_ALGORITHMS[header.alg] : undefined;
+  must(algorithm, `be signed by one of ${Object.keys(ASSERTION_ALGORITHMS).join(", ")}`);
+  must(header.crit === undefined, "have no critical extensions");
+  // Not a token that the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
+  must(/^(application\/)?(client-authentication\+)?jwt$/i.test(header.typ ?? "JWT"), "be of the type JWT");
+  must(iss === id && sub === id, "have the client_id as iss and sub");
+  must(
+    [aud].flat().some((to) => to === server.issuer || to === `${server.issuer}/token`),
+    `have aud "${server.issuer}"`,
+  );
+  must(typeof exp === "number" && exp > now - MAX_CLOCK_SKEW, "have an exp in the future");
+  must(exp < now + MAX_ASSERTION_AGE + MAX_CLOCK_SKEW, `expire within ${MAX_ASSERTION_AGE} seconds`);
+  must([nbf, iat].every((at) => typeof at === "number" && at < now + MAX_CLOCK_SKEW), "have nbf and iat in the past");
+  must(typeof jti === "string" && jti !== "" && jti.length <= 256, "have a jti of 256 characters at the most");
+  for (const since of [0, now]) {
+    const keys = (await publishedKeys(server, id, since)).filter(({ kid, kty, crv, alg, use }) =>
+      kty === algorithm!.kty && crv === algorithm!.crv && (alg ?? header.alg) === header.alg &&
+      (use ?? "sig") === "sig" && (header.kid === undefined || kid === header.kid)
+    );
+    for (const key of keys) if (await isSignedBy(key, algorithm!, signature, signed)) return { jti, exp };
+    if (keys.length > 0 && header.kid !== undefined) break;
+  }
+  throw unauthenticated("The client_assertion is signed by none of the client's keys");
+}
+
+type Jwk = Record<string, string | undefined>;
+
+/** Whether this key made this signature. A key that is none, or that takes long to compute with, made none. */
+async function isSignedBy(
+  key: Jwk,
+  algorithm: { name: string; crv?: string },
+  ...[signature, signed]: Uint8Array<ArrayBuffer>[]
+) {
+  const { kty = "", crv = "", x = "", y = "", n = "", e = "" } = key;
+  if (kty === "RSA" && (n.length < 342 || n.length > 1024 || e.length > 6)) return false; // 2,048 to 6,144 bits
+  try {
+    const parameters = { ...algorithm, namedCurve: crv };
+    const members = kty === "RSA" ? { kty, n, e } : { kty, crv, x, ...(y && { y }) };
+    const imported = await crypto.subtle.importKey("jwk", members, parameters, false, ["verify"]);
+    return await crypto.subtle.verify(parameters, imported, signature!, signed!);
+  } catch {
+    return false;
+  }
+}
+
+/** Spends an assertion: whoever reads one on its way cannot use it again, on any server of this store. */
+async function spendAssertion({ store }: Server, id: string, jti: string, exp: number): Promise<void> {
+  const user = random(16);
+  const key = `assertion/${await sha256(JSON.stringify([id, jti]))}`;
+  const first = await store.update(key, (current) => current ?? user, { expiresAt: exp + MAX_CLOCK_SKEW });
+  if (first !== user) throw unauthenticated("The client_assertion was used before");
 }
 
 /** Reads the members of RFC 7591 §2 that matter here; every other one is ignored. */
@@ -1051,7 +1199,7 @@ const SLOW_DOWNLOAD_SECONDS = 1;
 
 /** What this server knows of other people's: nothing is stored, and what strangers can fill is bounded. */
 interface DocumentCache {
-  copies: Map<string, { body: unknown; fresh: number; until: number }>;
+  copies: Map<string, { body: unknown; at: number; fresh: number; until: number }>;
   underWay: Map<string, Download>;
   /** How often each host was asked within a minute. */
   asked: Map<string, { times: number; since: number }>;
@@ -1093,7 +1241,7 @@ function publicClient(id: string, more: Partial<Client> = {}): Client {
  */
 async function documentClient(server: Server, client_id: string): Promise<Client> {
   try {
-    return await fetchCached(server, client_id, (body) => readClientDocument(client_id, body));
+    return await publishedClient(server, client_id);
   } catch (cause) {
     const known = isTemporary(cause) && wellKnownClient(client_id);
     if (known) return known;
@@ -1107,38 +1255,79 @@ async function documentClient(server: Server, client_id: string): Promise<Client
   }
 }
 
+async function publishedClient(server: Server, client_id: string, since?: number): Promise<Client> {
+  return await fetchCached(server, client_id, (body) => readClientDocument(client_id, body), since);
+}
+
 function readClientDocument(client_id: string, body: unknown): Client {
-  const { client_name: name, redirect_uris, grant_types, ...metadata } = readClientMetadata(body);
-  const { client_id: own, client_secret, token_endpoint_auth_methods_supported: offered } = body as
-    & typeof metadata
-    & Record<string, unknown>;
+  const { client_name: name, redirect_uris, grant_types, token_endpoint_auth_method } = readClientMetadata(body);
+  const { token_endpoint_auth_methods_supported: more, jwks, jwks_uri, ...rest } = body as Record<string, unknown>;
   const unusable = (reason: string) => new OAuthError("invalid_client_metadata", reason);
-  if (own !== client_id) throw unusable("it names another client_id"); // a copy of somebody else's document
+  if (rest.client_id !== client_id) throw unusable("it names another client_id"); // a copy of somebody else's document
   if (!name) throw unusable("it has no client_name");
-  const method = metadata.token_endpoint_auth_method ?? "none";
-  // A published document can hold no secret. One that can sign says so, and is taken as public if it offers that too.
-  if (client_secret !== undefined || method.startsWith("client_secret")) throw unusable("it relies on a shared secret");
-  if (method !== "none" && !(Array.isArray(offered) && offered.includes("none"))) {
+  const method = token_endpoint_auth_method ?? "none";
+  const offered = [method, ...(Array.isArray(more) ? more : [])];
+  // Everybody can read the document, so a secret in it is none.
+  if (rest.client_secret !== undefined || rest.client_secret_expires_at !== undefined) {
+    throw unusable("it must not have client_secret or client_secret_expires_at: a published document has no secret");
+  }
+  if (method.startsWith("client_secret")) throw unusable("it relies on a shared secret");
+  const refreshes = grant_types?.includes("refresh_token") ?? true;
+  const client = publicClient(client_id, { name, redirect_uris, refreshes });
+  if (jwks !== undefined) readKeys(jwks);
+  const jwksUrl = typeof jwks_uri === "string" ? URL.parse(jwks_uri)?.href : undefined;
+  const keys = jwks !== undefined ? { jwks } : { jwks_uri: jwksUrl ?? "" };
+  if (offered.includes("none")) return { ...client, keys };
+  if (!offered.includes("private_key_jwt")) {
     throw unusable(`it asks for ${quote(method)}, which this server does not offer`);
   }
-  return publicClient(client_id, { name, redirect_uris, refreshes: grant_types?.includes("refresh_token") ?? true });
+  if (keys.jwks === undefined && !isDocumentUrl(keys.jwks_uri)) {
+    throw unusable("it has neither jwks nor a jwks_uri of https");
+  }
+  return { ...client, keys, auth: "private_key_jwt" };
+}
+
+/** Returns the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
+function readKeys(body: unknown): Jwk[] {
+  const keys: unknown = isObject(body) ? body.keys : undefined;
+  if (!Array.isArray(keys) || keys.length > MAX_KEYS || !keys.every(isObject)) {
+    throw new OAuthError("invalid_client_metadata", `jwks must be a JWK Set of ${MAX_KEYS} keys at the most`);
+  }
+  const secret = ["d", "p", "q", "dp", "dq", "qi", "oth", "k"].find((name) => keys.some((key) => name in key));
+  if (!secret) {
+    return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, it]) => typeof it === "string")));
+  }
+  throw new OAuthError(
+    "invalid_client_metadata",
+    `jwks holds a private key (${secret}): replace it, everybody can read it`,
+  );
+}
+
+/** Fetches the client's keys, as they were after `since`. */
+async function publishedKeys(server: Server, id: string, since: number): Promise<Jwk[]> {
+  const { keys } = await publishedClient(server, id, since);
+  if (keys?.jwks_uri === undefined) return readKeys(keys?.jwks);
+  if (!isDocumentUrl(keys.jwks_uri)) throw unauthenticated("The client publishes no keys");
+  return await fetchCached(server, keys.jwks_uri, readKeys, since);
 }
 
 /**
- * Reads a JSON document of a client, from a cache that follows its HTTP headers within bounds. Only what `parse` takes is
- * kept: errors are never cached, so that what its author repairs works at once.
+ * Reads a JSON document of a client, from a cache that follows its HTTP headers within bounds, as it was after `since`.
+ * Only what `parse` takes is kept: errors are never cached, so that what its author repairs works at once.
  */
-async function fetchCached<T>(server: Server, url: string, parse: (body: unknown) => T): Promise<T> {
+async function fetchCached<T>(server: Server, url: string, parse: (body: unknown) => T, since = 0): Promise<T> {
   const { copies } = server.documents;
   const copy = copies.get(url);
-  if (copy && copy.fresh > seconds()) return parse(copy.body);
+  const isUsable = (until = 0) => copy !== undefined && copy.at >= since && seconds() < until;
+  if (isUsable(copy?.fresh)) return parse(copy!.body);
+  const at = seconds();
   try {
     const { body, maxAge } = await download(server, url);
     const parsed = parse(body);
-    remember(copies, url, { body, fresh: seconds() + maxAge, until: seconds() + STALE_DOCUMENT_AGE });
+    remember(copies, url, { body, at, fresh: at + maxAge, until: at + STALE_DOCUMENT_AGE });
     return parsed;
   } catch (error) {
-    if (isTemporary(error) && copy && copy.until > seconds()) return parse(copy.body);
+    if (isTemporary(error) && isUsable(copy?.until)) return parse(copy!.body);
     if (!isTemporary(error)) copies.delete(url);
     throw error;
   }
@@ -1147,8 +1336,19 @@ async function fetchCached<T>(server: Server, url: string, parse: (body: unknown
 /** Another server cannot be reached at the moment, as opposed to one that answers that there is nothing. */
 class Unreached extends Error {}
 
+/** What a stranger wants fetched is not on the public internet: no outage, but an attempt to look inside. */
+class InsideAddress extends Error {}
+
 function isTemporary(error: unknown): boolean {
   return error instanceof Unreached || (error instanceof OAuthError && error.status === 503);
+}
+
+function tryLater(description: string, cause?: unknown): OAuthError {
+  return new OAuthError("temporarily_unavailable", description, {
+    status: 503,
+    headers: { "Retry-After": "5" },
+    cause,
+  });
 }
 
 /** Sets an entry of a map that forgets its oldest ones. */
@@ -1184,8 +1384,7 @@ async function download(server: Server, url: string): Promise<Awaited<Download["
   const recent = asked.get(host);
   const { times, since } = recent && Math.abs(now - recent.since) < MINUTE ? recent : { times: 0, since: now };
   if (inTheWay().length > 0 || times >= MAX_DOWNLOADS_PER_HOST_AND_MINUTE) {
-    const description = "Too many apps are asking at once; try again in a few seconds";
-    throw new OAuthError("server_error", description, { status: 503, headers: { "Retry-After": "5" } });
+    throw tryLater("Too many apps are asking at once; try again in a few seconds");
   }
   remember(asked, host, { times: times + 1, since });
   return await startDownload(server, url, host).answer;
@@ -1219,7 +1418,7 @@ async function fetchJson(
     text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : "";
     if (status !== 200) await body?.cancel();
   } catch (cause) {
-    if (cause instanceof TooLarge) throw cause;
+    if (cause instanceof TooLarge || cause instanceof InsideAddress) throw cause;
     throw new Unreached(cause instanceof Error ? cause.message : String(cause), { cause });
   }
   if (response.status !== 200) throw new Error(`answered ${response.status}`); // no redirects: they could lead anywhere
@@ -1262,7 +1461,7 @@ async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response
   const isAddress = nodeModule("node:net").isIP(literal) !== 0; // such a one is connected to without a lookup
   const addresses = isAddress ? [{ address: literal, family: 0 }] : await resolveName(hostname, signal);
   const inside = addresses.find(({ address }) => !isPublicAddress(address));
-  if (inside) throw new Error(`${hostname} resolves to ${inside.address}, which is not a public address`);
+  if (inside) throw new InsideAddress(`${hostname} resolves to ${inside.address}, which is not a public address`);
   const [first] = addresses;
   if (!first) throw new Error(`${hostname} has no address`);
   // deno-lint-ignore no-explicit-any
@@ -1831,7 +2030,8 @@ async function introspectionEndpoint(server: Server, c: Context): Promise<Respon
  * are stored. Times are in seconds since the epoch, with fractions.
  */
 interface Grant {
-  client: { id: string; name: string };
+  /** `auth`: the only way in which it may authenticate. */
+  client: { id: string; name: string; auth?: "private_key_jwt" };
   /** Absent for a personal access token. */
   redirect_uri?: string;
   scopes: string[];
@@ -2128,7 +2328,13 @@ async function approve(
   const { found, introduced, shown } = server.attempts.get(client.id) ?? {};
   const attempt = defined({ found, introduced, shown });
   const fresh = approveGrant(
-    { client: { id: client.id, name: client.name }, redirect_uri, scopes, resource: server.resource, attempt },
+    {
+      client: { id: client.id, name: client.name, ...defined({ auth: client.auth }) },
+      redirect_uri,
+      scopes,
+      resource: server.resource,
+      attempt,
+    },
     { hash: await hashToken(code), challenge, refreshes: client.refreshes },
     seconds(),
   );

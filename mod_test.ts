@@ -371,6 +371,7 @@ test("personalAuth() serves both documents wherever clients look, as real client
     schemas.OAuthProtectedResourceMetadataSchema.parse(document);
     assertEquals(document, {
       resource: `${BASE}/mcp`,
+      resource_name: "mcp.example.com",
       authorization_servers: [BASE],
       scopes_supported: ["mcp"],
       bearer_methods_supported: ["header"],
@@ -982,6 +983,464 @@ test("the clients that most people use need no document to be reachable", async 
   ) {
     assertEquals((await browse(app).open(authorizeUrl(id))).status, 400, id);
   }
+});
+
+// ─── Client assertions (private_key_jwt) ───────────────────────────────────────────────────────────────────────────
+
+const ALGORITHMS: Record<string, Json> = {
+  ES256: { name: "ECDSA", namedCurve: "P-256", hash: "SHA-256" },
+  RS256: {
+    name: "RSASSA-PKCS1-v1_5",
+    modulusLength: 2048,
+    publicExponent: new Uint8Array([1, 0, 1]),
+    hash: "SHA-256",
+  },
+  PS256: {
+    name: "RSA-PSS",
+    modulusLength: 2048,
+    publicExponent: new Uint8Array([1, 0, 1]),
+    hash: "SHA-256",
+    saltLength: 32,
+  },
+  EdDSA: { name: "Ed25519" },
+};
+
+interface Signer {
+  jwk: Json;
+  sign(claims?: Json, header?: Json): Promise<string>;
+}
+
+const encodePart = (part: unknown) =>
+  Buffer.from(typeof part === "string" ? part : JSON.stringify(part)).toString("base64url");
+
+async function signer(alg = "ES256", kid = "key-1", client_id = DOCUMENT): Promise<Signer> {
+  const pair = await crypto.subtle.generateKey(ALGORITHMS[alg], true, ["sign", "verify"]) as Json;
+  const { kty, crv, x, y, n, e } = await crypto.subtle.exportKey("jwk", pair.publicKey);
+  const jwk = JSON.parse(JSON.stringify({ kty, crv, x, y, n, e, kid, alg, use: "sig" }));
+  return {
+    jwk,
+    async sign(claims = {}, header = {}) {
+      const now = Math.floor(seconds());
+      const all = { iss: client_id, sub: client_id, aud: BASE, exp: now + 300, iat: now, jti: crypto.randomUUID() };
+      const signed = `${encodePart({ alg, kid, typ: "JWT", ...header })}.${encodePart({ ...all, ...claims })}`;
+      const signature = await crypto.subtle.sign(ALGORITHMS[alg], pair.privateKey, Buffer.from(signed));
+      return `${signed}.${Buffer.from(signature).toString("base64url")}`;
+    },
+  };
+}
+
+const asserting = (client_assertion: string) => ({
+  client_assertion_type: "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+  client_assertion,
+});
+
+const KEYS = "https://keys.example/jwks.json";
+
+/** A site that publishes a client's document and keys; both can be changed, or be out of reach. */
+function site(document: Json, keys: Json[] = []) {
+  const state = { document, keys, documentUp: true, keysUp: true, fetched: [] as string[] };
+  const fetchClientMetadata: MetadataFetcher = (url) => {
+    state.fetched.push(url);
+    const isUp = url === KEYS ? state.keysUp : state.documentUp;
+    if (!isUp) return Promise.reject(new TypeError("fetch failed"));
+    return Promise.resolve(Response.json(url === KEYS ? { keys: state.keys } : state.document));
+  };
+  return Object.assign(state, { fetchClientMetadata });
+}
+
+const asserted = (more: Json = {}) =>
+  document({ token_endpoint_auth_method: "private_key_jwt", jwks_uri: KEYS, ...more });
+const redeeming = (code: string) => ({ grant_type: "authorization_code", code, code_verifier: VERIFIER });
+
+test("private_key_jwt signs in, refreshes and revokes, with each algorithm and both places for keys", async () => {
+  for (const alg of Object.keys(ALGORITHMS)) {
+    for (const inline of [true, false]) {
+      const { jwk, sign } = await signer(alg);
+      const keys = [(await signer("ES256", "other")).jwk, jwk];
+      const { fetchClientMetadata } = site(asserted(inline ? { jwks: { keys }, jwks_uri: undefined } : {}), keys);
+      const { app, auth } = world({ fetchClientMetadata });
+      const code = await approvedCode(app, DOCUMENT);
+      // client_id may be left out (RFC 7521 §4.2), and so may kid and typ
+      const first = { ...redeeming(code), ...asserting(await sign({}, { kid: undefined, typ: undefined })) };
+      const { status, body } = await post(app, "/token", first);
+      assertEquals(status, 200, `${alg} ${body.error_description}`);
+      const more = asserting(await sign({ aud: [`${BASE}/token`] }, { typ: "client-authentication+jwt" }));
+      const next = await refreshing(app, DOCUMENT, body.refresh_token, more);
+      assertEquals(next.status, 200);
+      const ending = { token: next.body.access_token, client_id: DOCUMENT };
+      assertEquals((await post(app, "/revoke", ending)).status, 401);
+      assertEquals((await auth.connections()).length, 1);
+      assertEquals((await post(app, "/revoke", { ...ending, ...asserting(await sign()) })).status, 200);
+      assertEquals((await auth.connections()).length, 0);
+    }
+  }
+});
+
+test("a client that asked for assertions only is held to them, whatever is out of reach", async () => {
+  const { jwk, sign } = await signer();
+  const published = site(asserted(), [jwk]);
+  const { app, store, events } = world({ fetchClientMetadata: published.fetchClientMetadata });
+  const code = await approvedCode(app, DOCUMENT);
+  const bare = await post(app, "/token", { ...redeeming(code), client_id: DOCUMENT });
+  assertEquals([bare.status, bare.body.error], [401, "invalid_client"]);
+  assertEquals(events.at(-1)!.type, "client_assertion_refused");
+  const request = { ...redeeming(code), client_id: DOCUMENT };
+  const { body } = await post(app, "/token", { ...request, ...asserting(await sign()) });
+  const without = await refreshing(app, DOCUMENT, body.refresh_token);
+  assertEquals([without.status, without.body.error], [401, "invalid_client"]);
+  const hidden = { code: "x", token: "y" };
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, hidden)).status, 401);
+
+  // another process, which has read nothing yet
+  const restarted = world({ store, fetchClientMetadata: published.fetchClientMetadata }).app;
+  for (const down of ["documentUp", "keysUp"] as const) {
+    published[down] = false;
+    const late = await refreshing(restarted, DOCUMENT, body.refresh_token, asserting(await sign()));
+    assertEquals([late.status, late.body.error], [503, "temporarily_unavailable"], down);
+    assert(Number(late.headers.get("Retry-After")) > 0);
+    assert((await refreshing(restarted, DOCUMENT, body.refresh_token)).status >= 401);
+    published[down] = true;
+  }
+  const signed = asserting(await sign());
+  assertEquals((await refreshing(restarted, DOCUMENT, body.refresh_token, signed)).status, 200);
+
+  // what its document asks for now is what counts
+  published.document = asserted({ token_endpoint_auth_methods_supported: ["none", "private_key_jwt"] });
+  const later = world({ store, fetchClientMetadata: published.fetchClientMetadata }).app;
+  assertEquals((await refreshing(later, DOCUMENT, body.refresh_token)).status, 200);
+});
+
+test("a client that offers none as well gets in by either, and goes on while its keys are out of reach", async () => {
+  const { jwk, sign } = await signer();
+  const both = asserted({ token_endpoint_auth_methods_supported: ["none", "private_key_jwt"] });
+  const published = site(both, [jwk]);
+  const { app, store, events } = world({ fetchClientMetadata: published.fetchClientMetadata });
+  const signed = { ...redeeming(await approvedCode(app, DOCUMENT)), ...asserting(await sign()) };
+  const { body } = await post(app, "/token", signed);
+  const bare = await refreshing(app, DOCUMENT, body.refresh_token);
+  assertEquals(bare.status, 200);
+  const plain = { ...redeeming(await approvedCode(app, DOCUMENT)), client_id: DOCUMENT };
+  assertEquals((await post(app, "/token", plain)).status, 200);
+  published.documentUp = published.keysUp = false;
+  const restarted = world({ store, fetchClientMetadata: published.fetchClientMetadata });
+  const more = asserting(await sign());
+  assertEquals((await refreshing(restarted.app, DOCUMENT, bare.body.refresh_token, more)).status, 200);
+  assertMatch(restarted.events[0]!.type, /client_assertion_refused/);
+  published.documentUp = published.keysUp = true;
+  const wrong = asserting(await (await signer()).sign());
+  assertEquals((await refreshing(app, DOCUMENT, bare.body.refresh_token, wrong)).status, 401);
+  assert(events.some(({ type, message }) => type === "client_assertion_refused" && message.includes(DOCUMENT)));
+});
+
+const CHATGPT = "https://chatgpt.com/oauth/client.json";
+const CHATGPT_REDIRECT = "https://chatgpt.com/connector_platform_oauth_redirect";
+const chatgpt = (more: Json) => ({
+  client_id: CHATGPT,
+  client_name: "ChatGPT",
+  client_uri: "https://chatgpt.com",
+  redirect_uris: [CHATGPT_REDIRECT],
+  grant_types: ["authorization_code", "refresh_token"],
+  response_types: ["code"],
+  token_endpoint_auth_method: "private_key_jwt",
+  token_endpoint_auth_signing_alg: "RS256",
+  jwks_uri: KEYS,
+  ...more,
+});
+
+/** From the consent page to the second refresh, with whatever the client sends to authenticate. */
+async function chatgptJourney(document: Json, keys: Json[], credentials: () => Promise<Record<string, string>>) {
+  const { fetchClientMetadata } = site(document, keys);
+  const { app } = world({ fetchClientMetadata, allowedRedirectDomains: redirects.chatgpt });
+  const code = await approvedCode(app, CHATGPT, { redirect_uri: CHATGPT_REDIRECT });
+  const request = { ...redeeming(code), redirect_uri: CHATGPT_REDIRECT, client_id: CHATGPT };
+  const first = await post(app, "/token", { ...request, ...await credentials() });
+  if (first.status !== 200) return [first.status];
+  const second = await refreshing(app, CHATGPT, first.body.refresh_token, await credentials());
+  const third = await refreshing(app, CHATGPT, second.body.refresh_token, await credentials());
+  return [first.status, second.status, third.status, (await callMcp(app, third.body.access_token)).status];
+}
+
+test("S14a: ChatGPT's document of May 2026 offers private_key_jwt only", async () => {
+  const { jwk, sign } = await signer("RS256", "chatgpt-1", CHATGPT);
+  const signed = async () => asserting(await sign({ aud: `${BASE}/token` }));
+  assertEquals(await chatgptJourney(chatgpt({}), [jwk], signed), [200, 200, 200, 200]);
+  assertEquals(await chatgptJourney(chatgpt({}), [jwk], () => Promise.resolve({})), [401]);
+});
+
+test("S14b: ChatGPT's document of August 2026 offers none as well, and it sends no assertion", async () => {
+  const both = chatgpt({ token_endpoint_auth_methods_supported: ["none", "private_key_jwt"] });
+  const { jwk } = await signer("RS256", "chatgpt-1", CHATGPT);
+  assertEquals(await chatgptJourney(both, [jwk], () => Promise.resolve({})), [200, 200, 200, 200]);
+});
+
+test("S14c: ChatGPT of November 2026 offers both, and signs where the server can verify it", async () => {
+  const both = chatgpt({ token_endpoint_auth_methods_supported: ["none", "private_key_jwt"] });
+  const { jwk, sign } = await signer("RS256", "chatgpt-1", CHATGPT);
+  const signed = async () => asserting(await sign({ aud: `${BASE}/token` }));
+  assertEquals(await chatgptJourney(both, [jwk], signed), [200, 200, 200, 200]);
+  const { app } = world();
+  const metadata = await (await app.request(`${BASE}/.well-known/oauth-authorization-server`)).json();
+  for (const endpoint of ["token", "revocation"]) {
+    assert(metadata[`${endpoint}_endpoint_auth_methods_supported`].includes("private_key_jwt"));
+    assertEquals(metadata[`${endpoint}_endpoint_auth_signing_alg_values_supported`], Object.keys(ALGORITHMS));
+  }
+});
+
+test("hostile assertions are refused in the standard's form, in bounded time", async () => {
+  const { jwk, sign } = await signer("RS256");
+  const published = site(asserted(), [jwk]);
+  const { app, store } = world({ fetchClientMetadata: published.fetchClientMetadata });
+  const code = await approvedCode(app, DOCUMENT);
+  const good = { ...redeeming(code), client_id: DOCUMENT };
+  const { body } = await post(app, "/token", { ...good, ...asserting(await sign()) });
+  const all = async (entries: AsyncIterable<[string, unknown]>) => {
+    const list = [];
+    for await (const entry of entries) list.push(entry);
+    return list;
+  };
+  const now = Math.floor(seconds());
+  const [claims, signature] = (await sign()).split(".").slice(1);
+  const hmacSigned = (secret: string) => {
+    const signed = `${encodePart({ alg: "HS256", kid: "key-1" })}.${claims}`;
+    return `${signed}.${createHmac("sha256", secret).update(signed).digest("base64url")}`;
+  };
+  const spent = await sign();
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, asserting(spent))).status, 200);
+  const ours = await signer("RS256");
+  const other = "https://other.example/client.json";
+  const hostile: Record<string, string> = {
+    "wrong key": await ours.sign(),
+    "wrong key, unknown kid": await ours.sign({}, { kid: "key-2" }),
+    "wrong key, no kid": await ours.sign({}, { kid: undefined }),
+    "its own key in the header": await ours.sign({}, { jwk: ours.jwk, kid: undefined }),
+    "none": `${encodePart({ alg: "none", kid: "key-1" })}.${claims}.`,
+    "none, with a signature": `${encodePart({ alg: "None" })}.${claims}.${signature}`,
+    "no alg": `${encodePart({ kid: "key-1" })}.${claims}.${signature}`,
+    "HS256 with the public key": hmacSigned(JSON.stringify(jwk)),
+    "HS256 with the modulus": hmacSigned(jwk.n),
+    "PS256 with the key of RS256": await sign({}, { alg: "PS256" }),
+    "ES256 with the key of RS256": await sign({}, { alg: "ES256" }),
+    "alg of the prototype": await sign({}, { alg: "constructor" }),
+    "altered claims": `${(await sign()).split(".")[0]}.${
+      encodePart({ ...JSON.parse(atob(claims!)), jti: "x" })
+    }.${signature}`,
+    "expired": await sign({ exp: now - 61 }),
+    "far future": await sign({ exp: now + 86_400 }),
+    "no exp": await sign({ exp: undefined }),
+    "exp as text": await sign({ exp: String(now + 60) }),
+    "endless": await sign({ exp: 1e308 }),
+    "not yet": await sign({ nbf: now + 3600 }),
+    "issued in the future": await sign({ iat: now + 3600 }),
+    "no jti": await sign({ jti: undefined }),
+    "a long jti": await sign({ jti: "x".repeat(300) }),
+    "replayed": spent,
+    "other audience": await sign({ aud: "https://other.example" }),
+    "no audience": await sign({ aud: undefined }),
+    "audience that begins alike": await sign({ aud: `${BASE}.evil.example` }),
+    "other client": await sign({ iss: other, sub: other }),
+    "other issuer": await sign({ iss: other }),
+    "other subject": await sign({ sub: other }),
+    "another type": await sign({}, { typ: "at+jwt" }),
+    "a critical extension": await sign({}, { crit: ["exp"] }),
+    "not JSON": `${encodePart("{")}.${encodePart("{")}.x`,
+    "null": `${encodePart("null")}.${encodePart("null")}.x`,
+    "two parts": "a.b",
+    "five parts, as of a JWE": `${await sign()}.x.y`,
+    "60 KB": `${await sign()}${"A".repeat(50_000)}`,
+    "dots": ".".repeat(50_000),
+    "nothing": "x",
+  };
+  const records = async () => JSON.stringify([await all(store.list("grant/")), await all(store.list("assertion/"))]);
+  const before = await records();
+  const refused = async (what: string, assertion: string) => {
+    const start = performance.now();
+    const answer = await refreshing(app, DOCUMENT, body.refresh_token, asserting(assertion));
+    assertEquals([answer.status, answer.body.error], [401, "invalid_client"], what);
+    assert(answer.headers.get("WWW-Authenticate"));
+    assert(performance.now() - start < 1000, what);
+  };
+  for (const [what, assertion] of Object.entries(hostile)) await refused(what, assertion);
+  const mistyped = {
+    ...asserting(await sign()),
+    client_assertion_type: "urn:ietf:params:oauth:client-assertion-type:saml2",
+  };
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, mistyped)).status, 401);
+  const twice = { ...asserting(await sign()), client_secret: "x" };
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, twice)).body.error, "invalid_request");
+  const foreign = { ...asserting(await sign()) };
+  assertEquals((await refreshing(app, other, body.refresh_token, foreign)).status, 401);
+  assertEquals(await records(), before, "a refused assertion changes something");
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, asserting(await sign()))).status, 200);
+});
+
+test("hostile keys are refused in the standard's form, in bounded time", async () => {
+  const { jwk, sign } = await signer("RS256");
+  const large = Buffer.alloc(9000, 0xff).toString("base64url");
+  const sets: Record<string, { document?: Json; keys?: Json[] }> = {
+    "keys of 1 MB": { keys: [{ ...jwk, x5c: ["A".repeat(1_000_000)] }] },
+    "1,000 keys": { keys: Array.from({ length: 1000 }, () => ({})) },
+    "a modulus of 72,000 bits": { keys: [{ ...jwk, n: large }] },
+    "an exponent of 72,000 bits": { keys: [{ ...jwk, e: large }] },
+    "a modulus of 512 bits": { keys: [{ ...jwk, n: Buffer.alloc(64, 0xff).toString("base64url") }] },
+    "a key that is none": { keys: [{ kty: "RSA", kid: "key-1" }] },
+    "keys for encryption": { keys: [{ ...jwk, use: "enc" }] },
+    "a key for another algorithm": { keys: [{ ...jwk, alg: "PS256" }] },
+    "no list": { keys: {} as Json[] },
+    "a list of numbers": { keys: [1, 2] },
+    "a private key": { keys: [{ ...jwk, d: "x" }] },
+    "jwks_uri gone": { document: asserted({ jwks_uri: `${KEYS}?gone` }) },
+  };
+  for (const [what, { document, keys }] of Object.entries(sets)) {
+    const published = site(document ?? asserted(), [jwk]);
+    const fetchClientMetadata: MetadataFetcher = (url, signal) =>
+      url.endsWith("gone")
+        ? Promise.resolve(new Response(null, { status: 404 }))
+        : published.fetchClientMetadata(url, signal);
+    const { app } = world({ fetchClientMetadata });
+    const code = await approvedCode(app, DOCUMENT);
+    published.keys = keys ?? [];
+    const start = performance.now();
+    const answer = await post(app, "/token", { ...redeeming(code), ...asserting(await sign()) });
+    assertEquals([answer.status, answer.body.error], [401, "invalid_client"], what);
+    assert(performance.now() - start < 1000, what);
+  }
+});
+
+test("keys are fetched from public addresses only", async (t) => {
+  const { sign } = await signer();
+  const { get } = https;
+  t.after(() => Object.assign(https, { get }));
+  patchResolver(t, (name) => [name === "app.example" ? "93.184.216.34" : "10.0.0.1"]);
+  for (
+    const jwks_uri of [
+      "https://inside.example/jwks",
+      "https://127.0.0.1/jwks",
+      "https://localhost/jwks",
+      "https://[::1]/x",
+    ]
+  ) {
+    const asked: string[] = [];
+    const answer = (url: string, _options: Json, callback: (message: unknown) => void) => {
+      asked.push(url);
+      const message = Object.assign(new PassThrough(), { statusCode: 200, headers: {} });
+      message.end(JSON.stringify(asserted({ jwks_uri })));
+      queueMicrotask(() => callback(message));
+      return new PassThrough();
+    };
+    Object.assign(https, { get: answer });
+    const { app } = world();
+    const code = await approvedCode(app, DOCUMENT);
+    const { status, body } = await post(app, "/token", { ...redeeming(code), ...asserting(await sign()) });
+    assertEquals([status, body.error], [401, "invalid_client"], jwks_uri);
+    assertEquals(asked, [DOCUMENT]);
+  }
+});
+
+test("a key rotation at the client's end costs nobody a sign-in", async () => {
+  for (const inline of [true, false]) {
+    const [old, fresh] = [await signer("ES256", "old"), await signer("ES256", "new")];
+    const document = (keys: Json[]) => asserted(inline ? { jwks: { keys }, jwks_uri: undefined } : {});
+    const published = site(document([old.jwk]), [old.jwk]);
+    const { app } = world({ fetchClientMetadata: published.fetchClientMetadata });
+    const code = await approvedCode(app, DOCUMENT);
+    const { body } = await post(app, "/token", { ...redeeming(code), ...asserting(await old.sign()) });
+    published.document = document([fresh.jwk]);
+    published.keys = [fresh.jwk];
+    const rotated = await refreshing(app, DOCUMENT, body.refresh_token, asserting(await fresh.sign()));
+    assertEquals(rotated.status, 200);
+    const before = published.fetched.length;
+    const again = await refreshing(app, DOCUMENT, rotated.body.refresh_token, asserting(await fresh.sign()));
+    assertEquals([again.status, published.fetched.length], [200, before]); // cached
+    // without kid, too; and a wrong kid is looked for once
+    const next = await signer("ES256", "next");
+    published.document = document([next.jwk]);
+    published.keys = [next.jwk];
+    const nameless = asserting(await next.sign({}, { kid: undefined }));
+    const third = await refreshing(app, DOCUMENT, again.body.refresh_token, nameless);
+    assertEquals(third.status, 200);
+    const count = published.fetched.length;
+    const wrong = asserting(await next.sign({}, { kid: "nobody's" }));
+    assertEquals((await refreshing(app, DOCUMENT, third.body.refresh_token, wrong)).status, 401);
+    assertEquals(published.fetched.length - count, inline ? 1 : 2);
+  }
+});
+
+test("an assertion is spent for every server of the store, and strangers store none", async () => {
+  const { jwk, sign } = await signer();
+  const { fetchClientMetadata } = site(asserted(), [jwk]);
+  const { app, store } = world({ fetchClientMetadata });
+  const second = world({ store, fetchClientMetadata }).app;
+  const code = await approvedCode(app, DOCUMENT);
+  const { body } = await post(app, "/token", { ...redeeming(code), ...asserting(await sign()) });
+  const spent = asserting(await sign());
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, spent)).status, 200);
+  assertEquals((await refreshing(second, DOCUMENT, body.refresh_token, spent)).status, 401);
+  const once = asserting(await sign());
+  const parallel = await Promise.all(
+    [app, second, app].map((app) => refreshing(app, DOCUMENT, body.refresh_token, once)),
+  );
+  assertEquals(parallel.map(({ status }) => status).sort(), [200, 401, 401]);
+  const before = await contents(store);
+  for (let i = 0; i < 20; i++) {
+    assertEquals((await refreshing(app, DOCUMENT, `prt_${"0".repeat(64)}`, asserting(await sign()))).status, 400);
+  }
+  assertEquals(await contents(store), before);
+});
+
+test("a document with a secret or a private key is refused with a sentence for its author", async () => {
+  const { jwk } = await signer();
+  const wrong: [Json, RegExp][] = [
+    [{ client_secret: "x" }, /client_secret/],
+    [{ client_secret_expires_at: 0 }, /client_secret_expires_at/],
+    [{ jwks: { keys: [{ ...jwk, d: "x" }] } }, /private key \(d\)/],
+    [{ jwks: { keys: [{ kty: "oct", k: "x" }] } }, /private key \(k\)/],
+    [{ jwks: { keys: [{ kty: "RSA", p: "x" }] } }, /private key \(p\)/],
+    [{ jwks: { keys: 5 } }, /JWK Set/],
+    [{ token_endpoint_auth_method: "private_key_jwt" }, /neither jwks nor a jwks_uri/],
+    [asserted({ jwks_uri: "http://app.example/jwks" }), /neither jwks nor a jwks_uri/],
+    [asserted({ jwks_uri: { toString: 1 } }), /neither jwks nor a jwks_uri/],
+    [{ token_endpoint_auth_method: "tls_client_auth" }, /tls_client_auth/],
+  ];
+  for (const [more, says] of wrong) {
+    const { app, events } = world({ fetchClientMetadata: () => Promise.resolve(Response.json(document(more))) });
+    const page = await browse(app).open(authorizeUrl(DOCUMENT));
+    assertEquals(page.status, 400);
+    assertMatch(unescapeHtml(page.text), says);
+    assertMatch(events[0]!.message, says);
+    assertEquals(events[0]!.type, "client_document_refused");
+  }
+});
+
+test("with registration off, a metadata document carries the whole journey", async () => {
+  const { jwk, sign } = await signer();
+  const { fetchClientMetadata } = site(document(), [jwk]);
+  const off = world({ registration: false, fetchClientMetadata });
+  const metadata = await (await off.app.request(`${BASE}/.well-known/oauth-authorization-server`)).json();
+  assert(!("registration_endpoint" in metadata) && metadata.client_id_metadata_document_supported);
+  schemas.OAuthMetadataSchema.parse(metadata);
+  for (const path of ["/register", "/register/"]) {
+    assertEquals((await off.app.request(BASE + path, json({ redirect_uris: [CLAUDE] }))).status, 404);
+  }
+  const code = await approvedCode(off.app, DOCUMENT);
+  const { body } = await post(off.app, "/token", { ...redeeming(code), client_id: DOCUMENT });
+  const { body: next } = await refreshing(off.app, DOCUMENT, body.refresh_token);
+  assertEquals((await callMcp(off.app, next.access_token)).status, 200);
+  assertEquals((await post(off.app, "/revoke", { client_id: DOCUMENT, token: next.refresh_token })).status, 200);
+  assertEquals((await callMcp(off.app, next.access_token)).status, 401);
+  const held = site(asserted(), [jwk]);
+  const { app } = world({ registration: false, fetchClientMetadata: held.fetchClientMetadata });
+  const signed = { ...redeeming(await approvedCode(app, DOCUMENT)), ...asserting(await sign()) };
+  assertEquals((await post(app, "/token", signed)).status, 200);
+  assertThrows(() => world({ registration: "no" as Json }), TypeError, "registration");
+});
+
+test("a client that registered before registration was turned off stays connected", async () => {
+  const { app, store } = world();
+  const { client, refresh_token } = await connect(app);
+  assertEquals(
+    (await refreshing(world({ store, registration: false }).app, client.client_id, refresh_token)).status,
+    200,
+  );
 });
 
 /** Answers the names that mod.ts looks up, once for both families; `undefined` is a name server that stays silent. */
