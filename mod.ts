@@ -1852,7 +1852,7 @@ function authorizationRequest(server: Server, params: URLSearchParams, target: T
 /** Answers a request that names nobody who could be answered: a page, or JSON for a program that asks for it. */
 function faultPage(server: Server, c: Context, error: unknown): Response | Promise<Response> {
   if (!(error instanceof OAuthError) || error.status >= 500) throw error;
-  const { code, message, event, reason, clientName, cause } = error;
+  const { code, message, details: { event, reason, clientName, cause } } = error;
   if (event) server.emit(event, reason ?? message, defined({ clientName, cause }));
   const accept = c.req.header("Accept") ?? "";
   // mcp-remote asks for JSON before it opens the browser, and registers again if it reads invalid_client.
@@ -2727,10 +2727,8 @@ function challenge({ resourceMetadataUrl }: Server, scope: string[], error?: OAu
 
 /** Answers a refused request in the form of RFC 6750 §3. */
 function refuse(server: Server, c: Context, error: unknown): Response {
-  if (error instanceof OAuthError && error.code === "invalid_token") {
-    error.headers["WWW-Authenticate"] = challenge(server, server.scopes.byDefault, error);
-  }
-  return errorResponse(server, c, error);
+  if (!(error instanceof OAuthError) || error.code !== "invalid_token") return errorResponse(server, c, error);
+  return errorResponse(server, c, error, { "WWW-Authenticate": challenge(server, server.scopes.byDefault, error) });
 }
 
 /** Makes a guard that also requires scopes. */
@@ -2750,8 +2748,7 @@ function createScopeGuard(server: Server, required: string[]): MiddlewareHandler
         const error = new OAuthError("insufficient_scope", "The token lacks a scope that this needs", { status: 403 });
         // Everything needed at once, with what the token has already: clients ask for exactly this list.
         const needed = [...new Set([...granted, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
-        error.headers["WWW-Authenticate"] = challenge(server, needed, error);
-        throw error;
+        return errorResponse(server, c, error, { "WWW-Authenticate": challenge(server, needed, error) });
       }
     } catch (error) {
       return refuse(server, c, error);
@@ -3261,8 +3258,8 @@ async function noteRefusal(
   id: string | undefined,
   client?: Pick<Client, "id" | "name">,
 ): Promise<void> {
-  if (!(error instanceof OAuthError) || error.status >= 500 || error.event) return;
-  const refused: Refusal = { at: seconds(), reason: error.reason ?? error.message };
+  if (!(error instanceof OAuthError) || error.status >= 500 || error.details.event) return;
+  const refused: Refusal = { at: seconds(), reason: error.details.reason ?? error.message };
   const grant = id ? await readGrant(server, id).catch(() => undefined) : undefined;
   if (!grant && !client) return; // a made-up token: anybody's, any number of times
   const clientName = grant?.client.name ?? client?.name;
@@ -4801,14 +4798,14 @@ async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: num
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** What an {@linkcode OAuthError} has besides its code and description. */
-export interface OAuthErrorOptions {
+export interface OAuthErrorDetails {
   /** The HTTP status. Default: 400. */
   status?: 400 | 401 | 403 | 405 | 413 | 415 | 500 | 503;
   /** HTTP headers of the answer. */
   headers?: Record<string, string>;
   /** Why it was refused, for the owner only. */
   reason?: string | undefined;
-  /** The event to raise when this is answered. */
+  /** The event to raise, and the name that the client gives itself. */
   event?: AuthEvent["type"];
   /** The name the client gives itself. */
   clientName?: string;
@@ -4816,11 +4813,10 @@ export interface OAuthErrorOptions {
   cause?: unknown;
 }
 
-type ErrorStatus = NonNullable<OAuthErrorOptions["status"]>;
+type ErrorStatus = NonNullable<OAuthErrorDetails["status"]>;
 
 /**
- * An error in OAuth's own form. `code` and `message` go to the client. What only the owner may read goes into `reason`,
- * `cause` or an event, never into the message.
+ * An error in OAuth's own form. `code` and `message` go to the client; the reason is for the owner only.
  *
  * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-5.2 | RFC 6749 §5.2}
  */
@@ -4829,25 +4825,16 @@ export class OAuthError extends Error {
   /** The error code of the standard, such as `invalid_grant`. */
   readonly code: string;
   /** The HTTP status. */
-  readonly status: NonNullable<OAuthErrorOptions["status"]>;
-  /** HTTP headers of the answer. */
-  readonly headers: Record<string, string>;
-  /** Why it was refused, for the owner only. */
-  readonly reason: string | undefined;
-  /** The event to raise when this is answered. */
-  readonly event: AuthEvent["type"] | undefined;
-  /** The name the client gives itself. */
-  readonly clientName: string | undefined;
+  readonly status: NonNullable<OAuthErrorDetails["status"]>;
+  /** What else belongs to the answer, or to the owner's log. */
+  readonly details: OAuthErrorDetails;
 
   /** Makes an error with a code of the standard and a description for the client's developer. */
-  constructor(code: string, description: string, options: OAuthErrorOptions = {}) {
-    super(description, { cause: options.cause });
+  constructor(code: string, description: string, details: OAuthErrorDetails = {}) {
+    super(description, { cause: details.cause });
     this.code = code;
-    this.status = options.status ?? 400;
-    this.headers = options.headers ?? {};
-    this.reason = options.reason;
-    this.event = options.event;
-    this.clientName = options.clientName;
+    this.status = details.status ?? 400;
+    this.details = details;
   }
 }
 
@@ -4871,9 +4858,9 @@ function asOAuthError({ emit }: Server, error: unknown): OAuthError {
 }
 
 /** Answers an error as JSON. */
-function errorResponse(server: Server, c: Context, thrown: unknown): Response {
-  const { code, message, status, headers } = asOAuthError(server, thrown);
-  const all: Record<string, string> = { ...headers, "Cache-Control": "no-store", ...NOSNIFF };
+function errorResponse(server: Server, c: Context, thrown: unknown, headers?: Record<string, string>): Response {
+  const { code, message, status, details } = asOAuthError(server, thrown);
+  const all: Record<string, string> = { ...details.headers, ...headers, "Cache-Control": "no-store", ...NOSNIFF };
   // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own answers say it by themselves.
   if (status === 401) all["WWW-Authenticate"] ??= 'Basic realm="token"';
   return c.json({ error: code, error_description: errorDescription(message) }, status, all);
@@ -4881,8 +4868,8 @@ function errorResponse(server: Server, c: Context, thrown: unknown): Response {
 
 /** Answers an error as a page. */
 function errorPage(server: Server, c: Context, thrown: unknown): Response | Promise<Response> {
-  const { message, status, headers } = asOAuthError(server, thrown);
-  for (const [name, value] of Object.entries(headers)) c.header(name, value);
+  const { message, status, details } = asOAuthError(server, thrown);
+  for (const [name, value] of Object.entries(details.headers ?? {})) c.header(name, value);
   const title = status < 500 ? "This request cannot be answered" : "Something went wrong here";
   return messagePage(server, c, status, title, `${message}.`);
 }
