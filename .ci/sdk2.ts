@@ -11,7 +11,7 @@ import { createMcpHandler, McpServer, requireBearerAuth } from "npm:@modelcontex
 import { Hono } from "npm:hono@^4.13.19";
 import * as oauth from "npm:oauth4webapi@3";
 import { z } from "npm:zod@4";
-import { type AuthEnv, memoryStore, personalAuth } from "../mod.ts";
+import { memoryStore, personalAuth } from "../mod.ts";
 
 const BASE = "https://mcp.example.com";
 const REDIRECT = "https://claude.ai/api/mcp/auth_callback";
@@ -23,7 +23,7 @@ const auth = personalAuth({
   onEvent: () => {},
   clients: [{ client_id: "resource-server", client_secret: "a secret of some length", redirect_uris: [REDIRECT] }],
 });
-const app = new Hono<AuthEnv>();
+const app = new Hono();
 app.route("/", auth);
 const handler = createMcpHandler(() => {
   const server = new McpServer({ name: "two", version: "1" });
@@ -32,7 +32,7 @@ const handler = createMcpHandler(() => {
   }));
   return server;
 });
-app.all("/mcp", (c) => handler.fetch(c.req.raw, { authInfo: c.var.auth }));
+app.all("/mcp", auth.guard, (c) => handler.fetch(c.req.raw, { authInfo: c.var.auth }));
 const fetchApp = (input: string | URL | Request, init?: RequestInit) =>
   Promise.resolve(app.request(new Request(input, init)));
 
