@@ -4340,17 +4340,25 @@ function checkFile(file: string): void {
 
 /** The part of a `Deno.Kv` that is used here, so that no Deno type is named. */
 export interface KvLike {
+  /** Reads one key. */
   get(key: string[]): Promise<{ value: unknown; versionstamp: string | null }>;
+  /** Reads a range of keys, in their order. */
   list(selector: { start: string[]; end: string[] }): AsyncIterable<{ key: readonly unknown[]; value: unknown }>;
+  /** Begins a change that is committed whole or not at all. */
   atomic(): KvAtomicLike;
+  /** Closes the connection. */
   close(): void;
 }
 
 /** One compare-and-set of a {@linkcode KvLike}. */
 export interface KvAtomicLike {
+  /** Requires that the key still has this version. */
   check(entry: { key: string[]; versionstamp: string | null }): KvAtomicLike;
+  /** Writes a key; `expireIn` is in milliseconds. */
   set(key: string[], value: unknown, options?: { expireIn?: number }): KvAtomicLike;
+  /** Removes a key. */
   delete(key: string[]): KvAtomicLike;
+  /** Carries out the change; `ok` is false if a version differs. */
   commit(): Promise<{ ok: boolean }>;
 }
 
@@ -4821,6 +4829,7 @@ type ErrorStatus = NonNullable<OAuthErrorDetails["status"]>;
  * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-5.2 | RFC 6749 §5.2}
  */
 export class OAuthError extends Error {
+  /** The name of the class. */
   override name = "OAuthError";
   /** The error code of the standard, such as `invalid_grant`. */
   readonly code: string;
@@ -4922,9 +4931,11 @@ export interface SetupFinding {
 
 /** The result of {@linkcode checkSetup}. */
 export interface SetupReport {
+  /** The URL that was checked. */
   url: string;
   /** `unreachable`: no answer came at all, and the last finding says why. */
   verdict: "ready" | "broken" | "unreachable";
+  /** Everything that was looked at, in order. */
   findings: SetupFinding[];
   /** What to do now, line by line: what to type into Claude, or the one thing to repair first. */
   next: string[];
@@ -5220,7 +5231,7 @@ function show(value: unknown, token?: string): string {
 
 /** Parses an http or https URL without credentials, which fetch() refuses. Undefined if it is none. */
 function webUrl(value: unknown, base?: URL): URL | undefined {
-  const url = typeof value === "string" && value.length < 8192 ? URL.parse(value, base) : undefined;
+  const url = typeof value === "string" && value.length < 8192 ? URL.parse(value, base?.href) : undefined;
   return url && /^https?:$/.test(url.protocol) && !url.username && !url.password ? url : undefined;
 }
 
@@ -5611,7 +5622,7 @@ async function checkDenial(checkup: Checkup, page: URL, shown: Answer): Promise<
   if (!should(action?.origin === page.origin, "The form posts to its own origin", form.action)) return;
   const { name = "", value = "" } = form.fields.find(isDenial)!;
   const hidden = form.fields.filter(({ type }) => type?.toLowerCase() === "hidden");
-  const fields = [...hidden.map(({ name = "", value = "" }) => [name, value]), [name, value]];
+  const fields = [...hidden, { name, value }].map(({ name = "", value = "" }): [string, string] => [name, value]);
   // As a browser keeps them, but for this host alone whatever Domain says.
   const cookies = shown.headers.getSetCookie().map((cookie) => cookie.split(";")[0]!.trim());
   const headers = {

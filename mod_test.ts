@@ -30,6 +30,7 @@ import { serve } from "@hono/node-server";
 import type { OAuthClientProvider } from "@modelcontextprotocol/sdk/client/auth.js";
 import { Client } from "@modelcontextprotocol/sdk/client/index.js";
 import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/streamableHttp.js";
+import type { AuthInfo as SdkAuthInfo } from "@modelcontextprotocol/sdk/server/auth/types"; // with .js it would be any
 import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 import { WebStandardStreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/webStandardStreamableHttp.js";
 import * as schemas from "@modelcontextprotocol/sdk/shared/auth.js";
@@ -3562,6 +3563,13 @@ test("the guard gives the handler the SDK's AuthInfo", async () => {
     assertEquals(extra.clientName, "Claude");
     assertEquals(extra.connection, (await auth.connections())[0]!.id);
   }
+});
+
+test("AuthInfo and the SDK's may stand for each other", () => {
+  // Checked by the compiler: both are assignable to each other, and ours has every member of the SDK's.
+  type Same<Ours, Theirs> = [Ours, Theirs, keyof Theirs] extends [Theirs, Ours, keyof Ours] ? true : false;
+  const isSame: Same<AuthInfo, SdkAuthInfo> = true;
+  assert(isSame);
 });
 
 test("the guard answers a browser's preflight and opens its answers to it", async () => {

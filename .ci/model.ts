@@ -46,7 +46,7 @@ import { strictEqual as equal } from "node:assert/strict";
 import { Hono } from "hono";
 // deno-lint-ignore no-import-prefix -- for this check only, so deno.json does not name it
 import fc from "npm:fast-check@4.10.2";
-import { type AuthEnv, memoryStore, personalAuth } from "../mod.ts";
+import { memoryStore, personalAuth } from "../mod.ts";
 import { check, demand, finish, numberArgument } from "./lib/checks.ts";
 import { BASE, Client, type Tokens } from "./lib/client.ts";
 
@@ -92,9 +92,9 @@ class World {
         if (type === "refresh_token_reused") this.thefts.push(connection!);
       },
     });
-    const app = new Hono<AuthEnv>();
+    const app = new Hono();
     app.route("/", auth);
-    app.get("/mcp", (c) => c.json(c.var.auth.extra));
+    app.get("/mcp", auth.guard, (c) => c.json(c.var.auth.extra));
     this.client = new Client((path, init) => app.request(BASE + path, init));
   }
 
