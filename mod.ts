@@ -827,18 +827,11 @@ interface Client {
   /** Its document offers no other way of authentication. */
   auth?: "private_key_jwt";
   /** Its public keys, or where they are. */
-  keys?: { jwks: unknown; jwks_uri?: undefined } | { jwks_uri: string };
+  keys?: { jwks: unknown; jwks_uri: string };
 }
 
-/** What a signed client_id carries: no more than is needed to recognise the client again. Short names keep it short. */
-interface SignedClient {
-  n: string;
-  r: string[];
-  /** 1: confidential. */
-  s?: 1;
-  /** 1: registered without the refresh_token grant. */
-  o?: 1;
-}
+/** What a signed client_id carries: name, redirect URIs, 1 if confidential, 1 if without refresh tokens. Kept short. */
+type SignedClient = { n: string; r: string[]; s?: 1; o?: 1 };
 
 const MAX_BODY_BYTES = 64 * 1024;
 const MAX_REDIRECT_URIS = 16;
@@ -858,12 +851,8 @@ async function registerClient(server: Server, c: Context): Promise<Response> {
   const redirect_uris = keptRedirects(server, metadata);
   const confidential = method === "client_secret_post" || method === "client_secret_basic";
   const refreshes = grant_types?.includes("refresh_token") ?? true;
-  const client_id = await signClient(server, {
-    n: client_name,
-    r: redirect_uris,
-    ...(confidential && { s: 1 }),
-    ...(!refreshes && { o: 1 }),
-  });
+  const signed = { n: client_name, r: redirect_uris, ...(confidential && { s: 1 as const }) };
+  const client_id = await signClient(server, refreshes ? signed : { ...signed, o: 1 });
   server.emit("client_registered", "a client registered", { clientName: client_name });
   noteAttempt(server, { id: client_id, name: client_name }, { introduced: seconds() });
   const { client_uri, software_id, software_version, application_type } = metadata;
@@ -885,12 +874,17 @@ async function registerClient(server: Server, c: Context): Promise<Response> {
 async function signClient({ mac }: Server, client: SignedClient): Promise<string> {
   const payload = base64url(utf8.encode(JSON.stringify(client)));
   const client_id = `${payload}.${await mac("client_id", payload)}`;
-  if (client_id.length <= MAX_CLIENT_ID_LENGTH) return client_id;
-  throw new OAuthError(
-    "invalid_client_metadata",
-    `The metadata is too long: client_name and redirect_uris come to a client_id of ${client_id.length} characters, ` +
-      `and ${MAX_CLIENT_ID_LENGTH} are possible`,
+  const { length } = client_id;
+  const most = `${length} characters, and ${MAX_CLIENT_ID_LENGTH} are possible`;
+  assertMetadata(
+    length <= MAX_CLIENT_ID_LENGTH,
+    `The metadata is too long: client_name and redirect_uris come to a client_id of ${most}`,
   );
+  return client_id;
+}
+
+function assertMetadata(good: unknown, description: string): asserts good {
+  if (!good) throw new OAuthError("invalid_client_metadata", description);
 }
 
 /** Finds the client that a client_id names, whatever its origin. */
@@ -904,9 +898,8 @@ async function resolveClient(server: Server, client_id: string): Promise<Client 
   if (isDocumentUrl(client_id)) return await documentClient(server, client_id);
   if (client_id.length > MAX_CLIENT_ID_LENGTH) return undefined;
   const [payload = "", signature = ""] = client_id.split(".");
-  if (!equal(signature, await server.mac("client_id", payload)) || client_id !== `${payload}.${signature}`) {
-    return undefined;
-  }
+  const isOurs = equal(signature, await server.mac("client_id", payload)) && client_id === `${payload}.${signature}`;
+  if (!isOurs) return undefined;
   const { n, r, s, o } = JSON.parse(decodeBase64(payload)!) as SignedClient;
   const secret = s ? await server.mac("client_secret", client_id) : undefined;
   return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, source: "registered" };
@@ -954,17 +947,14 @@ function clientCredentials(server: Server, authorization: string | undefined, fo
     if (typeof id !== "string") throw unauthenticated("client_id is missing");
     return { id, secrets: form.getAll("client_secret") };
   }
-  const credentials = authorization.length > MAX_CREDENTIALS_LENGTH ? "" : decodeBase64(authorization.slice(6).trim());
-  const colon = credentials?.indexOf(":") ?? -1;
-  if (!credentials || colon < 0) throw unauthenticated("The Basic credentials cannot be read");
+  const credentials = decodeBase64(authorization.slice(6).trim()) ?? "";
+  const colon = credentials.indexOf(":");
+  if (colon < 0) throw unauthenticated("The Basic credentials cannot be read");
   const [name, password] = [credentials.slice(0, colon), credentials.slice(colon + 1)];
   const known = preregistered(server, name) ? name : decodeForm(name);
   if (id !== null && id !== known) throw unauthenticated("client_id differs between header and body");
   return { id: known, secrets: [password, decodeForm(password)] };
 }
-
-/** Room for the longest client_id and its secret, form-encoded and in base64. */
-const MAX_CREDENTIALS_LENGTH = 16 * 1024;
 
 function decodeForm(value: string): string {
   return new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
@@ -1010,28 +1000,22 @@ const MAX_CLOCK_SKEW = MINUTE;
 const MAX_KEYS = 20;
 
 /** What each `alg` means, with the one type of key it takes: so a public key is never the secret of an HMAC. */
-const ASSERTION_ALGORITHMS: Record<
-  string,
-  { kty: string; crv?: string; name: string; hash?: string; saltLength?: number }
-> = {
+const ASSERTION_ALGORITHMS: Record<string, Algorithm> = {
   ES256: { kty: "EC", crv: "P-256", name: "ECDSA", hash: "SHA-256" },
   RS256: { kty: "RSA", name: "RSASSA-PKCS1-v1_5", hash: "SHA-256" },
   PS256: { kty: "RSA", name: "RSA-PSS", hash: "SHA-256", saltLength: 32 },
   EdDSA: { kty: "OKP", crv: "Ed25519", name: "Ed25519" },
 };
+type Algorithm = { kty: string; crv?: string; name: string; hash?: string; saltLength?: number };
+type Jwk = Record<string, string | undefined>;
 
 /** Decodes an assertion (a JWT, RFC 7519) without believing any of it. */
 function readAssertion(assertion: string) {
   const parts = assertion.length > MAX_ASSERTION_LENGTH ? [] : assertion.split(".");
   try {
     const [header, claims] = parts.slice(0, 2).map((part) => JSON.parse(decodeBase64(part)!));
-    const signature = Uint8Array.from(
-      atob(parts[2]!.replace(/[-_]/g, (c) => c === "-" ? "+" : "/")),
-      (c) => c.charCodeAt(0),
-    );
-    if (parts.length === 3 && isObject(header) && isObject(claims)) {
-      return { header, claims, signature, signed: utf8.encode(parts.slice(0, 2).join(".")) };
-    }
+    const [signature, signed] = [base64Bytes(parts[2]!), utf8.encode(parts.slice(0, 2).join("."))];
+    if (parts.length === 3 && isObject(header) && isObject(claims)) return { header, claims, signature, signed };
   } catch { /* no JWT */ }
   throw unauthenticated("The client_assertion is not a JWT");
 }
@@ -1056,10 +1040,8 @@ async function verifyAssertion(server: Server, id: string, assertion: string): P
   // Not a token that the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
   must(/^(application\/)?(client-authentication\+)?jwt$/i.test(header.typ ?? "JWT"), "be of the type JWT");
   must(iss === id && sub === id, "have the client_id as iss and sub");
-  must(
-    [aud].flat().some((to) => to === server.issuer || to === `${server.issuer}/token`),
-    `have aud "${server.issuer}"`,
-  );
+  const audiences = [server.issuer, `${server.issuer}/token`];
+  must([aud].flat().some((to) => audiences.includes(to)), `have aud "${server.issuer}"`);
   must(typeof exp === "number" && exp > now - MAX_CLOCK_SKEW, "have an exp in the future");
   must(exp < now + MAX_ASSERTION_AGE + MAX_CLOCK_SKEW, `expire within ${MAX_ASSERTION_AGE} seconds`);
   must([nbf, iat].every((at) => typeof at === "number" && at < now + MAX_CLOCK_SKEW), "have nbf and iat in the past");
@@ -1075,19 +1057,13 @@ async function verifyAssertion(server: Server, id: string, assertion: string): P
   throw unauthenticated("The client_assertion is signed by none of the client's keys");
 }
 
-type Jwk = Record<string, string | undefined>;
-
 /** Whether this key made this signature. A key that is none, or that takes long to compute with, made none. */
-async function isSignedBy(
-  key: Jwk,
-  algorithm: { name: string; crv?: string },
-  ...[signature, signed]: Uint8Array<ArrayBuffer>[]
-) {
-  const { kty = "", crv = "", x = "", y = "", n = "", e = "" } = key;
+async function isSignedBy(key: Jwk, algorithm: Algorithm, ...[signature, signed]: Uint8Array<ArrayBuffer>[]) {
+  const { kty = "", crv = "", x = "", y, n = "", e = "" } = key;
   if (kty === "RSA" && (n.length < 342 || n.length > 1024 || e.length > 6)) return false; // 2,048 to 6,144 bits
+  const parameters = { ...algorithm, namedCurve: crv };
+  const members = kty === "RSA" ? { kty, n, e } : { kty, crv, x, ...defined({ y }) };
   try {
-    const parameters = { ...algorithm, namedCurve: crv };
-    const members = kty === "RSA" ? { kty, n, e } : { kty, crv, x, ...(y && { y }) };
     const imported = await crypto.subtle.importKey("jwk", members, parameters, false, ["verify"]);
     return await crypto.subtle.verify(parameters, imported, signature!, signed!);
   } catch {
@@ -1096,49 +1072,42 @@ async function isSignedBy(
 }
 
 /** Spends an assertion: whoever reads one on its way cannot use it again, on any server of this store. */
-async function spendAssertion({ store }: Server, id: string, jti: string, exp: number): Promise<void> {
+async function spendAssertion(server: Server, id: string, jti: string, exp: number): Promise<void> {
   const user = random(16);
-  const key = `assertion/${await sha256(JSON.stringify([id, jti]))}`;
-  const first = await store.update(key, (current) => current ?? user, { expiresAt: exp + MAX_CLOCK_SKEW });
+  const key = `assertion/${await server.mac("assertion", id, jti)}`;
+  const first = await server.store.update(key, (current) => current ?? user, { expiresAt: exp + MAX_CLOCK_SKEW });
   if (first !== user) throw unauthenticated("The client_assertion was used before");
 }
 
 /** Reads the members of RFC 7591 §2 that matter here; every other one is ignored. */
 function readClientMetadata(body: unknown) {
-  const invalid = (description: string) => new OAuthError("invalid_client_metadata", description);
-  if (!isObject(body)) throw invalid("The body must be a JSON object");
+  assertMetadata(isObject(body), "The body must be a JSON object");
   const own = (name: string): unknown => Object.hasOwn(body, name) ? body[name] ?? undefined : undefined; // null: absent
   const text = (name: string): string | undefined => {
     const value = own(name);
-    if (value !== undefined && typeof value !== "string") throw invalid(`${name} must be a string`);
+    assertMetadata(value === undefined || typeof value === "string", `${name} must be a string`);
     return value || undefined;
   };
-  const list = (name: string): string[] | undefined => {
+  const list = (name: string, needed?: string): string[] | undefined => {
     const value = own(name);
-    if (value === undefined || (Array.isArray(value) && value.every((item) => typeof item === "string"))) return value;
-    throw invalid(`${name} must be a list of strings`);
+    assertMetadata(value === undefined || isStringList(value), `${name} must be a list of strings`);
+    assertMetadata(!value || !needed || value.includes(needed), `${name} must hold ${needed}`);
+    return value;
   };
   const redirect_uris = [...new Set(list("redirect_uris"))];
   if (redirect_uris.length === 0) {
     throw new OAuthError("invalid_redirect_uri", "redirect_uris is missing or empty");
   }
-  if (redirect_uris.length > MAX_REDIRECT_URIS) {
-    throw invalid(`redirect_uris may hold ${MAX_REDIRECT_URIS} at the most`);
-  }
-  const grant_types = list("grant_types");
-  if (grant_types && !grant_types.includes("authorization_code")) {
-    throw invalid("grant_types must hold authorization_code");
-  }
-  const response_types = list("response_types");
-  if (response_types && !response_types.includes("code")) throw invalid("response_types must hold code");
-  const client_uri = text("client_uri")?.slice(0, MAX_URI_LENGTH);
+  assertMetadata(redirect_uris.length <= MAX_REDIRECT_URIS, `redirect_uris may hold ${MAX_REDIRECT_URIS} at the most`);
+  list("response_types", "code");
+  const client_uri = text("client_uri")?.slice(0, MAX_URI_LENGTH) ?? "";
   return {
     redirect_uris,
     client_name: printable(text("client_name") ?? ""),
-    grant_types,
+    grant_types: list("grant_types", "authorization_code"),
     token_endpoint_auth_method: text("token_endpoint_auth_method"),
     scope: text("scope"),
-    client_uri: client_uri && URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
+    client_uri: URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
     software_id: text("software_id"),
     software_version: text("software_version"),
     application_type: text("application_type"),
@@ -1205,11 +1174,13 @@ interface DocumentCache {
   asked: Map<string, { times: number; since: number }>;
 }
 
+type Fetched = { body: unknown; maxAge: number };
+
 /** A request under way. It counts until it is really over, which may be after everybody has given up waiting. */
 interface Download {
   host: string;
   started: number;
-  answer: Promise<{ body: unknown; maxAge: number }>;
+  answer: Promise<Fetched>;
   over: Promise<void>;
   controller: AbortController;
 }
@@ -1262,53 +1233,43 @@ async function publishedClient(server: Server, client_id: string, since?: number
 function readClientDocument(client_id: string, body: unknown): Client {
   const { client_name: name, redirect_uris, grant_types, token_endpoint_auth_method } = readClientMetadata(body);
   const { token_endpoint_auth_methods_supported: more, jwks, jwks_uri, ...rest } = body as Record<string, unknown>;
-  const unusable = (reason: string) => new OAuthError("invalid_client_metadata", reason);
-  if (rest.client_id !== client_id) throw unusable("it names another client_id"); // a copy of somebody else's document
-  if (!name) throw unusable("it has no client_name");
+  assertMetadata(rest.client_id === client_id, "it names another client_id"); // a copy of somebody else's document
+  assertMetadata(name, "it has no client_name");
   const method = token_endpoint_auth_method ?? "none";
+  const isSecret = rest.client_secret !== undefined || method.startsWith("client_secret");
+  assertMetadata(!isSecret, "it relies on a shared secret (client_secret), which everybody can read");
+  assertMetadata(
+    rest.client_secret_expires_at === undefined,
+    "it has client_secret_expires_at, but can have no secret",
+  );
   const offered = [method, ...(Array.isArray(more) ? more : [])];
-  // Everybody can read the document, so a secret in it is none.
-  if (rest.client_secret !== undefined || rest.client_secret_expires_at !== undefined) {
-    throw unusable("it must not have client_secret or client_secret_expires_at: a published document has no secret");
-  }
-  if (method.startsWith("client_secret")) throw unusable("it relies on a shared secret");
-  const refreshes = grant_types?.includes("refresh_token") ?? true;
-  const client = publicClient(client_id, { name, redirect_uris, refreshes });
+  const isPublic = offered.includes("none");
+  const signs = offered.includes("private_key_jwt");
+  assertMetadata(isPublic || signs, `it asks for ${quote(method)}, which this server does not offer`);
   if (jwks !== undefined) readKeys(jwks);
-  const jwksUrl = typeof jwks_uri === "string" ? URL.parse(jwks_uri)?.href : undefined;
-  const keys = jwks !== undefined ? { jwks } : { jwks_uri: jwksUrl ?? "" };
-  if (offered.includes("none")) return { ...client, keys };
-  if (!offered.includes("private_key_jwt")) {
-    throw unusable(`it asks for ${quote(method)}, which this server does not offer`);
-  }
-  if (keys.jwks === undefined && !isDocumentUrl(keys.jwks_uri)) {
-    throw unusable("it has neither jwks nor a jwks_uri of https");
-  }
-  return { ...client, keys, auth: "private_key_jwt" };
+  const keys = { jwks, jwks_uri: (typeof jwks_uri === "string" && URL.parse(jwks_uri)?.href) || "" };
+  assertMetadata(isPublic || jwks || isDocumentUrl(keys.jwks_uri), "it has neither jwks nor a jwks_uri of https");
+  const refreshes = grant_types?.includes("refresh_token") ?? true;
+  const auth = isPublic ? undefined : "private_key_jwt" as const;
+  return publicClient(client_id, { name, redirect_uris, refreshes, keys, ...defined({ auth }) });
 }
 
 /** Returns the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
 function readKeys(body: unknown): Jwk[] {
   const keys: unknown = isObject(body) ? body.keys : undefined;
-  if (!Array.isArray(keys) || keys.length > MAX_KEYS || !keys.every(isObject)) {
-    throw new OAuthError("invalid_client_metadata", `jwks must be a JWK Set of ${MAX_KEYS} keys at the most`);
-  }
+  const isSet = Array.isArray(keys) && keys.length <= MAX_KEYS && keys.every(isObject);
+  assertMetadata(isSet, `jwks must be a JWK Set of ${MAX_KEYS} keys at the most`);
   const secret = ["d", "p", "q", "dp", "dq", "qi", "oth", "k"].find((name) => keys.some((key) => name in key));
-  if (!secret) {
-    return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, it]) => typeof it === "string")));
-  }
-  throw new OAuthError(
-    "invalid_client_metadata",
-    `jwks holds a private key (${secret}): replace it, everybody can read it`,
-  );
+  assertMetadata(!secret, `jwks holds a private key (${secret}): replace it, everybody can read it`);
+  return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, value]) => typeof value === "string")));
 }
 
 /** Fetches the client's keys, as they were after `since`. */
 async function publishedKeys(server: Server, id: string, since: number): Promise<Jwk[]> {
-  const { keys } = await publishedClient(server, id, since);
-  if (keys?.jwks_uri === undefined) return readKeys(keys?.jwks);
-  if (!isDocumentUrl(keys.jwks_uri)) throw unauthenticated("The client publishes no keys");
-  return await fetchCached(server, keys.jwks_uri, readKeys, since);
+  const { jwks, jwks_uri = "" } = (await publishedClient(server, id, since)).keys ?? {};
+  if (jwks !== undefined) return readKeys(jwks);
+  assertMetadata(isDocumentUrl(jwks_uri), "The client publishes no keys");
+  return await fetchCached(server, jwks_uri, readKeys, since);
 }
 
 /**
@@ -1344,11 +1305,8 @@ function isTemporary(error: unknown): boolean {
 }
 
 function tryLater(description: string, cause?: unknown): OAuthError {
-  return new OAuthError("temporarily_unavailable", description, {
-    status: 503,
-    headers: { "Retry-After": "5" },
-    cause,
-  });
+  const more = { status: 503, headers: { "Retry-After": "5" }, cause } as const;
+  return new OAuthError("temporarily_unavailable", description, more);
 }
 
 /** Sets an entry of a map that forgets its oldest ones. */
@@ -1363,7 +1321,7 @@ function remember<T>(map: Map<string, T>, key: string, value: T): void {
  *
  * @throws {OAuthError} 503 if too many downloads are under way, or too many were made from this host.
  */
-async function download(server: Server, url: string): Promise<Awaited<Download["answer"]>> {
+async function download(server: Server, url: string): Promise<Fetched> {
   const { underWay, asked } = server.documents;
   const { hostname: host } = new URL(url);
   const inTheWay = (): Download[] => {
@@ -1371,9 +1329,8 @@ async function download(server: Server, url: string): Promise<Awaited<Download["
     const ofHost = all.filter((download) => download.host === host);
     return ofHost.length >= MAX_DOWNLOADS_PER_HOST ? ofHost : all.length >= MAX_DOWNLOADS ? all : [];
   };
-  const slow = inTheWay().find(({ started, controller }) =>
-    seconds() - started > SLOW_DOWNLOAD_SECONDS && !controller.signal.aborted
-  );
+  const tooOld = seconds() - SLOW_DOWNLOAD_SECONDS;
+  const slow = inTheWay().find(({ started, controller }) => started < tooOld && !controller.signal.aborted);
   if (slow && !underWay.has(url)) {
     slow.controller.abort();
     await Promise.race([slow.over, delay(100)]);
@@ -1403,20 +1360,16 @@ function startDownload({ documents: { underWay }, fetchClientMetadata }: Server,
 }
 
 /** Fetches one document. Time and size are counted here, on the stream, whatever its headers promise. */
-async function fetchJson(
-  fetcher: MetadataFetcher,
-  url: string,
-  signal: AbortSignal,
-): Promise<Awaited<Download["answer"]>> {
+async function fetchJson(fetcher: MetadataFetcher, url: string, signal: AbortSignal): Promise<Fetched> {
   let response: Response;
-  let text: string;
+  let text = "";
   try {
     response = await fetcher(url, signal);
     const { status, body } = response;
+    if (status === 200) text = await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal);
+    else await body?.cancel();
     // A refusal by a firewall, or too many requests, tell nothing about the document itself.
     if (status >= 500 || status === 403 || status === 429) throw new Error(`answered ${status}`);
-    text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : "";
-    if (status !== 200) await body?.cancel();
   } catch (cause) {
     if (cause instanceof TooLarge || cause instanceof InsideAddress) throw cause;
     throw new Unreached(cause instanceof Error ? cause.message : String(cause), { cause });
@@ -1486,44 +1439,35 @@ async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response
  * server likes, in one of the few threads that everything else in this process shares.
  */
 async function resolveName(hostname: string, signal: AbortSignal): Promise<{ address: string; family: number }[]> {
-  const { Resolver } = nodeModule("node:dns");
-  const resolver = new Resolver({ timeout: 1000, tries: 2 });
+  const resolver = new (nodeModule("node:dns").promises.Resolver)({ timeout: 1000, tries: 2 });
   signal.addEventListener("abort", () => resolver.cancel(), { once: true });
-  const ask = (family: 4 | 6) =>
-    new Promise<{ address: string; family: number }[]>((resolve) =>
-      resolver[`resolve${family}`](
-        hostname,
-        (_error: Error | null, found: string[] = []) => resolve(found.map((address) => ({ address, family }))),
-      )
-    );
-  return (await Promise.all([ask(4), ask(6)])).flat(); // a name may well have addresses of one family only
+  const found = await Promise.all([4, 6].map(async (family) => {
+    const addresses: string[] = await resolver[`resolve${family}`](hostname).catch(() => []); // many names have one family
+    return addresses.map((address) => ({ address, family }));
+  }));
+  return found.flat();
 }
 
 /** What is not the public internet, by the special-purpose address registries (RFC 6890) and their later entries. */
 const PRIVATE_IPV4 =
-  "0/8 10/8 100.64/10 127/8 169.254/16 172.16/12 192.0.0/24 192.0.2/24 192.31.196/24 192.52.193/24 " +
-  "192.88.99/24 192.168/16 192.175.48/24 198.18/15 198.51.100/24 203.0.113/24 224/3 168.63.129.16/32"; // the last: Azure's
+  "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 " +
+  "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 " +
+  "203.0.113.0/24 224.0.0.0/3 168.63.129.16/32"; // the last: Azure's
 /** Of IPv6 only 2000::/3 is global; inside it, what is special, for documentation, or carries an IPv4 address (6to4, Teredo). */
 const PRIVATE_IPV6 = "2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
 
 const addressLists = lazy(() => {
   const { BlockList } = nodeModule("node:net");
   const [inside, outside] = [new BlockList(), new BlockList()];
-  for (const range of PRIVATE_IPV4.split(" ")) {
+  for (const range of [...PRIVATE_IPV4.split(" "), ...PRIVATE_IPV6.split(" ")]) {
     const [address = "", bits] = range.split("/");
-    inside.addSubnet([...address.split("."), "0", "0", "0"].slice(0, 4).join("."), Number(bits), "ipv4");
-  }
-  for (const range of PRIVATE_IPV6.split(" ")) {
-    const [address, bits] = range.split("/");
-    inside.addSubnet(address, Number(bits), "ipv6");
+    inside.addSubnet(address, Number(bits), address.includes(":") ? "ipv6" : "ipv4");
   }
   outside.addSubnet("2000::", 3, "ipv6");
   return { inside, outside };
 });
 
-/**
- * Whether an address may be connected to on a stranger's word.
- */
+/** Whether an address may be connected to on a stranger's word. */
 function isPublicAddress(address: string): boolean {
   const { inside, outside } = addressLists();
   if (/^[0-9.]+$/.test(address)) return nodeModule("node:net").isIPv4(address) && !inside.check(address, "ipv4");
@@ -1531,38 +1475,30 @@ function isPublicAddress(address: string): boolean {
   return nodeModule("node:net").isIPv6(plain) && outside.check(plain, "ipv6") && !inside.check(plain, "ipv6");
 }
 
-/** The documents of the clients that most people use, as they were when this file was written. */
-const WELL_KNOWN_CLIENTS: [id: RegExp, name: string, redirect_uris: string[]][] = [
-  [/^https:\/\/claude\.ai\/oauth\/mcp-oauth-client-metadata$/, "Claude", [
-    "https://claude.ai/api/mcp/auth_callback",
-    "https://claude.com/api/mcp/auth_callback",
-  ]],
-  [/^https:\/\/claude\.ai\/oauth\/claude-code-client-metadata$/, "Claude Code", [
-    "http://localhost/callback",
-    "http://127.0.0.1/callback",
-  ]],
-  [/^https:\/\/chatgpt\.com\/oauth\/client\.json$/, "ChatGPT", [
-    "https://chatgpt.com/connector_platform_oauth_redirect",
-  ]],
-  [/^https:\/\/chatgpt\.com\/oauth\/(?!codex\/)([\w-]+)\/client\.json$/, "ChatGPT", [
-    "https://chatgpt.com/connector/oauth/$1",
-  ]],
-  [/^https:\/\/chatgpt\.com\/oauth\/codex\/client\.json$/, "Codex", ["http://127.0.0.1/callback"]],
-  [/^https:\/\/chatgpt\.com\/oauth\/codex\/([\w-]+)\/client\.json$/, "Codex", ["http://127.0.0.1/callback/$1"]],
-  [/^https:\/\/vscode\.dev\/oauth\/client-metadata\.json$/, "Visual Studio Code", [
-    "https://vscode.dev/redirect",
-    "https://insiders.vscode.dev/redirect",
-    "http://127.0.0.1/",
-    "http://localhost/",
-  ]],
-];
+/** What the clients that most people use publish, as it was when this file was written. `*` is one segment of the path. */
+const WELL_KNOWN_CLIENTS = [
+  ["claude.ai/oauth/mcp-oauth-client-metadata", "Claude", "https://claude.ai/api/mcp/auth_callback"],
+  ["claude.ai/oauth/mcp-oauth-client-metadata", "Claude", "https://claude.com/api/mcp/auth_callback"],
+  ["claude.ai/oauth/claude-code-client-metadata", "Claude Code", "http://localhost/callback"],
+  ["claude.ai/oauth/claude-code-client-metadata", "Claude Code", "http://127.0.0.1/callback"],
+  ["chatgpt.com/oauth/client.json", "ChatGPT", "https://chatgpt.com/connector_platform_oauth_redirect"],
+  ["chatgpt.com/oauth/codex/client.json", "Codex", "http://127.0.0.1/callback"],
+  ["chatgpt.com/oauth/*/client.json", "ChatGPT", "https://chatgpt.com/connector/oauth/*"],
+  ["chatgpt.com/oauth/codex/*/client.json", "Codex", "http://127.0.0.1/callback/*"],
+  ["vscode.dev/oauth/client-metadata.json", "Visual Studio Code", "https://vscode.dev/redirect"],
+  ["vscode.dev/oauth/client-metadata.json", "Visual Studio Code", "https://insiders.vscode.dev/redirect"],
+  ["vscode.dev/oauth/client-metadata.json", "Visual Studio Code", "http://127.0.0.1/"],
+  ["vscode.dev/oauth/client-metadata.json", "Visual Studio Code", "http://localhost/"],
+] as const;
 
 function wellKnownClient(client_id: string): Client | undefined {
-  for (const [id, name, redirects] of WELL_KNOWN_CLIENTS) {
-    const match = client_id.match(id);
-    if (!match) continue;
-    return publicClient(client_id, { name, redirect_uris: redirects.map((uri) => uri.replace("$1", match[1] ?? "")) });
-  }
+  const segment = client_id.match(/\/([\w-]+)\/client\.json$/)?.[1] ?? "";
+  const matches = (id: string) => `https://${id}` === client_id || `https://${id.replace("*", segment)}` === client_id;
+  const found = WELL_KNOWN_CLIENTS.filter(([id]) => matches(id));
+  const [first] = found;
+  if (!first) return undefined;
+  const redirect_uris = found.filter(([id]) => id === first[0]).map(([, , uri]) => uri.replace("*", segment));
+  return publicClient(client_id, { name: first[1], redirect_uris });
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────

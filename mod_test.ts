@@ -1446,31 +1446,31 @@ test("a client that registered before registration was turned off stays connecte
 
 /** Answers the names that mod.ts looks up, once for both families; `undefined` is a name server that stays silent. */
 function patchResolver(t: TestContext, answer: (name: string) => string[] | undefined): { waiting: number } {
-  const { Resolver } = dns;
+  const { Resolver } = dns.promises;
   const state = { waiting: 0 };
   class Patched {
     #found = new Map<string, string[] | undefined>();
     #waiting = new Set<() => void>();
-    #resolve(name: string, family: 4 | 6, callback: (error: Error | null, found?: string[]) => void): void {
+    #resolve(name: string, family: 4 | 6): Promise<string[]> {
       if (!this.#found.has(name)) this.#found.set(name, answer(name));
       const found = this.#found.get(name);
-      if (found) return callback(null, found.filter((address) => address.includes(":") === (family === 6)));
+      if (found) return Promise.resolve(found.filter((address) => address.includes(":") === (family === 6)));
       state.waiting++;
-      this.#waiting.add(() => (state.waiting--, callback(new Error("ECANCELLED"))));
+      return new Promise((_, reject) => this.#waiting.add(() => (state.waiting--, reject(new Error("ECANCELLED")))));
     }
-    resolve4(name: string, callback: () => void): void {
-      this.#resolve(name, 4, callback);
+    resolve4(name: string): Promise<string[]> {
+      return this.#resolve(name, 4);
     }
-    resolve6(name: string, callback: () => void): void {
-      this.#resolve(name, 6, callback);
+    resolve6(name: string): Promise<string[]> {
+      return this.#resolve(name, 6);
     }
     cancel(): void {
       this.#waiting.forEach((end) => end());
       this.#waiting.clear();
     }
   }
-  Object.assign(dns, { Resolver: Patched });
-  t.after(() => Object.assign(dns, { Resolver }));
+  Object.assign(dns.promises, { Resolver: Patched });
+  t.after(() => Object.assign(dns.promises, { Resolver }));
   return state;
 }
 
