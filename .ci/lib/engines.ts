@@ -9,7 +9,6 @@ import { createServer } from "node:net";
 import { join } from "node:path";
 import { afterwards, run, Running, temporaryFolder, until } from "./checks.ts";
 import { NotRun, pause } from "./limits.ts";
-import { PACKAGES } from "./stores.ts";
 
 export interface Engine {
   name: string;
@@ -23,7 +22,7 @@ export interface Engine {
   start?(): Promise<unknown>;
 }
 
-async function freePort(): Promise<number> {
+export async function freePort(): Promise<number> {
   return await new Promise((resolve) => {
     const server = createServer().listen(0, "127.0.0.1", () => {
       const { port } = server.address() as { port: number };
@@ -33,10 +32,10 @@ async function freePort(): Promise<number> {
 }
 
 /** Installs the packages of the engines' clients; the folder is for STORE_PACKAGES. */
-export async function installClients(): Promise<string> {
+export async function installClients(...packages: string[]): Promise<string> {
   const folder = temporaryFolder();
   try {
-    await run("npm", "install", "--no-audit", "--no-fund", "--prefix", folder, ...PACKAGES);
+    await run("npm", "install", "--no-audit", "--no-fund", "--prefix", folder, ...packages);
   } catch (error) {
     throw new NotRun(`the clients cannot be installed: ${(error as Error).message}`);
   }
@@ -55,22 +54,24 @@ async function found(command: string, debianPackage: string): Promise<void> {
 const succeeds = (task: Promise<unknown>) => task.then(() => true, () => false);
 
 /** A server, whose children get the same signals, and which ends when this program does. */
-class Process {
+export class Process {
   #running: Running | undefined;
   readonly #command: string[];
   readonly #answers: () => Promise<boolean>;
+  readonly #env: Record<string, string>;
 
-  constructor(command: string[], answers: () => Promise<boolean>) {
+  constructor(command: string[], answers: () => Promise<boolean>, env: Record<string, string> = {}) {
     this.#command = command;
     this.#answers = answers;
-    afterwards(() => this.kill());
+    this.#env = env;
   }
 
   start = async (): Promise<void> => {
-    const running = new Running("setpriv", ["--pdeathsig", "KILL", ...this.#command]);
+    const running = new Running("setpriv", ["--pdeathsig", "KILL", ...this.#command], this.#env);
     this.#running = running;
+    afterwards(() => this.kill()); // before Running ends it, which knows nothing of its children
     await until(this.#command[0]!, 30, async () => {
-      if (running.ended) throw new NotRun(`${this.#command[0]}: ${running.output}`);
+      if (running.ended) throw new Error(`${this.#command[0]} ended: ${running.output}`);
       return await this.#answers();
     });
   };

@@ -16,7 +16,7 @@ import { type Engine, ENGINES, installClients } from "../lib/engines.ts";
 import { Ledger } from "../lib/ledger.ts";
 import { oneLine, pause } from "../lib/limits.ts";
 import { ROOT, type Runtime } from "../lib/runtimes.ts";
-import { open } from "../lib/stores.ts";
+import { open, PACKAGES } from "../lib/stores.ts";
 import { agree, distinct, expect, shuffled, timed } from "../lib/together.ts";
 import { storeContract } from "./contract.ts";
 
@@ -148,7 +148,7 @@ async function unreachable(engine: Engine, leave: () => Promise<unknown>, come: 
 }
 
 const all = await wantedRuntimes();
-const STORE_PACKAGES = await installClients();
+const STORE_PACKAGES = await installClients(...PACKAGES);
 
 for (const [id, start] of Object.entries(ENGINES)) {
   const perform = async (name: string, seconds: number, body: (engine: Engine) => Promise<string | void>) => {
