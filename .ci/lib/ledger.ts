@@ -12,9 +12,10 @@ type Revoked = "no" | "asked" | "yes";
 
 /**
  * What a 503 means for the write that was asked for. `undone`: it did not happen. `open`: it may have, as when a disk
- * fails while it takes the last bytes of it; nobody can tell until the disk is read again.
+ * fails while it takes the last bytes of it; nobody can tell until the disk is read again. `away`: so for writes, and
+ * reads are refused as well, because a database server is away.
  */
-export type Refusals = "undone" | "open";
+export type Refusals = "undone" | "open" | "away";
 
 interface Connection {
   access: string[];
@@ -105,12 +106,19 @@ export class Ledger {
     } else if (dice < 0.66 && live.length > 5) await this.#end(client, connection, tolerate);
     else if (dice < 0.74 && scripts.length < MAX_LIVE) await this.#createToken(client, tolerate);
     else if (dice < 0.78 && script && scripts.length > 5) await this.#endScript(client, script, tolerate);
-    else if (dice < 0.9) await this.#call(client, connection, connection.access.at(-1)!, "access token");
-    else if (script) await this.#call(client, script, script.token, "personal access token");
+    else if (dice < 0.9) await this.#call(client, connection, connection.access.at(-1)!, "access token", tolerate);
+    else if (script) await this.#call(client, script, script.token, "personal access token", tolerate);
   }
 
-  async #call(client: Client, holder: { revoked: Revoked }, token: string, what: string): Promise<void> {
+  async #call(
+    client: Client,
+    holder: { revoked: Revoked },
+    token: string,
+    what: string,
+    tolerate?: Refusals,
+  ): Promise<void> {
     const answer = await client.call(token);
+    if (tolerate === "away" && answer.status === 503) return;
     // Another worker may have asked for its end meanwhile.
     if (holder.revoked === "no") this.#expect(answer, 200, this.lost, what);
   }
