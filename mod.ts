@@ -4771,6 +4771,8 @@ export class OAuthError extends Error {
   readonly code: string;
   /** The HTTP status. */
   readonly status: NonNullable<OAuthErrorDetails["status"]>;
+  /** HTTP headers of the answer. */
+  readonly headers: Record<string, string>;
   /** What else belongs to the answer, or to the owner's log. */
   readonly details: OAuthErrorDetails;
 
@@ -4779,6 +4781,7 @@ export class OAuthError extends Error {
     super(description, { cause: details.cause });
     this.code = code;
     this.status = details.status ?? 400;
+    this.headers = details.headers ?? {};
     this.details = details;
   }
 }
@@ -4804,8 +4807,8 @@ function asOAuthError({ emit }: Server, error: unknown): OAuthError {
 
 /** Answers an error as JSON. */
 function errorResponse(server: Server, c: Context, thrown: unknown, headers?: Record<string, string>): Response {
-  const { code, message, status, details } = asOAuthError(server, thrown);
-  const all: Record<string, string> = { ...details.headers, ...headers, "Cache-Control": "no-store", ...NOSNIFF };
+  const { code, message, status, headers: own } = asOAuthError(server, thrown);
+  const all: Record<string, string> = { ...own, ...headers, "Cache-Control": "no-store", ...NOSNIFF };
   // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own answers say it by themselves.
   if (status === 401) all["WWW-Authenticate"] ??= 'Basic realm="token"';
   return c.json({ error: code, error_description: errorDescription(message) }, status, all);
@@ -4813,8 +4816,8 @@ function errorResponse(server: Server, c: Context, thrown: unknown, headers?: Re
 
 /** Answers an error as a page. */
 function errorPage(server: Server, c: Context, thrown: unknown): Response | Promise<Response> {
-  const { message, status, details } = asOAuthError(server, thrown);
-  for (const [name, value] of Object.entries(details.headers ?? {})) c.header(name, value);
+  const { message, status, headers } = asOAuthError(server, thrown);
+  for (const [name, value] of Object.entries(headers)) c.header(name, value);
   const title = status < 500 ? "This request cannot be answered" : "Something went wrong here";
   return messagePage(server, c, status, title, `${message}.`);
 }
