@@ -3087,8 +3087,8 @@ function page(
 export function memoryStore(): Store {
   const entries = new Map<string, Entry>();
   let changes = 0;
-  const write = (key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) => {
-    const { next, entry } = applyChange(entries.get(key), change, expiresAt);
+  const write = (...[key, change, options]: Update): unknown => {
+    const { next, entry } = applyChange(entries.get(key), change, options);
     if (entry !== undefined) changes++;
     if (entry) entries.set(key, entry);
     else if (entry === null) entries.delete(key);
@@ -3096,21 +3096,22 @@ export function memoryStore(): Store {
   };
   return {
     get: (key) => promiseTry(() => valueOf(entries.get(key))),
-    update: (key, change, options) => promiseTry(() => write(key, change, options?.expiresAt)),
+    update: (...update) => promiseTry(() => write(...update)),
     async *list(prefix) {
       for (const key of [...entries.keys()].filter((key) => key.startsWith(prefix)).sort()) {
-        const value = valueOf(entries.get(key));
-        if (value !== undefined) yield [key, value];
+        const entry = entries.get(key);
+        if (isLive(entry)) yield [key, valueOf(entry)];
       }
     },
     version: () => changes,
   };
 }
 
-/** What is kept of a key. The value is JSON, so that nobody can change what is stored by holding on to an object. */
+type Update = Parameters<Store["update"]>;
+
+/** What is kept of a key: JSON, so that nobody changes it by holding on to an object; seconds since the epoch. */
 interface Entry {
   value: string;
-  /** In seconds since the epoch. */
   expires: number | null;
 }
 
@@ -3124,17 +3125,17 @@ function valueOf(entry: Entry | undefined): unknown {
 }
 
 /** Returns what an `update` answers, and the entry that it writes: `null` deletes, `undefined` leaves all as it is. */
-function applyChange(found: Entry | undefined, change: (current: unknown) => unknown, expiresAt: number | undefined): {
-  next: unknown;
-  entry?: Entry | null;
-} {
+function applyChange(found: Entry | undefined, change: Update[1], options: Update[2]) {
   const live = isLive(found) ? found : undefined;
   const current = valueOf(live);
   const next = change(current);
+  let entry: Entry | null | undefined;
   // What has expired is deleted as well, or it would be there again after the clock is set back.
-  if (next === undefined) return found ? { next, entry: null } : { next };
-  if (next === current) return { next };
-  return { next, entry: { value: JSON.stringify(next), expires: expiresAt ?? live?.expires ?? null } };
+  if (next === undefined) entry = found && null;
+  else if (next !== current) {
+    entry = { value: JSON.stringify(next), expires: options?.expiresAt ?? live?.expires ?? null };
+  }
+  return { next, entry };
 }
 
 /**
@@ -3148,25 +3149,31 @@ const APPLICATION_ID = 0x6d637061;
 const FORMAT = 2;
 /** Seconds that a read or a write waits for a lock of another process. */
 const LOCK_PATIENCE = 5;
+/** Milliseconds for which what was seen of the files is taken to hold: on a busy server, looking costs too much. */
+const LOOK_INTERVAL = 1;
+/** Behind a prefix, the end of all keys that begin with it. */
+const LAST_CHARACTER = "\u{10ffff}";
 
 /**
  * Keeps state in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by the `node:sqlite` that Deno, Bun and
- * Node all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`); updates that come
- * at the same time share a commit. Several processes on one machine may share the folder; a network file system will
- * not do. If the file is removed or replaced while it is in use, every call throws until the same file is back or the
- * server is restarted.
+ * Node all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`). Several processes
+ * on one machine may share the folder; a network file system will not do. If the file is removed or replaced while it
+ * is in use, every call throws until the same file is back or the server is restarted.
  *
  * @throws {Error} if the folder cannot be written, or the file is damaged, of another format, or not ours. Such a file
  * is never changed.
  */
 export function fileStore(dir: string): Store {
-  assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
-  const advice = `only a shell replaces ~, so ${quote(dir)} would be a folder called "~": write the whole path`;
-  assert(!/^~([\\/]|$)/.test(dir), `fileStore: ${advice}`);
+  assert(
+    typeof dir === "string" && !/^(~([\\/].*)?)?$/.test(dir),
+    `fileStore: dir must be the path of a folder, such as ".oauth-state", and only a shell replaces ~, not ${
+      quote(dir)
+    }`,
+  );
   const { db, file } = openDatabase(dir);
   const sql = prepareStatements(db);
-  const watch = watchFile(db, file);
-  const changes = batch((changes: Change[]) => retry(() => writeChanges(sql, watch, changes)));
+  const watch = watchFile(sql, file);
+  const updates = batch((updates: Update[]) => retry(() => writeAll(sql, watch, updates)));
   const read = <T>(query: () => unknown): Promise<T> =>
     retry(() => {
       watch.look();
@@ -3174,21 +3181,18 @@ export function fileStore(dir: string): Store {
     });
   return {
     get: async (key) => valueOf(await read<Entry | undefined>(() => sql.select.get(key))),
-    update: (key, change, options) => changes.add({ key, change, expiresAt: options?.expiresAt }),
+    update: (...update) => updates.add(update),
     async *list(prefix) {
       const rows = await read<(Entry & { key: string })[]>(() => sql.list.all(prefix, prefix + LAST_CHARACTER));
       for (const row of rows) if (isLive(row)) yield [row.key, valueOf(row)];
     },
     version: watch.version,
     close() {
-      changes.flush();
+      updates.flush();
       db.close();
     },
   };
 }
-
-/** Behind a prefix, the end of all keys that begin with it. */
-const LAST_CHARACTER = "\u{10ffff}";
 
 /** The part of `node:sqlite` that is used here; Deno and Bun have it too. */
 interface Sqlite {
@@ -3210,25 +3214,20 @@ function prepareStatements(db: Sqlite) {
     begin: db.prepare("BEGIN IMMEDIATE"),
     commit: db.prepare("COMMIT"),
     rollback: db.prepare("ROLLBACK"),
+    dataVersion: db.prepare("PRAGMA data_version"),
   };
 }
 
-/** One `update`. */
-interface Change {
-  key: string;
-  change: (current: unknown) => unknown;
-  expiresAt: number | undefined;
-}
+type Statements = ReturnType<typeof prepareStatements>;
+
+/** The commits of all file stores in this process. */
+let commits = 0;
 
 /** Writes all changes in one transaction: the commit dominates the cost. They become durable together, or none does. */
-function writeChanges(
-  sql: ReturnType<typeof prepareStatements>,
-  watch: ReturnType<typeof watchFile>,
-  changes: Change[],
-): unknown[] {
+function writeAll(sql: Statements, { assertInPlace }: ReturnType<typeof watchFile>, updates: Update[]): unknown[] {
   let changed = false;
-  const write = ({ key, change, expiresAt }: Change): unknown => {
-    const { next, entry } = applyChange(sql.select.get(key) as Entry | undefined, change, expiresAt);
+  const write = ([key, change, options]: Update): unknown => {
+    const { next, entry } = applyChange(sql.select.get(key) as Entry | undefined, change, options);
     if (entry === undefined) return next;
     if (entry) sql.upsert.run(key, entry.value, entry.expires);
     else sql.remove.run(key);
@@ -3238,56 +3237,42 @@ function writeChanges(
   };
   // Before, because what is written to a log that was deleted may end in a file that others use by now; and after,
   // because nobody would find it there again: it must not be answered as done.
-  watch.assertInPlace();
+  assertInPlace();
   sql.begin.run();
   try {
-    const results = changes.map(write);
+    const results = updates.map(write);
     (changed ? sql.commit : sql.rollback).run();
     if (changed) commits++;
-    watch.assertInPlace();
+    assertInPlace();
     return results;
   } catch (error) {
-    try {
-      sql.rollback.run();
-    } catch {
-      // It is over: SQLite has rolled back by itself, or had committed. The error that led here is the one to report.
-    }
+    attempt(() => sql.rollback.run()); // SQLite may have done so by itself; what led here is the error to report
     throw error;
   }
 }
 
-/** The commits of all file stores in this process. */
-let commits = 0;
-/** Milliseconds for which what was seen of the files is taken to hold: on a busy server, looking costs too much. */
-const LOOK_INTERVAL = 1;
-
-/** Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. */
-function watchFile(db: Sqlite, file: string) {
+/** Watches an open state file: whether it is still the one in the folder, and whether anybody has changed it. */
+function watchFile(sql: Statements, file: string) {
   const { statSync } = nodeModule("node:fs");
-  const names = [file, `${file}-wal`, `${file}-shm`];
-  const identify = (name: string) => {
-    const found = statSync(name, { throwIfNoEntry: false });
-    return found && `${found.dev} ${found.ino}`;
-  };
-  const dataVersion = db.prepare("PRAGMA data_version");
-  const countOthers = () => Number(Object.values(dataVersion.get() as object)[0]);
+  const countOthers = () => Number(Object.values(sql.dataVersion.get() as object)[0]);
+  /** Which files the names stand for: the state, the log of its latest changes, the index of that log. */
+  const identify = () =>
+    ["", "-wal", "-shm"].map((suffix) => {
+      const found = statSync(file + suffix, { throwIfNoEntry: false });
+      return `${found?.dev} ${found?.ino}`;
+    }).join();
   let others = countOthers(); // a first read, which makes the log and its index if they are not there
-  const opened = names.map(identify);
+  const opened = identify();
   let lookedAt = -Infinity;
 
-  /** Throws if the files are not the ones that were opened. */
   function assertInPlace(): void {
-    const missing = names.find((name, i) => identify(name) !== opened[i]);
-    if (missing === undefined) return;
+    if (identify() === opened) return;
     throw new StateFileError(
-      `${
-        quote(missing)
-      } was removed or replaced while the server was running. It accepts nothing until the same file ` +
-        "is back, or until it is restarted and uses what is in the folder then",
+      `${quote(file)}, or its -wal or -shm, was removed or replaced while the server was running. It accepts nothing ` +
+        "until the same file is back, or until it is restarted and uses what is in the folder then",
     );
   }
 
-  /** Does so before a read, and sees whether another connection has committed anything. */
   function look(): void {
     const now = performance.now();
     if (now - lookedAt < LOOK_INTERVAL) return;
@@ -3296,19 +3281,25 @@ function watchFile(db: Sqlite, file: string) {
     lookedAt = now;
   }
 
-  function version(): number | undefined {
-    try {
+  // SQLite counts what other connections commit; this process counts its own, at once. Neither count ever falls, so no
+  // sum comes twice. A revocation by another process holds here a millisecond later at most: whoever uses the token
+  // within that might as well have come before the revocation. Where there is no sum, the record is read, and that says
+  // what is wrong.
+  const version = () =>
+    attempt(() => {
       look();
-      // SQLite counts what other connections commit; this process counts its own, at once. Neither count ever falls, so
-      // no sum comes twice. A revocation by another process holds here a millisecond later at most: whoever uses the
-      // token within that might as well have come before the revocation.
       return commits + others;
-    } catch {
-      return undefined; // then the record is read, and that says what is wrong
-    }
-  }
-
+    });
   return { assertInPlace, look, version };
+}
+
+/** Returns what a call returns, or nothing if it throws: for what may fail without harm. */
+function attempt<T>(call: () => T): T | undefined {
+  try {
+    return call();
+  } catch {
+    return undefined;
+  }
 }
 
 /**
@@ -3331,13 +3322,12 @@ async function retry<T>(call: () => T | Promise<T>): Promise<T> {
 class LostRace extends Error {}
 
 function isLocked(error: unknown): boolean {
-  return error instanceof LostRace ||
-    (error instanceof Error && /database (table )?is locked|busy/i.test(error.message));
+  return error instanceof LostRace || /database (table )?is locked|busy/i.test((error as Error)?.message);
 }
 
 /**
- * Collects tasks for as long as a turn of the event loop lasts, and has them performed together. One that fails does not
- * take the others with it: each is then tried alone.
+ * Collects tasks for as long as a turn of the event loop lasts, and has them performed together. One that fails does
+ * not take the others with it: each is then tried alone.
  */
 function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
   const { setImmediate } = nodeModule("node:timers");
@@ -3369,11 +3359,12 @@ function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
   return { add, flush };
 }
 
+class StateFileError extends Error {}
+
 /** Opens the state file of a folder, made if there is none; returns it with its absolute path. */
 function openDatabase(dir: string): { db: Sqlite; file: string } {
   const { DatabaseSync } = nodeModule("node:sqlite");
-  // Absolute, because the working folder may change while the file is watched.
-  const file = nodeModule("node:path").resolve(dir, "oauth.sqlite") as string;
+  const file: string = nodeModule("node:path").resolve(dir, "oauth.sqlite"); // for the working folder may change
   try {
     ensureDatabase(dir, file);
   } catch (cause) {
@@ -3401,93 +3392,65 @@ function openDatabase(dir: string): { db: Sqlite; file: string } {
   }
 }
 
-/** Sees to it that the file is there and can be written. */
+/** Sees to it that the file is there, and that it and its folder can be written. */
 function ensureDatabase(dir: string, file: string): void {
   const fs = nodeModule("node:fs");
   fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
-  clearLeftovers(dir);
-  if (!fs.existsSync(file)) {
-    // SQLite would take the log of a file that was moved away for the new one's. Looked for twice, because another
-    // process may be making the file, and then its log, at this moment.
-    if (fs.existsSync(`${file}-wal`) && !fs.existsSync(file)) {
-      throw new StateFileError(
-        `${quote(`${file}-wal`)} is there without the state file it belongs to: put oauth.sqlite back, or move the ` +
-          "-wal and -shm away as well to start anew, which ends all connections",
-      );
-    }
-    createDatabase(file);
+  // What a process left behind that was killed here; a minute is more than this takes. On Windows a virus scanner may
+  // hold such a file; then a later start clears it away.
+  for (const name of fs.readdirSync(dir)) {
+    if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-journal|-wal|-shm)?$/.test(name)) continue;
+    attempt(() => Date.now() - fs.statSync(`${dir}/${name}`).mtimeMs > MINUTE * 1000 && fs.rmSync(`${dir}/${name}`));
   }
-  fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
-  // Deno's accessSync() knows nothing of a file system that is mounted read-only.
-  const probe = temporaryName(file);
-  fs.closeSync(fs.openSync(probe, "wx", 0o600));
-  discard(probe);
+  const fresh = `${file}.${random(4)}.new`;
+  try {
+    // Deno's accessSync() knows nothing of a file system that is mounted read-only. And SQLite gives the files that it
+    // puts beside one the mode of that one.
+    fs.closeSync(fs.openSync(fresh, "wx", 0o600));
+    if (!fs.existsSync(file)) createDatabase(fresh, file);
+    fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
+  } finally {
+    for (const suffix of ["", "-journal", "-wal", "-shm"]) attempt(() => fs.rmSync(fresh + suffix, { force: true }));
+  }
 }
 
 /** Makes the file under another name and puts it in place whole: one of this name without our mark is always damage. */
-function createDatabase(file: string): void {
+function createDatabase(fresh: string, file: string): void {
   const fs = nodeModule("node:fs");
-  const { DatabaseSync } = nodeModule("node:sqlite");
-  const fresh = temporaryName(file);
-  try {
-    fs.closeSync(fs.openSync(fresh, "wx", 0o600)); // SQLite gives its side files the mode of this one
-    const db = new DatabaseSync(fresh) as Sqlite;
-    // With rows, because WITHOUT ROWID a record larger than a quarter of a page takes pages of its own. And with the log,
-    // because a kill in between would leave a journal that must be rolled back.
-    db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
-      CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
-      CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
-      PRAGMA journal_mode = WAL`);
-    db.close();
-    try {
-      fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
-    } catch {
-      // The file is there, or this file system has no hard links. Nor does "wx" replace anything; a kill in the middle
-      // leaves a damaged file, which the next start names, and in which nothing was.
-      fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
-    }
-  } catch (error) {
-    if ((error as { code?: string }).code !== "EEXIST") throw error;
-  } finally {
-    for (const suffix of ["", "-journal", "-wal", "-shm"]) discard(fresh + suffix);
+  // SQLite would take the log of a file that was moved away for the new one's. Looked for twice, because another
+  // process may be making the file, and then its log, at this moment.
+  if (fs.existsSync(`${file}-wal`) && !fs.existsSync(file)) {
+    throw new StateFileError(
+      `${quote(`${file}-wal`)} is there without the state file it belongs to: put oauth.sqlite back, or move the ` +
+        "-wal and -shm away as well to start anew, which ends all connections",
+    );
   }
-}
-
-function temporaryName(file: string): string {
-  return `${file}.${random(4)}.new`;
-}
-
-/** Removes a file that nobody needs. On Windows a virus scanner may hold it; then a later start clears it away. */
-function discard(file: string): void {
+  const db: Sqlite = new (nodeModule("node:sqlite").DatabaseSync)(fresh);
+  // With rows, because WITHOUT ROWID a record larger than a quarter of a page takes pages of its own. And with the log,
+  // because a kill in between would leave a journal that must be rolled back.
+  db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
+    CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
+    CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
+    PRAGMA journal_mode = WAL`);
+  db.close();
   try {
-    nodeModule("node:fs").rmSync(file, { force: true });
+    fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
   } catch {
-    // It has a temporary name, which clearLeftovers() knows.
+    if (fs.existsSync(file)) return;
+    // A file system without hard links. "wx" replaces nothing either; a kill in the middle of it leaves a damaged file,
+    // which the next start names, and in which nothing was.
+    fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
   }
 }
-
-/** Removes what a process left behind that was killed while it made the file; a minute is more than that takes. */
-function clearLeftovers(dir: string): void {
-  const fs = nodeModule("node:fs");
-  for (const name of fs.readdirSync(dir)) {
-    if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-journal|-wal|-shm)?$/.test(name)) continue;
-    const path = `${dir}/${name}`;
-    const { mtimeMs } = fs.statSync(path, { throwIfNoEntry: false }) ?? { mtimeMs: Infinity };
-    if (Date.now() - mtimeMs > MINUTE * 1000) discard(path);
-  }
-}
-
-class StateFileError extends Error {}
 
 /**
- * Throws unless this is a sound state file of ours. Opened only for reading, because SQLite may change a damaged file, or
- * take in its log, as soon as it may write. And by SQLite, because what is in the log counts, and because to close a file
- * that was opened in any other way takes away the locks that another store in this process has on it (POSIX).
+ * Throws unless this is a sound state file of ours. Opened only for reading, because SQLite may change a damaged file,
+ * or take in its log, as soon as it may write. And by SQLite, because what is in the log counts, and because closing a
+ * file that was opened in any other way takes away the locks that another store in this process has on it (POSIX).
  */
 function checkFile(file: string): void {
-  const { DatabaseSync } = nodeModule("node:sqlite");
   if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
-  const db = new DatabaseSync(file, { readOnly: true }) as Sqlite;
+  const db: Sqlite = new (nodeModule("node:sqlite").DatabaseSync)(file, { readOnly: true });
   const pragma = (name: string) => Object.values(db.prepare(`PRAGMA ${name}`).get() as object)[0];
   const refuse = (why: string) => {
     throw new StateFileError(`${quote(file)} ${why}, or give fileStore() another folder. The file was left as it is`);
@@ -3535,17 +3498,16 @@ export function kvStore(kv: KvLike): Store {
   assert(typeof kv?.atomic === "function", "kvStore needs an open Deno.Kv: kvStore(await Deno.openKv())");
   const path = (key: string) => ["personal-auth", key];
 
-  async function compareAndSet(key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) {
+  async function compareAndSet(...[key, change, options]: Update): Promise<unknown> {
     const { value, versionstamp } = await kv.get(path(key));
-    const { next, entry } = applyChange(decodeEntry(key, value), change, expiresAt);
+    const { next, entry } = applyChange(decodeEntry(key, value), change, options);
     if (entry === undefined) return next;
     const atomic = kv.atomic().check({ key: path(key), versionstamp });
     if (entry === null) atomic.delete(path(key));
     else {
-      // Our own expiry is in the value, because KV's may be a minute late.
-      const left = entry.expires === null ? undefined : entry.expires - seconds() + EXPIRED_KV_KEPT;
-      const options = left === undefined ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
-      atomic.set(path(key), encodeEntry(key, entry), options);
+      const left = (entry.expires ?? Infinity) - seconds() + EXPIRED_KV_KEPT;
+      const expireIn = Math.max(0, Math.ceil(left * 1000));
+      atomic.set(path(key), encodeEntry(key, entry), left === Infinity ? {} : { expireIn });
     }
     if (!(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
     return next;
@@ -3555,19 +3517,21 @@ export function kvStore(kv: KvLike): Store {
   return {
     get: (key) => retry(async () => valueOf(decodeEntry(key, (await kv.get(path(key))).value))),
     // One after the other within this process, so that only other processes are raced against.
-    update: (key, change, options) => inTurn(key, () => retry(() => compareAndSet(key, change, options?.expiresAt))),
+    update: (...update) => inTurn(update[0], () => retry(() => compareAndSet(...update))),
     async *list(prefix) {
-      for await (const found of kv.list({ start: path(prefix), end: path(prefix + LAST_CHARACTER) })) {
-        const key = String(found.key[1]);
-        const value = valueOf(decodeEntry(key, found.value));
-        if (value !== undefined) yield [key, value];
+      for await (const { key, value } of kv.list({ start: path(prefix), end: path(prefix + LAST_CHARACTER) })) {
+        const entry = decodeEntry(String(key[1]), value);
+        if (isLive(entry)) yield [String(key[1]), valueOf(entry)];
       }
     },
     close: () => kv.close(),
   };
 }
 
-/** Writes `[expires, value]` as JSON in UTF-8: of all that a KV takes, only bytes are the same in every version of V8. */
+/**
+ * Writes `[expires, value]` as JSON in UTF-8. Only bytes are the same in every version of V8; and the expiry is in
+ * them, because KV's own may be a minute late.
+ */
 function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
   const bytes = utf8.encode(`[${JSON.stringify(expires)},${value}]`);
   if (bytes.length <= MAX_KV_BYTES) return bytes;
@@ -3576,14 +3540,12 @@ function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
 
 function decodeEntry(key: string, bytes: unknown): Entry | undefined {
   if (bytes === null) return undefined; // what KV answers for a key that is not there
-  try {
-    const [expires, value] = JSON.parse(new TextDecoder().decode(bytes as Uint8Array));
-    assert(value !== undefined && (expires === null || typeof expires === "number"), "It is not [expires, value]");
-    return { expires, value: JSON.stringify(value) };
-  } catch (cause) {
-    const found = `The value of ["personal-auth", ${quote(key)}] in the Deno.Kv was not written by personal-auth`;
-    throw new Error(`${found} and was left as it is: delete it, or open another KV`, { cause });
+  const pair = attempt(() => JSON.parse(new TextDecoder().decode(bytes as Uint8Array)));
+  if (Array.isArray(pair) && pair.length === 2 && (pair[0] === null || typeof pair[0] === "number")) {
+    return { expires: pair[0], value: JSON.stringify(pair[1]) };
   }
+  const found = `The value of ["personal-auth", ${quote(key)}] in the Deno.Kv was not written by personal-auth`;
+  throw new Error(`${found} and was left as it is: delete it, or open another KV`);
 }
 
 /** Runs the tasks of one key one after the other, and forgets a key that has none. */
@@ -3592,9 +3554,9 @@ function queue(): <T>(key: string, task: () => Promise<T>) => Promise<T> {
   return (key, task) => {
     const turn = (last.get(key) ?? Promise.resolve()).then(task);
     // A task that never ends must not hold up its key for ever: who waits for it has been answered by then.
-    const done = withDeadline(turn).catch(() => {}).then(() => {
-      if (last.get(key) === done) last.delete(key);
-    });
+    const done: Promise<unknown> = withDeadline(turn).catch(() => {}).then(() =>
+      last.get(key) === done && last.delete(key)
+    );
     last.set(key, done);
     return turn;
   };
@@ -3612,8 +3574,8 @@ function withDeadline<T>(answer: Promise<T>): Promise<T> {
 }
 
 /**
- * Makes the store what the rest of the server sees of it: when it fails, or does not answer in time, the owner is told in
- * full and the wire gets a 503.
+ * Makes the store what the rest of the server sees of it: when it fails, or does not answer in time, the owner is told
+ * in full and the wire gets a 503.
  */
 function guardStore(store: Store, emit: Emit): Store {
   async function guarded<T>(ask: () => Promise<T>): Promise<T> {
@@ -3621,28 +3583,28 @@ function guardStore(store: Store, emit: Emit): Store {
       return await withDeadline(promiseTry(ask));
     } catch (cause) {
       emit("server_error", "the store failed", { cause });
-      throw new OAuthError("server_error", "The server cannot reach its state; try again", {
-        status: 503,
-        headers: { "Retry-After": "5" },
-      });
+      const headers = { "Retry-After": "5" };
+      throw new OAuthError("server_error", "The server cannot reach its state; try again", { status: 503, headers });
     }
   }
 
-  async function update(key: string, change: (current: unknown) => unknown, options?: { expiresAt?: number }) {
+  function update(...[key, change, options]: Update): Promise<unknown> {
     let answered = false;
-    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where the change was
-    // computed in time and only its commit comes late, it is as if the answer had got lost on the way, which does no harm:
-    // a refresh or an approval is repeated with the same result, a code or a token without a holder opens nothing to
-    // anybody, and what was to end has ended.
+    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where the change
+    // was computed in time and only its commit comes late, it is as if the answer had got lost on the way. That does no
+    // harm: a refresh or an approval is repeated with the same result, a code or a token that nobody was given opens
+    // nothing, and what was to end has ended.
     const inTime = (current: unknown) => {
       assert(!answered, "the store came back after the request was answered: nothing was changed");
       return change(current);
     };
-    try {
-      return await guarded(() => store.update(key, inTime, options));
-    } finally {
-      answered = true;
-    }
+    return guarded(() => store.update(key, inTime, options)).finally(() => answered = true);
+  }
+
+  async function listAll(prefix: string): Promise<[string, unknown][]> {
+    const entries: [string, unknown][] = [];
+    for await (const entry of store.list(prefix)) entries.push(entry);
+    return entries;
   }
 
   return {
@@ -3650,11 +3612,7 @@ function guardStore(store: Store, emit: Emit): Store {
     get: (key) => guarded(() => store.get(key)),
     update,
     async *list(prefix) {
-      yield* await guarded(async () => {
-        const entries: [string, unknown][] = [];
-        for await (const entry of store.list(prefix)) entries.push(entry);
-        return entries;
-      });
+      yield* await guarded(() => listAll(prefix));
     },
   };
 }
