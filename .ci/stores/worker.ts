@@ -28,6 +28,11 @@ export class Vault {
     app.get("/mcp", (c) => c.json(c.var.auth.extra)); // a quick call, for checks
     app.post("/mcp", (c) => handleMcp(c.req.raw));
     if (!env.CHECKS) return;
+    app.post("/test/clock", async (c) => {
+      const { ahead } = await c.req.json();
+      Date.now = () => new Date().getTime() + ahead * 1000;
+      return c.json({ now: Date.now() / 1000 });
+    });
     app.post("/test/token", async (c) => c.json(await auth.createToken(await c.req.json())));
     app.post("/test/revoke", async (c) => c.json({ revoked: await auth.revoke((await c.req.json()).id) }));
     if (WITH_CONTRACT) {
