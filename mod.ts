@@ -3882,7 +3882,6 @@ type Update = Parameters<Store["update"]>;
 /** What is kept of a key. The value is JSON, so that nobody can change what is stored by holding on to an object. */
 interface Entry {
   value: string;
-  /** In seconds since the epoch. */
   expires: number | null;
 }
 
@@ -3890,7 +3889,6 @@ function isLive(entry: Entry | undefined): entry is Entry {
   return entry !== undefined && (entry.expires === null || entry.expires > seconds());
 }
 
-/** Returns the value of an entry, or `undefined` if there is none or it has expired. */
 function valueOf(entry: Entry | undefined): unknown {
   return isLive(entry) ? JSON.parse(entry.value) : undefined;
 }
@@ -3906,22 +3904,18 @@ function applyChange(found: Entry | undefined, [, change, options]: Update): [ne
   return [next, { value: JSON.stringify(next), expires: options?.expiresAt ?? live?.expires ?? null }];
 }
 
-/** So many expired entries are kept, the latest: a clock that jumped ahead and back must not cost a connection. */
-const EXPIRED_KEPT = 1000;
-/** "mcpa" in ASCII: the `application_id` that marks a file as ours. */
-const APPLICATION_ID = 0x6d637061;
-/** The `user_version` of a file: which tables it has. */
-const FORMAT = 2;
-/** Seconds that a read or a write waits for a lock of another process. */
-const LOCK_PATIENCE = 5;
-/** Behind a prefix, the end of all keys that begin with it. */
-const LAST_CHARACTER = "\u{10ffff}";
+const APPLICATION_ID = 0x6d637061; // "mcpa" in ASCII: marks a file as ours
+const FORMAT = 2; // which tables a file has
+const EXPIRED_KEPT = 1000; // entries, the latest: a clock that jumped ahead and back must not cost a connection
+const LOCK_PATIENCE = 5; // seconds that a call waits for a lock of another process
+const LOOK_INTERVAL = 1; // millisecond for which a look at the files holds: to look each time would cost too much
+const LAST_CHARACTER = "\u{10ffff}"; // behind a prefix, the end of all keys that begin with it
 
 /**
  * Keeps state in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by `node:sqlite`, which Deno, Bun and Node
- * all have. What `update` has answered survives `kill -9` and a power cut; updates that come at the same time share a
- * commit. Several processes on one machine may share the folder, but not over a network file system. If the file is
- * removed or replaced while it is in use, every call throws until the same file is back or the server is restarted.
+ * all have. What `update` has answered survives `kill -9` and a power cut. Several processes on one machine may share the
+ * folder, but not over a network file system. If the file is removed or replaced while it is in use, every call throws
+ * until the same file is back or the server is restarted.
  *
  * @throws {Error} if the folder cannot be written, or the file is damaged, of another format, or not ours. Such a file
  * is never changed.
@@ -3933,12 +3927,19 @@ export function fileStore(dir: string): Store {
   const { db, file } = openStateFile(dir);
   const sql = prepareStatements(db);
   const watch = watchFile(db, file);
-  const updates = batch((updates: Update[]) => retry(() => writeTogether(sql, watch, updates)));
   const read = <T>(query: () => unknown): Promise<T> =>
     retry(() => {
       watch.look();
       return query() as T;
     });
+  const updates = batch((updates: Update[]) =>
+    retry(() => {
+      watch.assertInPlace(); // what is written to a deleted log may end in a file that others use by now
+      const answers = writeTogether(sql, updates);
+      watch.assertInPlace(); // what was written to one is not there after a restart: it must not be answered as done
+      return answers;
+    })
+  );
   return {
     get: async (key) => valueOf(await read<Entry | undefined>(() => sql.select.get(key))),
     update: (...update) => updates.add(update),
@@ -3957,7 +3958,8 @@ export function fileStore(dir: string): Store {
 /** The part of `node:sqlite` that is used here. */
 interface Sqlite {
   exec(sql: string): void;
-  prepare(sql: string): Record<"get" | "all" | "run", (...values: unknown[]) => unknown>;
+  // deno-lint-ignore no-explicit-any
+  prepare(sql: string): Record<"get" | "all" | "run", (...values: unknown[]) => any>;
   close(): void;
 }
 
@@ -3981,77 +3983,64 @@ function prepareStatements(db: Sqlite) {
 let commits = 0;
 
 /** Performs all updates in one transaction, because the commit dominates the cost. All become durable, or none does. */
-function writeTogether(
-  sql: ReturnType<typeof prepareStatements>,
-  watch: ReturnType<typeof watchFile>,
-  updates: Update[],
-): unknown[] {
+function writeTogether(sql: ReturnType<typeof prepareStatements>, updates: Update[]): unknown[] {
   let changed = false;
-  function write(update: Update): unknown {
-    const [key] = update;
-    const [next, entry] = applyChange(sql.select.get(key) as Entry | undefined, update);
-    if (entry === undefined) return next;
-    changed = true;
-    if (entry) sql.upsert.run(key, entry.value, entry.expires);
-    else sql.remove.run(key);
-    sql.sweep.run(seconds());
-    return next;
-  }
-  // Before, because what is written to a deleted log may end in a file that others use by now; and after, because nobody
-  // would find it there again: it must not be answered as done.
-  watch.assertInPlace();
   sql.begin.run();
   try {
-    const results = updates.map(write);
-    (changed ? sql.commit : sql.rollback).run();
+    const answers = updates.map((update) => {
+      const [key] = update;
+      const [next, entry] = applyChange(sql.select.get(key), update);
+      if (entry === undefined) return next;
+      changed = true;
+      if (entry) sql.upsert.run(key, entry.value, entry.expires);
+      else sql.remove.run(key);
+      sql.sweep.run(seconds());
+      return next;
+    });
+    sql.commit.run();
     if (changed) commits++;
-    watch.assertInPlace();
-    return results;
+    return answers;
   } catch (error) {
     try {
       sql.rollback.run();
     } catch {
-      // SQLite has rolled back by itself, or had committed. The first error is the one to report.
+      // SQLite has rolled back by itself. The first error is the one to report.
     }
     throw error;
   }
 }
 
-/** Milliseconds for which a look at the files is taken to hold: on a busy server, looking each time costs too much. */
-const LOOK_INTERVAL = 1;
-
 /** Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. */
 function watchFile(db: Sqlite, file: string) {
   const { statSync } = nodeModule("node:fs");
-  const dataVersion = db.prepare("PRAGMA data_version");
-  const countOthers = () => Number(firstColumn(dataVersion.get()));
-  let others = countOthers(); // a first read, which makes the log and its index if they are not there
-  let lookedAt = -Infinity;
   const identify = (name: string) => {
     const found = statSync(name, { throwIfNoEntry: false });
-    return found && `${found.dev} ${found.ino}`;
+    return `${found?.dev} ${found?.ino}`;
   };
-  const opened = [file, `${file}-wal`, `${file}-shm`].map((name) => ({ name, identity: identify(name) }));
+  const dataVersion = db.prepare("PRAGMA data_version"); // counts what other connections commit
+  let others: number = dataVersion.get().data_version; // a first read also makes the log and its index
+  let lookedAt = -Infinity;
+  const names = [file, `${file}-wal`, `${file}-shm`];
+  const opened = names.map(identify);
 
   function assertInPlace(): void {
-    const missing = opened.find(({ name, identity }) => identify(name) !== identity);
-    if (missing) throw new StateFileError(missing.name, STATE_FAULTS.replaced);
+    const missing = names.find((name, i) => identify(name) !== opened[i]);
+    if (missing) throw new StateFileError(missing, STATE_FAULTS.replaced);
   }
 
   function look(): void {
     const now = performance.now();
     if (now - lookedAt < LOOK_INTERVAL) return;
     assertInPlace();
-    others = countOthers();
+    others = dataVersion.get().data_version;
     lookedAt = now;
   }
 
   function version(): number | undefined {
     try {
       look();
-      // SQLite counts the commits of other connections; this process counts its own, at once. Neither count ever falls,
-      // so no sum comes twice. A revocation by another process holds here a millisecond later at most: whoever uses the
-      // token within that might as well have come before the revocation.
+      // Neither count ever falls, so no sum comes twice. A revocation by another process holds here a millisecond later:
+      // whoever uses the token within that might as well have come before the revocation.
       return commits + others;
     } catch {
       return undefined; // then the record is read, and that says what is wrong
@@ -4091,47 +4080,43 @@ function isLocked(error: unknown): boolean {
  */
 function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
   const { setImmediate } = nodeModule("node:timers");
-  let waiting: { task: Task; answer: (result: Promise<Result>) => void }[] = [];
+  let tasks: Task[] = [];
+  let results = Promise.withResolvers<Result[]>();
 
   function flush(): void {
-    if (waiting.length === 0) return;
-    const together = waiting;
-    waiting = [];
-    const results = perform(together.map(({ task }) => task));
-    for (const [i, { task, answer }] of together.entries()) {
-      const alone = async (error: unknown) => {
-        if (isLocked(error)) throw error; // a lock concerns them all, and each has waited long enough for it
-        return (await perform([task]))[0]!;
-      };
-      answer(results.then((results) => results[i]!, alone));
-    }
+    if (tasks.length === 0) return;
+    const [together, { resolve }] = [tasks, results];
+    [tasks, results] = [[], Promise.withResolvers()];
+    resolve(perform(together));
   }
 
-  function add(task: Task): Promise<Result> {
-    if (waiting.length === 0) setImmediate(flush);
-    return new Promise((answer) => waiting.push({ task, answer }));
+  async function add(task: Task): Promise<Result> {
+    if (tasks.length === 0) setImmediate(flush);
+    const position = tasks.push(task) - 1;
+    try {
+      return (await results.promise)[position]!;
+    } catch (error) {
+      if (isLocked(error)) throw error; // a lock concerns them all, and each has waited long enough for it
+      return (await perform([task]))[0]!;
+    }
   }
 
   return { add, flush };
 }
 
-/** What can be wrong with the state, and what the owner can do about it. The path of the file or folder stands before. */
+/** What can be wrong with the state file, and what the owner can do about it. Its path stands before. */
 const STATE_FAULTS = {
-  forbidden: "cannot be written, because Deno was started without a permission",
-  unwritable: "cannot be written: make it writable for this user and see that there is room, or give fileStore() " +
-    "another folder",
-  orphanedLog: "is there without the state file it belongs to: put oauth.sqlite back, or move the -wal and -shm away " +
-    "as well to start anew, which ends all connections",
+  forbidden: "cannot be written: Deno was started without a permission.",
+  unwritable: "cannot be written: make it writable for this user, with its folder, and see that there is room",
+  orphanedLog: "is there without the state file it belongs to: put that back, or move the -wal and -shm away as well",
   damaged:
     "cannot be read and was left as it is. Move it away, with its -wal and -shm beside it, and put a backup in " +
     "its place, or start anew, which ends all connections",
-  foreign:
-    "is not a state file of this program and was left as it is: move it away, or give fileStore() another folder",
-  format: `and was left as it is. This version reads format ${FORMAT}: if a newer version of personal-auth wrote the ` +
-    "file, update mod.ts, or give fileStore() another folder",
+  foreign: "is not a state file of this program and was left as it is: move it away, or choose another folder",
+  format:
+    `and was left as it is. If a newer version of personal-auth wrote it, update mod.ts, or choose another folder`,
   replaced:
-    "was removed or replaced while the server was running. It accepts nothing until the same file is back, or " +
-    "until it is restarted and uses what is in the folder then",
+    "was removed or replaced while in use: nothing works until the same file is back or the server is restarted",
 };
 
 class StateFileError extends Error {
@@ -4142,31 +4127,29 @@ class StateFileError extends Error {
 
 /** Opens the state file of a folder, made if there is none; returns it with its absolute path. */
 function openStateFile(dir: string): { db: Sqlite; file: string } {
-  nodeModule("node:sqlite"); // so that a runtime without it is not reported as a fault of the folder
+  nodeModule("node:sqlite"); // so that a runtime without it is not reported as a fault of the file
   // Absolute, because the working folder may change while the file is watched.
-  const file = nodeModule("node:path").resolve(dir, "oauth.sqlite") as string;
+  const file: string = nodeModule("node:path").resolve(dir, "oauth.sqlite");
+  let fault = STATE_FAULTS.unwritable;
   try {
     ensureStateFile(dir, file);
-  } catch (cause) {
-    if (cause instanceof StateFileError) throw cause;
-    const { name, message } = cause as Error; // Deno's message names the flag
-    const fault = name === "NotCapable" ? `${STATE_FAULTS.forbidden}. ${message}` : STATE_FAULTS.unwritable;
-    throw new StateFileError(dir, fault, { cause });
-  }
-  try {
+    fault = STATE_FAULTS.damaged;
     checkStateFile(file);
     const db = openSqlite(file);
     db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
     return { db, file };
   } catch (cause) {
-    throw cause instanceof StateFileError ? cause : new StateFileError(file, STATE_FAULTS.damaged, { cause });
+    if (cause instanceof StateFileError) throw cause;
+    const { name, message } = cause as Error;
+    if (name === "NotCapable") fault = `${STATE_FAULTS.forbidden} ${message}`; // Deno's message names the flag
+    throw new StateFileError(file, fault, { cause });
   }
 }
 
 /** Opens an SQLite file. At the start SQLite itself waits for locks; later retry() does, without stopping the server. */
 function openSqlite(file: string, options = {}): Sqlite {
   const { DatabaseSync } = nodeModule("node:sqlite");
-  const db = new DatabaseSync(file, options) as Sqlite;
+  const db: Sqlite = new DatabaseSync(file, options);
   db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
   return db;
 }
@@ -4175,21 +4158,20 @@ function openSqlite(file: string, options = {}): Sqlite {
 function ensureStateFile(dir: string, file: string): void {
   const fs = nodeModule("node:fs");
   fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
-  clearLeftovers(dir);
   const fresh = `${file}.${random(4)}.new`;
   try {
     // Always, because Deno's accessSync() knows nothing of a file system that is mounted read-only. With this mode,
     // because SQLite gives its side files the mode of the file.
     fs.closeSync(fs.openSync(fresh, "wx", 0o600));
-    if (!fs.existsSync(file)) {
-      // SQLite would take the log of a file that was moved away for the new one's. Looked for twice, because another
-      // process may be making the file, and then its log, at this moment.
-      const isOrphaned = fs.existsSync(`${file}-wal`) && !fs.existsSync(file);
-      if (isOrphaned) throw new StateFileError(`${file}-wal`, STATE_FAULTS.orphanedLog);
-      createStateFile(fresh, file);
-    }
+    // SQLite would take the log of a file that was moved away for the new one's. The file is looked for twice, because
+    // another process may be making it, and then its log, at this moment.
+    const isOrphaned = !fs.existsSync(file) && fs.existsSync(`${file}-wal`) && !fs.existsSync(file);
+    if (isOrphaned) throw new StateFileError(`${file}-wal`, STATE_FAULTS.orphanedLog);
+    if (!fs.existsSync(file)) createStateFile(fresh, file);
+  } catch (error) {
+    if ((error as { code?: string }).code !== "EEXIST") throw error; // another process was faster
   } finally {
-    for (const suffix of ["", "-journal", "-wal", "-shm"]) discard(fresh + suffix);
+    removeTemporaryFiles(dir, fresh);
   }
   fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
 }
@@ -4210,30 +4192,22 @@ function createStateFile(fresh: string, file: string): void {
   } catch {
     // The file is there, or this file system has no hard links. Nor does "wx" replace anything; a kill in the middle
     // leaves a damaged file, which the next start names, and in which nothing was.
-    try {
-      fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
-    } catch (error) {
-      if ((error as { code?: string }).code !== "EEXIST") throw error;
-    }
+    fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
   }
 }
 
-/** Removes what a process left behind that was killed while it made the file; a minute is more than that takes. */
-function clearLeftovers(dir: string): void {
+/** Removes what was made for this start, and what a killed one left behind; a minute is more than a start takes. */
+function removeTemporaryFiles(dir: string, fresh: string): void {
   const fs = nodeModule("node:fs");
   for (const name of fs.readdirSync(dir)) {
-    if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-journal|-wal|-shm)?$/.test(name)) continue;
-    const found = fs.statSync(`${dir}/${name}`, { throwIfNoEntry: false });
-    if (found && Date.now() - found.mtimeMs > MINUTE * 1000) discard(`${dir}/${name}`);
-  }
-}
-
-/** Removes a temporary file. On Windows a virus scanner may hold it; then a later start clears it away. */
-function discard(file: string): void {
-  try {
-    nodeModule("node:fs").rmSync(file, { force: true });
-  } catch {
-    // clearLeftovers() knows its name
+    const [temporary] = /^oauth\.sqlite\.[0-9a-f]{8}\.new(?=(-journal|-wal|-shm)?$)/.exec(name) ?? [];
+    if (!temporary) continue;
+    try {
+      const isOld = Date.now() - fs.statSync(`${dir}/${name}`).mtimeMs > MINUTE * 1000;
+      if (isOld || fresh.endsWith(temporary)) fs.rmSync(`${dir}/${name}`);
+    } catch {
+      // It is gone; or a virus scanner holds it (Windows), and a later start clears it away.
+    }
   }
 }
 
@@ -4245,21 +4219,19 @@ function discard(file: string): void {
 function checkStateFile(file: string): void {
   if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
   const db = openSqlite(file, { readOnly: true });
-  const pragma = (name: string) => firstColumn(db.prepare(`PRAGMA ${name}`).get());
+  const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).get()[name];
   try {
     if (pragma("application_id") !== APPLICATION_ID) throw new StateFileError(file, STATE_FAULTS.foreign);
     const format = pragma("user_version");
-    if (format !== FORMAT) throw new StateFileError(file, `has format ${format} ${STATE_FAULTS.format}`);
+    if (format !== FORMAT) {
+      throw new StateFileError(file, `has format ${format}, not ${FORMAT}, ${STATE_FAULTS.format}`);
+    }
     const verdict = pragma("quick_check");
-    if (verdict !== "ok") throw new Error(String(verdict));
+    if (verdict !== "ok") throw new Error(verdict);
     db.prepare("SELECT key FROM entries");
   } finally {
     db.close();
   }
-}
-
-function firstColumn(row: unknown): unknown {
-  return Object.values(row as object)[0];
 }
 
 /** The part of a `Deno.Kv` that is used here, so that no Deno type is named. */
@@ -4332,9 +4304,10 @@ export function kvStore(kv: KvLike): Store {
 
 /** Writes `[expires, value]` as JSON in UTF-8: of all that a KV takes, only bytes are the same in every version of V8. */
 function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
-  const bytes = utf8.encode(`[${JSON.stringify(expires)},${value}]`);
-  if (bytes.length <= MAX_KV_BYTES) return bytes;
-  throw new Error(`${quote(key)} would take ${bytes.length} bytes, and a Deno.Kv holds ${MAX_KV_BYTES} in a value`);
+  const bytes = utf8.encode(`[${expires},${value}]`);
+  const size = `${bytes.length} bytes, and a Deno.Kv holds ${MAX_KV_BYTES} in a value`;
+  assert(bytes.length <= MAX_KV_BYTES, `${quote(key)} would take ${size}`);
+  return bytes;
 }
 
 function decodeEntry(key: string, bytes: unknown): Entry | undefined {
@@ -4376,17 +4349,21 @@ function withDeadline<T>(answer: Promise<T>): Promise<T> {
 
 /** Wraps the store for the rest of the server: if it fails or is too slow, the owner is told and the wire gets a 503. */
 function guardStore(store: Store, emit: Emit): Store {
-  async function guarded<T>(ask: (assertInTime: () => void) => Promise<T>): Promise<T> {
+  const unavailable = { status: 503 as const, headers: { "Retry-After": "5" } };
+  async function guarded<T>(ask: (inTime: (change: Update[1]) => Update[1]) => Promise<T>): Promise<T> {
     let answered = false;
-    const assertInTime = () => assert(!answered, "the store was too late: nothing was changed");
+    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where only the commit
+    // comes late, the answer was lost on the way, which does no harm: a refresh or an approval is repeated with the same
+    // result, a code or a token without a holder opens nothing to anybody, and what was to end has ended.
+    const inTime = (change: Update[1]) => (current: unknown) => {
+      assert(!answered, "the store came back after the request was answered: nothing was changed");
+      return change(current);
+    };
     try {
-      return await withDeadline(promiseTry(() => ask(assertInTime)));
+      return await withDeadline(promiseTry(() => ask(inTime)));
     } catch (cause) {
       emit("server_error", "the store failed", { cause });
-      throw new OAuthError("server_error", "The server cannot reach its state; try again", {
-        status: 503,
-        headers: { "Retry-After": "5" },
-      });
+      throw new OAuthError("server_error", "The server cannot reach its state; try again", unavailable);
     } finally {
       answered = true;
     }
@@ -4395,24 +4372,9 @@ function guardStore(store: Store, emit: Emit): Store {
   return {
     ...(store.version && { version: () => store.version!() }),
     get: (key) => guarded(() => store.get(key)),
-    update: (key, change, options) =>
-      guarded((assertInTime) => {
-        // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where only the
-        // commit comes late, it is as if the answer had got lost on the way, which does no harm: a refresh or an
-        // approval is repeated with the same result, a code or a token without a holder opens nothing to anybody, and
-        // what was to end has ended.
-        const changeInTime = (current: unknown) => {
-          assertInTime();
-          return change(current);
-        };
-        return store.update(key, changeInTime, options);
-      }),
+    update: (key, change, options) => guarded((inTime) => store.update(key, inTime(change), options)),
     async *list(prefix) {
-      yield* await guarded(async () => {
-        const entries: [string, unknown][] = [];
-        for await (const entry of store.list(prefix)) entries.push(entry);
-        return entries;
-      });
+      yield* await guarded(() => Array.fromAsync(store.list(prefix)));
     },
   };
 }
