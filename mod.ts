@@ -1650,6 +1650,8 @@ interface Target {
 
 /** What the owner is asked to approve. */
 interface AuthorizationRequest extends Target {
+  /** The query, word for word. */
+  encoded: string;
   scopes: string[];
   code_challenge: string;
 }
@@ -1661,79 +1663,65 @@ const MAX_REQUEST_LENGTH = 16 * 1024;
  *
  * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1 | OAuth 2.1 §4.1}
  */
-function showConsent(server: Server, c: Context): Promise<Response> {
+async function showConsent(server: Server, c: Context): Promise<Response> {
   const encoded = c.req.url.split("?").slice(1).join("?").split("#")[0]!; // not new URL(): a hostile Host breaks it
-  return withRequest(server, c, encoded, async (request) => {
-    const session = await readSession(server, c);
-    if (session.answer) return session.answer;
-    if (session.who === "stranger") return strangerPage(server, c);
-    noteAttempt(server, request.client, { shown: seconds() });
-    return await askOwner(server, c, request, encoded, session);
-  });
+  const request = await readRequest(server, c, encoded);
+  if (request instanceof Response) return request;
+  const session = await readSession(server, c);
+  if (session.answer) return session.answer;
+  if (session.who === "stranger") return strangerPage(server, c);
+  noteAttempt(server, request.client, { shown: seconds() });
+  return await askOwner(server, c, request, session);
 }
 
 /** Carries out the owner's decision. The form holds the request word for word, and it is checked again from the start. */
 async function decideConsent(server: Server, c: Context): Promise<Response> {
   const form = await readForm(c);
-  const encoded = form.get("request") ?? "";
-  const csrf = form.get("csrf") ?? "";
-  const decision = form.get("decision");
+  const [encoded, csrf] = [form.get("request") ?? "", form.get("csrf") ?? ""];
+  const decision = form.get("decision") ?? "";
   const session = await readSession(server, c);
   if (session.answer) return session.answer;
-  const isKnown = decision === "approve" || decision === "approve_elsewhere" || decision === "deny";
+  const isKnown = ["approve", "approve_elsewhere", "deny"].includes(decision);
   if (!isKnown || !await checkCsrf(server, session.browser, encoded, csrf)) {
     return await askAgain(server, c, encoded, csrf, session);
   }
-  return await withRequest(server, c, encoded, async (request) => {
-    const { client, redirect_uri } = request;
-    const clientName = client.name;
-    // Only the address of a loopback listener is ever shown: any other app is reached from here, and its code is no
-    // text that somebody could be talked into sending on.
-    const elsewhere = decision === "approve_elsewhere";
-    if (elsewhere && !isLocal(new URL(redirect_uri))) {
-      throw new OAuthError("invalid_request", "This app can be reached from this browser");
-    }
-    if (decision === "deny") {
-      server.emit("connection_denied", "the request was denied", { clientName });
-      noteAttempt(server, client, { denied: seconds() });
-      const error_description = "The owner denied the request";
-      return redirectBack(server, c, request, { error: "access_denied", error_description });
-    }
-    const problem = await signIn(server, c, session, form.get("password") ?? "");
-    if (problem) return await askOwner(server, c, request, encoded, session, { csrf, problem });
-    const { code, repeated } = (await approve(server, csrf, request))!;
-    if (!repeated) server.emit("connection_approved", `approved for ${redirect_uri}`, { clientName });
-    if (elsewhere && code) return elsewherePage(server, c, answerUri(server, request, { code }));
-    if (repeated) return answeredPage(server, c, clientName, code && answerUri(server, request, { code }));
-    return redirectBack(server, c, request, { code: code! });
-  });
+  const request = await readRequest(server, c, encoded);
+  if (request instanceof Response) return request;
+  const { client, redirect_uri } = request;
+  const clientName = client.name;
+  // Only the address of a loopback listener is ever shown: any other app is reached from here, and its code is no text
+  // that somebody could be talked into sending on.
+  const elsewhere = decision === "approve_elsewhere";
+  if (elsewhere && !isLocal(new URL(redirect_uri))) throw invalidRequest("This app can be reached from this browser");
+  if (decision === "deny") {
+    server.emit("connection_denied", "the request was denied", { clientName });
+    noteAttempt(server, client, { denied: seconds() });
+    const error_description = "The owner denied the request";
+    return redirectBack(server, c, request, { error: "access_denied", error_description });
+  }
+  const problem = await signIn(server, c, session, form.get("password") ?? "");
+  if (problem) return await askOwner(server, c, request, session, { csrf, problem });
+  const { code, repeated } = (await approve(server, csrf, request))!;
+  if (!repeated) server.emit("connection_approved", `approved for ${redirect_uri}`, { clientName });
+  if (elsewhere && code) return elsewherePage(server, c, answerUri(server, request, { code }));
+  if (repeated) return answeredPage(server, c, clientName, code && answerUri(server, request, { code }));
+  return redirectBack(server, c, request, { code: code! });
 }
 
-/** Runs with a checked request. A faulty one is answered to the client, or on a page if nobody can be trusted with it. */
-async function withRequest(
-  server: Server,
-  c: Context,
-  encoded: string,
-  then: (request: AuthorizationRequest) => Promise<Response>,
-): Promise<Response> {
-  let target: Target;
-  let params: URLSearchParams;
+/** Returns the checked request. A faulty one is answered to the client, or on a page if nobody can be trusted with it. */
+async function readRequest(server: Server, c: Context, encoded: string): Promise<AuthorizationRequest | Response> {
+  let target: Target | undefined;
   try {
-    if (encoded.length > MAX_REQUEST_LENGTH) throw new OAuthError("invalid_request", "The request is too long");
-    params = parameters(encoded);
+    if (encoded.length > MAX_REQUEST_LENGTH) throw invalidRequest("The request is too long");
+    const params = parameters(encoded);
     target = await authorizationTarget(server, params);
+    return { ...target, encoded, ...authorizationRequest(server, params) };
   } catch (error) {
-    return faultPage(server, c, error);
-  }
-  let request: AuthorizationRequest;
-  try {
-    request = authorizationRequest(server, params, target);
-  } catch (error) {
+    if (!target) return faultPage(server, c, error);
     if (!(error instanceof OAuthError)) throw error;
     await noteRefusal(server, error, undefined, target.client);
     return redirectBack(server, c, target, { error: error.code, error_description: errorDescription(error.message) });
   }
-  return await then(request);
 }
 
 /** Shows the consent page, with the same form again if there was a problem with it. */
@@ -1741,37 +1729,30 @@ async function askOwner(
   server: Server,
   c: Context,
   request: AuthorizationRequest,
-  encoded: string,
   { browser, who }: Session,
   again?: { csrf: string; problem: Problem },
 ): Promise<Response> {
-  const { client, redirect_uri } = request;
+  const { client, redirect_uri, encoded } = request;
+  const vouched = isListedSite(server.allowed, new URL(client.source === "document" ? client.id : redirect_uri));
   const csrf = again?.csrf ?? await createCsrf(server, browser, encoded);
-  const listed = isListedSite(server.allowed, new URL(client.source === "document" ? client.id : redirect_uri));
-  return consentPage(server, c, request, {
-    who,
-    encoded,
-    csrf,
-    vouched: listed,
-    ...defined({ problem: again?.problem }),
-  });
+  return consentPage(server, c, request, { who, encoded, vouched, ...again, csrf });
 }
 
 /** Answers a form that does not belong to this browser and request, or is too old. */
 async function askAgain(server: Server, c: Context, encoded: string, csrf: string, session: Session) {
   if (encoded === "" || !session.known) return expiredPage(server, c);
-  return await withRequest(server, c, encoded, async (request) => {
-    // Of two clicks, the first may have signed the owner in, so that the browser's secret is no longer the form's. The
-    // form proves nothing then, but the session does: only the owner is told what came of the first click.
-    const earlier = session.who === "owner" ? await approve(server, csrf, request, true) : undefined;
-    if (earlier) {
-      const uri = earlier.code && answerUri(server, request, { code: earlier.code });
-      return answeredPage(server, c, request.client.name, uri);
-    }
-    // The form was open too long, or in a second tab while the first one signed in: ask again, and lose nothing.
-    const fresh = await createCsrf(server, session.browser, encoded);
-    return await askOwner(server, c, request, encoded, session, { csrf: fresh, problem: OPEN_TOO_LONG });
-  });
+  const request = await readRequest(server, c, encoded);
+  if (request instanceof Response) return request;
+  // Of two clicks, the first may have signed the owner in, so that the browser's secret is no longer the form's. The
+  // form proves nothing then, but the session does: only the owner is told what came of the first click.
+  const earlier = session.who === "owner" ? await approve(server, csrf, request, true) : undefined;
+  if (earlier) {
+    const uri = earlier.code && answerUri(server, request, { code: earlier.code });
+    return answeredPage(server, c, request.client.name, uri);
+  }
+  // The form was open too long, or in a second tab while the first one signed in: ask again, and lose nothing.
+  const fresh = await createCsrf(server, session.browser, encoded);
+  return await askOwner(server, c, request, session, { csrf: fresh, problem: OPEN_TOO_LONG });
 }
 
 /**
@@ -1795,58 +1776,52 @@ function redirectBack(server: Server, c: Context, target: Target, answer: Record
   return c.redirect(uri, 302);
 }
 
+function invalidRequest(description: string, options?: OAuthErrorOptions): OAuthError {
+  return new OAuthError("invalid_request", description, options);
+}
+
 /** Finds client and redirect URI. Until both are known good, nothing may be redirected (OAuth 2.1 §4.1.2.1). */
 async function authorizationTarget(server: Server, params: URLSearchParams): Promise<Target> {
   const client_id = params.get("client_id");
-  if (client_id === null) throw new OAuthError("invalid_request", "The request names no client_id");
+  if (client_id === null) throw invalidRequest("The request names no client_id");
   const client = await resolveClient(server, client_id);
   if (!client) {
     throw new OAuthError("invalid_client", "This server does not know the app that sent you here", { status: 401 });
   }
   const [only, ...others] = client.redirect_uris;
   const redirect_uri = params.get("redirect_uri") ?? (others.length === 0 ? only : undefined);
-  if (redirect_uri === undefined) {
-    throw new OAuthError("invalid_request", "The request names no redirect_uri");
-  }
+  if (redirect_uri === undefined) throw invalidRequest("The request names no redirect_uri");
+  const event = { event: "redirect_refused", clientName: client.name } as const;
   if (!client.redirect_uris.some((registered) => sameRedirect(registered, redirect_uri))) {
     const description = `redirect_uri ${quote(redirect_uri)} is not one that the client registered`;
-    const reason = `${description}: ${quote(client.redirect_uris)}`;
-    throw new OAuthError("invalid_request", description, {
-      event: "redirect_refused",
-      reason,
-      clientName: client.name,
-    });
+    throw invalidRequest(description, { ...event, reason: `${description}: ${quote(client.redirect_uris)}` });
   }
   // Checked again although registration did: the owner may have shortened the list, and a signed client_id stays valid.
   const refused = client.source === "preregistered"
     ? unsafeRedirect(redirect_uri)
     : redirectRefusal(server.allowed, redirect_uri);
-  if (refused) {
-    throw new OAuthError("invalid_request", refused, { event: "redirect_refused", clientName: client.name });
-  }
+  if (refused) throw invalidRequest(refused, event);
   return { client, redirect_uri, state: params.get("state") };
 }
 
-/** Checks the rest of the request. What is wrong with it goes back to the client (OAuth 2.1 §4.1.1, RFC 7636 §4.3). */
-function authorizationRequest(server: Server, params: URLSearchParams, target: Target): AuthorizationRequest {
-  const invalid = (description: string, code = "invalid_request") => new OAuthError(code, description);
-  if (params.has("request")) throw invalid("Request objects are not supported", "request_not_supported");
-  if (params.has("request_uri")) {
-    throw invalid("Request objects are not supported", "request_uri_not_supported");
+/** Reads the rest of the request. What is wrong with it goes back to the client (OAuth 2.1 §4.1.1, RFC 7636 §4.3). */
+function authorizationRequest(server: Server, params: URLSearchParams) {
+  for (const name of ["request", "request_uri"]) {
+    if (params.has(name)) throw new OAuthError(`${name}_not_supported`, "Request objects are not supported");
   }
-  const response_type = params.get("response_type");
-  if (response_type === null) throw invalid("response_type is missing");
-  if (response_type !== "code") throw invalid("response_type must be code", "unsupported_response_type");
-  if ((params.get("response_mode") ?? "query") !== "query") throw invalid("response_mode must be query");
+  if (required(params, "response_type") !== "code") {
+    throw new OAuthError("unsupported_response_type", "response_type must be code");
+  }
+  if ((params.get("response_mode") ?? "query") !== "query") throw invalidRequest("response_mode must be query");
   const code_challenge = params.get("code_challenge");
   // Without PKCE a stolen code is a stolen connection; "plain" sends the verifier where codes are stolen from.
-  if (code_challenge === null) throw invalid("code_challenge is missing: PKCE is required");
-  if (params.get("code_challenge_method") !== "S256") throw invalid("code_challenge_method must be S256");
+  if (code_challenge === null) throw invalidRequest("code_challenge is missing: PKCE is required");
+  if (params.get("code_challenge_method") !== "S256") throw invalidRequest("code_challenge_method must be S256");
   if (!/^[A-Za-z0-9_-]{43}$/.test(code_challenge)) {
-    throw invalid("code_challenge must be a base64url SHA-256 digest");
+    throw invalidRequest("code_challenge must be a base64url SHA-256 digest");
   }
   checkResource(server, params);
-  return { ...target, code_challenge, scopes: grantedScopes(params.get("scope"), server.scopes) };
+  return { code_challenge, scopes: grantedScopes(params.get("scope"), server.scopes) };
 }
 
 /** Answers a request that names nobody who could be answered: a page, or JSON for a program that asks for it. */
@@ -1882,8 +1857,8 @@ const FAULTS: Record<string, [title: string, advice: string]> = {
 };
 
 /**
- * Requires that every `resource` is this one resource. Clients differ in slashes, case and default ports, and some send
- * the base URL. The audience that is stored and checked is always the canonical URL.
+ * Requires that every `resource` is this one. Clients differ in slashes, case and default ports, and some send the base
+ * URL; the audience that is stored and checked is always the canonical URL.
  *
  * @see {@link https://www.rfc-editor.org/rfc/rfc8707#section-2 | RFC 8707 §2}
  */
@@ -1891,9 +1866,8 @@ function checkResource({ resource, resourceNames }: Server, params: URLSearchPar
   for (const asked of params.getAll("resource")) {
     const normal = normalizeResource(asked);
     if (normal === undefined || !resourceNames.includes(normal)) {
-      throw new OAuthError("invalid_target", `This server grants access to ${resource} only`, {
-        reason: `the client asked for ${quote(asked)}`,
-      });
+      const reason = `the client asked for ${quote(asked)}`;
+      throw new OAuthError("invalid_target", `This server grants access to ${resource} only`, { reason });
     }
   }
 }
@@ -1932,10 +1906,10 @@ function narrowedScopes(asked: string, granted: string[]): string[] {
 // Token and revocation endpoints
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Returns a form parameter, or throws invalid_request if it is missing. */
+/** Returns a parameter, or throws invalid_request if it is missing. */
 function required(form: URLSearchParams, name: string): string {
   const value = form.get(name);
-  if (value === null) throw new OAuthError("invalid_request", `${name} is missing`);
+  if (value === null) throw invalidRequest(`${name} is missing`);
   return value;
 }
 
@@ -1950,36 +1924,16 @@ async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
   const client = await authenticateClient(server, c, form);
   c.header("Cache-Control", "no-store");
   try {
-    return c.json(await grantTokens(server, form, client, arrived));
+    const grant_type = required(form, "grant_type");
+    checkResource(server, form);
+    if (grant_type === "authorization_code") return c.json(await redeem(server, form, client, arrived));
+    if (grant_type === "refresh_token") return c.json(await refresh(server, form, client));
+    throw new OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token");
   } catch (error) {
     const id = grantId("pac", form.get("code") ?? "") ?? grantId("prt", form.get("refresh_token") ?? "");
     await noteRefusal(server, error, id, client);
     throw error;
   }
-}
-
-/** Returns the tokens that a form of the token endpoint asks for. */
-async function grantTokens(
-  server: Server,
-  form: URLSearchParams,
-  client: Client,
-  arrived: number,
-): Promise<TokenResponse> {
-  const grant_type = required(form, "grant_type");
-  checkResource(server, form);
-  if (grant_type === "authorization_code") {
-    const [code, code_verifier] = [required(form, "code"), required(form, "code_verifier")];
-    if (!/^[A-Za-z0-9._~-]{43,128}$/.test(code_verifier)) {
-      throw new OAuthError("invalid_request", "code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)");
-    }
-    const redirect_uri = form.get("redirect_uri") ?? undefined;
-    return await redeem(server, { code, code_verifier, redirect_uri, client, arrived });
-  }
-  if (grant_type === "refresh_token") {
-    const [refresh_token, scope] = [required(form, "refresh_token"), form.get("scope") ?? undefined];
-    return await refresh(server, { refresh_token, scope, client });
-  }
-  throw new OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token");
 }
 
 /**
@@ -2043,8 +1997,7 @@ interface Grant {
   used?: number;
   expires: number;
   revoked?: number;
-  /** `refreshes`: whether the client registered for refresh tokens. */
-  code?: { hash: string; challenge: string; refreshes: boolean; expires: number; redeemed?: number };
+  code?: NewCode & { expires: number; redeemed?: number };
   refresh?: RefreshState;
   /** Live access tokens, oldest first. A refresh leaves the earlier ones to their own expiry. */
   access: AccessToken[];
@@ -2054,6 +2007,9 @@ interface Grant {
   attempt?: Pick<Attempt, "found" | "introduced" | "shown">;
   refused?: Refusal;
 }
+
+/** `refreshes`: whether the client registered for refresh tokens. */
+type NewCode = { hash: string; challenge: string; refreshes: boolean };
 
 interface RefreshState {
   /** Fingerprint of the current refresh token, RT(n). */
@@ -2103,16 +2059,21 @@ const MAX_ROTATIONS = 200;
 /** Returns the grant of a new approval: a code, and no token yet. The record outlives its form, which is good once. */
 function approveGrant(
   request: Pick<Grant, "client" | "scopes" | "resource" | "attempt"> & { redirect_uri: string },
-  code: { hash: string; challenge: string; refreshes: boolean },
+  code: NewCode,
   now: number,
 ): Grant {
-  return {
-    ...request,
-    created: now,
-    expires: now + UNREDEEMED_KEPT,
-    code: { ...code, expires: now + CODE_TTL },
-    access: [],
-  };
+  const expires = now + UNREDEEMED_KEPT;
+  return { ...request, created: now, expires, code: { ...code, expires: now + CODE_TTL }, access: [] };
+}
+
+/** Returns why this client can neither redeem nor refresh a grant. */
+function grantRefusal(grant: Grant, client_id: string, now: number): string | undefined {
+  if (grant.revoked !== undefined) return `the connection was ended ${ago(now - grant.revoked)}`;
+  return grant.client.id === client_id ? undefined : "the code or refresh token was issued to another client";
+}
+
+function refused(grant: Grant, reason: string): Transition {
+  return { grant, outcome: "refused", reason };
 }
 
 /**
@@ -2124,26 +2085,24 @@ function approveGrant(
 function redeemGrant(
   grant: Grant,
   request: { hash: string; challenge: string; client_id: string; redirect_uri?: string | undefined; arrived: number },
-  issue: Issue,
+  { access, refresh, expires }: Issue,
   now: number,
 ): Transition {
   const { code } = grant;
-  const refused = (reason: string): Transition => ({ grant, outcome: "refused", reason });
-  if (grant.revoked !== undefined) return refused(`the connection was ended ${ago(now - grant.revoked)}`);
-  if (code?.hash !== request.hash) return refused("this code was never issued");
-  if (grant.client.id !== request.client_id) return refused("the code was issued to another client");
-  if (code.challenge !== request.challenge) return refused("code_verifier does not match the code_challenge");
+  const refusal = grantRefusal(grant, request.client_id, now);
+  if (refusal) return refused(grant, refusal);
+  if (code?.hash !== request.hash) return refused(grant, "this code was never issued");
+  if (code.challenge !== request.challenge) return refused(grant, "code_verifier does not match the code_challenge");
   if (request.redirect_uri !== undefined && request.redirect_uri !== grant.redirect_uri) {
-    return refused(`redirect_uri ${quote(request.redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
+    return refused(grant, `redirect_uri ${quote(request.redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
   }
   if (code.redeemed !== undefined) {
     // Client and verifier are right, so somebody else holds both: end what was issued. A request that had arrived
     // before the code was redeemed is the client's own duplicate, and is only refused.
-    if (request.arrived < code.redeemed) return refused("a duplicate of a request that came at the same time");
+    if (request.arrived < code.redeemed) return refused(grant, "a duplicate of a request that came at the same time");
     return { grant: revokeGrant(grant, now), outcome: "replayed" };
   }
-  if (code.expires <= now) return refused(`the code expired ${ago(now - code.expires)}`);
-  const { access, refresh, expires } = issue;
+  if (code.expires <= now) return refused(grant, `the code expired ${ago(now - code.expires)}`);
   return {
     outcome: "issued",
     grant: {
@@ -2173,26 +2132,21 @@ function refreshGrant(
   now: number,
 ): Transition {
   const { refresh } = grant;
-  const refused = (reason: string): Transition => ({ grant, outcome: "refused", reason });
-  if (grant.revoked !== undefined) return refused(`the connection was ended ${ago(now - grant.revoked)}`);
-  if (!refresh) return refused("the connection has no refresh token");
-  if (grant.client.id !== request.client_id) return refused("the refresh token was issued to another client");
-  if (grant.resource !== request.resource) return refused(`the refresh token is for ${quote(grant.resource)}`);
-  if (grant.expires <= now) return refused(`the connection expired ${ago(now - grant.expires)}`);
+  const refusal = grantRefusal(grant, request.client_id, now);
+  if (refusal) return refused(grant, refusal);
+  if (!refresh) return refused(grant, "the connection has no refresh token");
+  if (grant.resource !== request.resource) return refused(grant, `the refresh token is for ${quote(grant.resource)}`);
+  if (grant.expires <= now) return refused(grant, `the connection expired ${ago(now - grant.expires)}`);
   if (refresh.hash !== request.hash) return repeatRefresh(grant, refresh, request.hash, issue, now);
   const recent = refresh.rotated.filter(([, at]) => now - at <= REFRESH_GRACE).slice(0, MAX_ROTATIONS - 1);
-  const rotated: RefreshState["rotated"] = [[request.hash, now], ...recent];
-  const n = refresh.n + 1;
-  return {
-    outcome: "issued",
-    grant: {
-      ...grant,
-      access: withAccessToken(grant, { ...issue.access, n }, now),
-      used: now,
-      expires: issue.expires,
-      refresh: { ...refresh, hash: issue.refresh, n, presented: false, rotated },
-    },
+  const next: RefreshState = {
+    ...refresh,
+    hash: issue.refresh,
+    n: refresh.n + 1,
+    presented: false,
+    rotated: [[request.hash, now], ...recent],
   };
+  return { outcome: "issued", grant: withTokens(grant, issue, next, next.n, now) };
 }
 
 /** Repeats the answer to a refresh token that was rotated, or ends the connection. */
@@ -2209,28 +2163,22 @@ function repeatRefresh(grant: Grant, refresh: RefreshState, hash: string, issue:
     const when = at === undefined ? "long ago" : ago(now - at);
     return { grant: revokeGrant(grant, now), outcome: "reused", reason: `the refresh token was rotated ${when}` };
   }
-  const issued = grant.access.find((token) => token.hash === issue.access.hash);
+  if (!inGrace) {
+    // A late answer counts as the first one: the grace period for the client's other machines starts again.
+    const late: RefreshState = { ...refresh, rotated: [[hash, now], ...rotated.slice(1)], repeated: n };
+    return { outcome: "repeated", grant: withTokens(grant, issue, late, n, now) };
+  }
   // The repeated answer is the first one again; its access token gets new time only if it has used up half of it.
+  const issued = grant.access.find((token) => token.hash === issue.access.hash);
   const lasts = issued && issued.expires - now >= (issue.access.expires - now) / 2;
-  if (inGrace && lasts) return { grant, outcome: "issued" };
-  // A late answer counts as the first one: the grace period for the client's other machines starts again.
-  const late = inGrace ? {} : { rotated: [[hash, now], ...rotated.slice(1)] as typeof rotated, repeated: n };
-  return {
-    outcome: inGrace ? "issued" : "repeated",
-    grant: {
-      ...grant,
-      access: withAccessToken(grant, { ...issue.access, n: n - index }, now),
-      used: now,
-      expires: issue.expires,
-      refresh: { ...refresh, ...late },
-    },
-  };
+  return { outcome: "issued", grant: lasts ? grant : withTokens(grant, issue, refresh, n - index, now) };
 }
 
-/** Returns the live access tokens of a grant with one more. */
-function withAccessToken(grant: Grant, fresh: AccessToken, now: number): AccessToken[] {
-  const others = grant.access.filter((token) => token.expires > now && token.hash !== fresh.hash);
-  return [...others, fresh].slice(-MAX_ACCESS_TOKENS);
+/** Returns the grant after a refresh: with one more access token, issued with RT(n), and without those that expired. */
+function withTokens(grant: Grant, issue: Issue, refresh: RefreshState, n: number, now: number): Grant {
+  const others = grant.access.filter((token) => token.expires > now && token.hash !== issue.access.hash);
+  const access = [...others, { ...issue.access, n }].slice(-MAX_ACCESS_TOKENS);
+  return { ...grant, access, used: now, expires: issue.expires, refresh };
 }
 
 /** Returns the live access token with this hash and audience. */
@@ -2243,9 +2191,8 @@ function verifyGrant(grant: Grant, hash: string, resource: string, now: number):
 
 /** Records that an access token was used. Returns the same object if there is nothing new to remember. */
 function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
-  const { refresh } = grant;
+  const { refresh, called = now } = grant;
   // The client has the latest tokens; later use of the previous refresh token is treated as theft.
-  const called = grant.called ?? now;
   if (refresh && refresh.n === token.n && refresh.rotated.length > 0 && !refresh.presented) {
     return { ...grant, called, used: now, refresh: { ...refresh, presented: true } };
   }
@@ -2275,32 +2222,44 @@ async function insertGrant({ store }: Server, id: string, grant: Grant): Promise
   return before;
 }
 
-/** Applies a transition atomically, and raises the event of what happened. */
+/** Changes a grant atomically and returns it. If `change` returns the same object, or there is no grant, it writes nothing. */
+async function updateGrant({ store }: Server, id: string, change: (grant: Grant) => Grant, expiresAt?: number) {
+  const changeIt = (current: unknown) => current === undefined ? undefined : change(current as Grant);
+  return await store.update(`grant/${id}`, changeIt, defined({ expiresAt })) as Grant | undefined;
+}
+
+/** The outcomes that the owner must hear of. */
+const ALARMS: Partial<Record<Transition["outcome"], [event: AuthEvent["type"], message: string]>> = {
+  replayed: ["code_replayed", "a code was redeemed twice: the connection is ended"],
+  reused: ["refresh_token_reused", "a refresh token was used again: the connection is ended"],
+  repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
+};
+
+/** Applies a transition atomically, raises the event of what happened, and throws what to answer unless it issued. */
 async function changeGrant(
   server: Server,
   id: string,
   transition: (grant: Grant, now: number) => Transition,
   { expires }: Issue,
 ): Promise<Grant> {
-  let result: Transition | undefined;
-  await server.store.update(`grant/${id}`, (current) => {
-    result = current === undefined ? undefined : transition(current as Grant, seconds());
-    return result?.grant;
-  }, { expiresAt: expires });
-  const { grant, outcome, reason } = result ?? { outcome: "refused", reason: "the connection has ended" };
-  let event: AuthEvent["type"] | undefined;
-  if (grant && outcome !== "issued" && outcome !== "refused") {
-    const [type, message] = {
-      replayed: ["code_replayed", "a code was redeemed twice: the connection is ended"],
-      reused: ["refresh_token_reused", "a refresh token was used again: the connection is ended"],
-      repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
-    }[outcome] as [AuthEvent["type"], string];
-    emitFor(server, type, message, id, grant);
-    event = type;
-  }
-  if (grant && (outcome === "issued" || outcome === "repeated")) return grant;
+  let result = undefined as Transition | undefined;
+  const grant = await updateGrant(server, id, (grant) => {
+    result = transition(grant, seconds());
+    return result.grant;
+  }, expires);
+  // Both are asked for: when a write is tried again, the grant may be gone, and the result that of the first try.
+  if (!grant || !result) throw invalidGrant("the connection has ended");
+  const { outcome, reason } = result;
+  const [event, message] = ALARMS[outcome] ?? [];
+  if (event) emitFor(server, event, message!, id, grant);
+  if (outcome === "issued" || outcome === "repeated") return grant;
+  throw invalidGrant(reason, event);
+}
+
+/** One answer to whatever is wrong with a code or refresh token: the reason is for the owner, not for a thief. */
+function invalidGrant(reason?: string, event?: AuthEvent["type"]): OAuthError {
   const description = "The code or refresh token is wrong, used, expired or revoked";
-  throw new OAuthError("invalid_grant", description, { reason, ...defined({ event }) });
+  return new OAuthError("invalid_grant", description, { reason, ...defined({ event }) });
 }
 
 /** Raises an event about a connection. */
@@ -2323,28 +2282,27 @@ async function approve(
   { client, redirect_uri, scopes, code_challenge: challenge }: AuthorizationRequest,
   lookOnly = false,
 ): Promise<{ code?: string; repeated: boolean } | undefined> {
+  const { attempts, resource } = server;
   const id = await formId(server, form);
   const code = `pac_${id}${await server.mac("code", form)}`;
-  const { found, introduced, shown } = server.attempts.get(client.id) ?? {};
+  const { found, introduced, shown } = attempts.get(client.id) ?? {};
   const attempt = defined({ found, introduced, shown });
+  const who = { id: client.id, name: client.name, ...defined({ auth: client.auth }) };
   const fresh = approveGrant(
-    {
-      client: { id: client.id, name: client.name, ...defined({ auth: client.auth }) },
-      redirect_uri,
-      scopes,
-      resource: server.resource,
-      attempt,
-    },
+    { client: who, redirect_uri, scopes, resource, attempt },
     { hash: await hashToken(code), challenge, refreshes: client.refreshes },
     seconds(),
   );
   const before = lookOnly ? await readGrant(server, id) : await insertGrant(server, id, fresh);
-  if (!lookOnly) server.attempts.delete(client.id); // from here on, the record tells
+  if (!lookOnly) attempts.delete(client.id); // from here on, the record tells
   const grant = before ?? fresh;
   if (lookOnly && !before || grant.client.id !== client.id || grant.redirect_uri !== redirect_uri) return undefined;
   // After a double click the browser follows the second response, so it carries the first one's code.
-  const isOpen = grant.code && grant.code.redeemed === undefined && grant.code.expires > seconds();
-  return { repeated: before !== undefined, ...(isOpen && { code }) };
+  return { repeated: before !== undefined, ...(hasOpenCode(grant, seconds()) && { code }) };
+}
+
+function hasOpenCode({ code }: Grant, now: number): boolean {
+  return code !== undefined && code.redeemed === undefined && code.expires > now;
 }
 
 /** The response of the token endpoint (OAuth 2.1 §3.2.3). No member is ever null: strict clients refuse that. */
@@ -2356,51 +2314,44 @@ interface TokenResponse {
   scope: string;
 }
 
-/** Exchanges a code for tokens. */
-async function redeem(
-  server: Server,
-  { code, code_verifier, redirect_uri, client, arrived }: {
-    code: string;
-    code_verifier: string;
-    redirect_uri: string | undefined;
-    client: Client;
-    arrived: number;
-  },
-): Promise<TokenResponse> {
+/** Exchanges a code for tokens. `arrived` is when the request came, before its body was read. */
+async function redeem(server: Server, form: URLSearchParams, client: Client, arrived: number): Promise<TokenResponse> {
+  const [code, code_verifier] = [required(form, "code"), required(form, "code_verifier")];
+  if (!/^[A-Za-z0-9._~-]{43,128}$/.test(code_verifier)) {
+    throw invalidRequest("code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)");
+  }
   const id = grantId("pac", code);
   if (!id) throw new OAuthError("invalid_grant", "This is not a code of this server");
   const access_token = `pat_${id}${random(32)}`;
   const refresh = await deriveRefresh(server, id + random(32));
   const [hash, challenge] = [await hashToken(code), await s256(code_verifier)];
+  const redirect_uri = form.get("redirect_uri") ?? undefined;
   const request = { hash, challenge, client_id: client.id, redirect_uri, arrived };
   const issue = await hashIssue(server, access_token, undefined, refresh.hash);
   const grant = await changeGrant(server, id, (grant, now) => redeemGrant(grant, request, issue, now), issue);
   emitFor(server, "code_redeemed", "the app fetched its token", id, grant);
-  return tokenResponse(grant, issue.access.hash, access_token, grant.refresh && refresh.token);
+  return tokenResponse(grant, issue, access_token, grant.refresh && refresh.token);
 }
 
 /** Exchanges a refresh token for its successor and an access token. */
-async function refresh(
-  server: Server,
-  { refresh_token, scope, client }: { refresh_token: string; scope: string | undefined; client: Client },
-): Promise<TokenResponse> {
+async function refresh(server: Server, form: URLSearchParams, client: Client): Promise<TokenResponse> {
+  const refresh_token = required(form, "refresh_token");
   const id = grantId("prt", refresh_token);
-  const spent = (reason: string) =>
-    new OAuthError("invalid_grant", "The refresh token is wrong, expired or revoked", { reason });
-  if (!id) throw spent("it does not have the form of a refresh token");
+  if (!id) throw invalidGrant("it does not have the form of a refresh token");
   const current = await deriveRefresh(server, refresh_token.slice(4, -CHECK_DIGITS));
   // Only a token that this server made may end a connection: otherwise everybody could who learns a connection's id.
-  if (!equal(refresh_token, current.token)) throw spent("this server did not make it");
+  if (!equal(refresh_token, current.token)) throw invalidGrant("this server did not make the refresh token");
   const granted = (await readGrant(server, id))?.scopes;
-  if (!granted) throw spent("its connection has ended");
-  const scopes = scope === undefined ? granted : narrowedScopes(scope, granted);
+  if (!granted) throw invalidGrant("the connection has ended");
+  const asked = form.get("scope");
+  const scopes = asked === null ? granted : narrowedScopes(asked, granted);
   const access_token = `pat_${id}${await server.mac("access", refresh_token, scopes.join(" "))}`;
   const successor = await deriveRefresh(server, current.successor);
   const request = { hash: current.hash, client_id: client.id, resource: server.resource };
   const narrower = scopes.length < granted.length ? scopes : undefined;
   const issue = await hashIssue(server, access_token, narrower, successor.hash);
   const grant = await changeGrant(server, id, (grant, now) => refreshGrant(grant, request, issue, now), issue);
-  return tokenResponse(grant, issue.access.hash, access_token, successor.token);
+  return tokenResponse(grant, issue, access_token, successor.token);
 }
 
 /** The digits at the end of a refresh token that prove, without a look at the store, that this server made it. */
@@ -2411,10 +2362,7 @@ const CHECK_DIGITS = 32;
  * the fingerprint that is stored, and the id and secret of its successor. The three parts tell nothing about each
  * other, because each is a different part of one pseudorandom digest.
  */
-async function deriveRefresh(
-  { longMac }: Server,
-  body: string,
-): Promise<Record<"token" | "hash" | "successor", string>> {
+async function deriveRefresh({ longMac }: Server, body: string) {
   const digest = await longMac("refresh", body);
   return {
     token: `prt_${body}${digest.slice(0, CHECK_DIGITS)}`,
@@ -2423,29 +2371,18 @@ async function deriveRefresh(
   };
 }
 
-/** What the record keeps of tokens that are about to be issued. */
-async function hashIssue(
-  { accessTokenTtl, refreshTokenTtl }: Server,
-  access_token: string,
-  scopes: string[] | undefined,
-  refresh: string,
-): Promise<Issue> {
+/** Returns what the record keeps of tokens that are about to be issued. */
+async function hashIssue(server: Server, access_token: string, scopes: string[] | undefined, refresh: string) {
+  const { accessTokenTtl, refreshTokenTtl } = server;
   const now = seconds();
   const hash = await hashToken(access_token);
-  return {
-    access: { hash, ...defined({ scopes }), expires: now + accessTokenTtl },
-    refresh,
-    expires: now + Math.max(refreshTokenTtl, accessTokenTtl),
-  };
+  const access = { hash, ...defined({ scopes }), expires: now + accessTokenTtl };
+  return { access, refresh, expires: now + Math.max(refreshTokenTtl, accessTokenTtl) };
 }
 
-function tokenResponse(
-  grant: Grant,
-  hash: string,
-  access_token: string,
-  refresh_token: string | undefined,
-): TokenResponse {
-  const { expires = 0, scopes = grant.scopes } = grant.access.find((token) => token.hash === hash) ?? {};
+function tokenResponse(grant: Grant, issue: Issue, access_token: string, refresh_token?: string): TokenResponse {
+  const issued = grant.access.find((token) => token.hash === issue.access.hash);
+  const { expires = 0, scopes = grant.scopes } = issued ?? {};
   return {
     access_token,
     token_type: "Bearer",
@@ -2468,14 +2405,9 @@ function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefin
 }
 
 /** Gives a connection the owner's own name for it; an empty one takes it away. */
-async function rename({ store }: Server, id: string, label: string): Promise<void> {
-  if (label.length > MAX_LABEL) {
-    throw new OAuthError("invalid_request", `The name may have up to ${MAX_LABEL} characters`);
-  }
-  await store.update(`grant/${id}`, (current) => {
-    const { label: _label, ...grant } = (current ?? {}) as Grant;
-    return current && { ...grant, ...(label && { label }) };
-  });
+async function rename(server: Server, id: string, label: string): Promise<void> {
+  if (label.length > MAX_LABEL) throw invalidRequest(`The name may have up to ${MAX_LABEL} characters`);
+  await updateGrant(server, id, ({ label: _label, ...grant }) => ({ ...grant, ...(label && { label }) }));
 }
 
 async function revokeAll(server: Server): Promise<void> {
@@ -2499,15 +2431,15 @@ async function revokeToken(server: Server, token: string, client: Client): Promi
 
 /** Ends a connection of this server. Returns `false` if there is none with this id. */
 async function revoke(server: Server, id: string): Promise<boolean> {
-  let ended: Grant | undefined;
+  let isNew = false;
   const now = seconds();
-  await server.store.update(`grant/${id}`, (current) => {
-    const grant = current as Grant | undefined;
-    ended = grant?.revoked === undefined && grant?.resource === server.resource ? grant : undefined;
-    return ended ? revokeGrant(ended, now) : current;
-  }, { expiresAt: now + FORM_TTL });
-  if (ended) emitFor(server, "connection_revoked", "a connection was ended", id, ended);
-  return ended !== undefined;
+  const grant = await updateGrant(server, id, (grant) => {
+    isNew = grant.revoked === undefined && grant.resource === server.resource;
+    return isNew ? revokeGrant(grant, now) : grant;
+  }, now + FORM_TTL);
+  if (!grant || !isNew) return false;
+  emitFor(server, "connection_revoked", "a connection was ended", id, grant);
+  return true;
 }
 
 async function listConnections(server: Server): Promise<Connection[]> {
@@ -2515,24 +2447,21 @@ async function listConnections(server: Server): Promise<Connection[]> {
   const now = seconds();
   for await (const [key, value] of server.store.list("grant/")) {
     const grant = value as Grant;
-    const isPending = grant.code !== undefined && grant.code.redeemed === undefined && grant.code.expires > now;
-    const isOver = grant.revoked !== undefined || grant.expires <= now || (grant.access.length === 0 && !isPending);
+    const { client, label, redirect_uri: redirectUri, scopes, created, used, expires } = grant;
+    const isOver = grant.revoked !== undefined || expires <= now ||
+      (grant.access.length === 0 && !hasOpenCode(grant, now));
     // A store may be shared by servers at several addresses: none lists what belongs to another one.
     if (isOver || grant.resource !== server.resource) continue;
     live.push({
       id: key.slice("grant/".length),
-      kind: grant.client.id === PERSONAL ? "token" : "client",
-      clientId: grant.client.id,
-      clientName: grant.client.name,
+      kind: client.id === PERSONAL ? "token" : "client",
+      clientId: client.id,
+      clientName: client.name,
       state: connectionState(grant, now),
-      ...defined({
-        label: grant.label,
-        redirectUri: grant.redirect_uri,
-        lastUsedAt: grant.used && Math.floor(grant.used),
-      }),
-      scopes: grant.scopes,
-      createdAt: Math.floor(grant.created),
-      expiresAt: Math.floor(grant.expires),
+      ...defined({ label, redirectUri, lastUsedAt: used && Math.floor(used) }),
+      scopes,
+      createdAt: Math.floor(created),
+      expiresAt: Math.floor(expires),
     });
   }
   return live.sort((a, b) => b.createdAt - a.createdAt);
@@ -2559,8 +2488,7 @@ async function createToken(
   // A copy of the store does not give the token, because the form is sealed with the browser's secret.
   const parts = [form, name, String(expiresIn), ...granted];
   const id = await formId(server, ...parts);
-  const secret = await server.mac("token", ...parts);
-  const token = `pat_${base64url(unhex(id))}${base64url(unhex(secret))}`;
+  const token = `pat_${base64url(unhex(id))}${base64url(unhex(await server.mac("token", ...parts)))}`;
   const created = seconds();
   const expires = created + expiresIn;
   const grant: Grant = {
