@@ -1797,9 +1797,8 @@ async function authorizationTarget(server: Server, params: URLSearchParams): Pro
     throw invalidRequest(description, { ...event, reason: `${description}: ${quote(client.redirect_uris)}` });
   }
   // Checked again although registration did: the owner may have shortened the list, and a signed client_id stays valid.
-  const refused = client.source === "preregistered"
-    ? unsafeRedirect(redirect_uri)
-    : redirectRefusal(server.allowed, redirect_uri);
+  const isOwn = client.source === "preregistered";
+  const refused = isOwn ? unsafeRedirect(redirect_uri) : redirectRefusal(server.allowed, redirect_uri);
   if (refused) throw invalidRequest(refused, event);
   return { client, redirect_uri, state: params.get("state") };
 }
@@ -1817,9 +1816,8 @@ function authorizationRequest(server: Server, params: URLSearchParams) {
   // Without PKCE a stolen code is a stolen connection; "plain" sends the verifier where codes are stolen from.
   if (code_challenge === null) throw invalidRequest("code_challenge is missing: PKCE is required");
   if (params.get("code_challenge_method") !== "S256") throw invalidRequest("code_challenge_method must be S256");
-  if (!/^[A-Za-z0-9_-]{43}$/.test(code_challenge)) {
-    throw invalidRequest("code_challenge must be a base64url SHA-256 digest");
-  }
+  const isDigest = /^[A-Za-z0-9_-]{43}$/.test(code_challenge);
+  if (!isDigest) throw invalidRequest("code_challenge must be a base64url SHA-256 digest");
   checkResource(server, params);
   return { code_challenge, scopes: grantedScopes(params.get("scope"), server.scopes) };
 }
@@ -1846,10 +1844,7 @@ const FAULTS: Record<string, [title: string, advice: string]> = {
     "This app cannot be checked",
     "The app describes itself at an address of its own, which this server must be able to read. Try again later.",
   ],
-  redirect_refused: [
-    "This app is not allowed here",
-    "Nothing was shared. If you did not start this, close the page.",
-  ],
+  redirect_refused: ["This app is not allowed here", "Nothing was shared. If you did not start this, close the page."],
   invalid_request: [
     "That request cannot be answered",
     "Nothing was shared. If you started this, go back to the app and connect again.",
@@ -2103,16 +2098,10 @@ function redeemGrant(
     return { grant: revokeGrant(grant, now), outcome: "replayed" };
   }
   if (code.expires <= now) return refused(grant, `the code expired ${ago(now - code.expires)}`);
-  return {
-    outcome: "issued",
-    grant: {
-      ...grant,
-      expires: code.refreshes ? expires : access.expires,
-      code: { ...code, redeemed: now },
-      access: [{ ...access, n: 0 }],
-      ...(code.refreshes && { refresh: { hash: refresh, n: 0, presented: false, rotated: [] } }),
-    },
-  };
+  const redeemed = { ...grant, code: { ...code, redeemed: now }, access: [{ ...access, n: 0 }] };
+  if (!code.refreshes) return { grant: { ...redeemed, expires: access.expires }, outcome: "issued" };
+  const first: RefreshState = { hash: refresh, n: 0, presented: false, rotated: [] };
+  return { grant: { ...redeemed, expires, refresh: first }, outcome: "issued" };
 }
 
 /**
@@ -2138,15 +2127,11 @@ function refreshGrant(
   if (grant.resource !== request.resource) return refused(grant, `the refresh token is for ${quote(grant.resource)}`);
   if (grant.expires <= now) return refused(grant, `the connection expired ${ago(now - grant.expires)}`);
   if (refresh.hash !== request.hash) return repeatRefresh(grant, refresh, request.hash, issue, now);
+  const n = refresh.n + 1;
   const recent = refresh.rotated.filter(([, at]) => now - at <= REFRESH_GRACE).slice(0, MAX_ROTATIONS - 1);
-  const next: RefreshState = {
-    ...refresh,
-    hash: issue.refresh,
-    n: refresh.n + 1,
-    presented: false,
-    rotated: [[request.hash, now], ...recent],
-  };
-  return { outcome: "issued", grant: withTokens(grant, issue, next, next.n, now) };
+  const rotated: RefreshState["rotated"] = [[request.hash, now], ...recent];
+  const next = { ...refresh, hash: issue.refresh, n, presented: false, rotated };
+  return { outcome: "issued", grant: withTokens(grant, issue, next, n, now) };
 }
 
 /** Repeats the answer to a refresh token that was rotated, or ends the connection. */
@@ -2222,7 +2207,7 @@ async function insertGrant({ store }: Server, id: string, grant: Grant): Promise
   return before;
 }
 
-/** Changes a grant atomically and returns it. If `change` returns the same object, or there is no grant, it writes nothing. */
+/** Changes a grant atomically and returns it. Writes nothing if there is none, or `change` returns the same object. */
 async function updateGrant({ store }: Server, id: string, change: (grant: Grant) => Grant, expiresAt?: number) {
   const changeIt = (current: unknown) => current === undefined ? undefined : change(current as Grant);
   return await store.update(`grant/${id}`, changeIt, defined({ expiresAt })) as Grant | undefined;
@@ -2571,7 +2556,6 @@ async function authenticate(server: Server, c: Context): Promise<AuthInfo> {
     // No error code where no token came: the client has done nothing wrong yet (RFC 6750 §3.1).
     throw new OAuthError("unauthorized", "An access token is needed: send it as Authorization: Bearer", {
       status: 401,
-      reason: header === null ? "no token was sent" : "the Authorization header holds no bearer token",
       headers: { "WWW-Authenticate": challenge(server, server.scopes.byDefault) },
     });
   }
@@ -2590,10 +2574,9 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   const hash = grant ? await hashToken(token) : "";
   const access = grant && verifyGrant(grant, hash, resource, now);
   if (!id || !access) {
-    const error = new OAuthError("invalid_token", "The access token is unknown, expired or revoked", {
-      status: 401,
-      reason: `access token: ${whyInvalid(server, id, grant, hash, now)}`,
-    });
+    const reason = `access token: ${whyInvalid(server, id, grant, hash, now)}`;
+    const description = "The access token is unknown, expired or revoked";
+    const error = new OAuthError("invalid_token", description, { status: 401, reason });
     await noteRefusal(server, error, id);
     throw error;
   }
@@ -2631,11 +2614,10 @@ function whyInvalid({ resource }: Server, id: string | undefined, grant: Grant |
 }
 
 /** Remembers that a token was used. A store that cannot write must not keep the owner from reading. */
-async function markPresented({ store, resource }: Server, id: string, hash: string, now: number): Promise<void> {
-  await store.update(`grant/${id}`, (current) => {
-    const grant = current as Grant | undefined;
-    const access = grant && verifyGrant(grant, hash, resource, now);
-    return access ? presentGrant(grant, access, now) : current;
+async function markPresented(server: Server, id: string, hash: string, now: number): Promise<void> {
+  await updateGrant(server, id, (grant) => {
+    const access = verifyGrant(grant, hash, server.resource, now);
+    return access ? presentGrant(grant, access, now) : grant;
   }).catch(() => {}); // the store has reported it already
 }
 
@@ -2673,11 +2655,10 @@ function createScopeGuard(server: Server, required: string[]): MiddlewareHandler
       // Not taken from c.var.auth, which any middleware can set. A token that was just checked is remembered.
       const auth = await authenticate(server, c);
       c.set("auth", auth);
-      const granted = new Set(auth.scopes);
-      if (!required.every((scope) => granted.has(scope))) {
+      if (!required.every((scope) => auth.scopes.includes(scope))) {
         const error = new OAuthError("insufficient_scope", "The token lacks a scope that this needs", { status: 403 });
         // Everything needed at once, with what the token has already: clients ask for exactly this list.
-        const needed = [...new Set([...granted, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
+        const needed = [...new Set([...auth.scopes, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
         error.headers["WWW-Authenticate"] = challenge(server, needed, error);
         throw error;
       }
@@ -3143,7 +3124,7 @@ interface Attempt {
   name: string;
   /** When somebody last asked for the documents, or called without a token: how a client finds the server. */
   found?: number;
-  /** When the client registered, or its metadata document was read. */
+  /** When the client registered. */
   introduced?: number;
   shown?: number;
   denied?: number;
@@ -3151,10 +3132,7 @@ interface Attempt {
 }
 
 /** Why a request was refused, for the owner. */
-interface Refusal {
-  at: number;
-  reason: string;
-}
+type Refusal = { at: number; reason: string };
 
 /** One attempt as the owner's page shows it. `advice` says what is missing, whose turn it is, and what to do. */
 interface Timeline {
@@ -3174,21 +3152,15 @@ function noteAttempt({ attempts, found }: Server, { id, name }: Pick<Client, "id
   attempts.delete(id); // so that it moves to the end, where the latest are
   attempts.set(id, { ...before, ...step });
   if (attempts.size <= MAX_KEPT_ATTEMPTS) return;
-  const [forgotten = ""] = [...attempts].find(([, { shown }]) => shown === undefined) ??
-    [...attempts.keys()].slice(0, 1);
-  attempts.delete(forgotten);
+  const ids = [...attempts.keys()];
+  attempts.delete(ids.find((id) => attempts.get(id)?.shown === undefined) ?? ids[0]!);
 }
 
 /**
  * Tells the owner why a request was refused: on its connection if it names one, else on the client's attempt. At most
  * once a minute, so that a client that asks without pause does not write without pause.
  */
-async function noteRefusal(
-  server: Server,
-  error: unknown,
-  id: string | undefined,
-  client?: Pick<Client, "id" | "name">,
-): Promise<void> {
+async function noteRefusal(server: Server, error: unknown, id: string | undefined, client?: Client): Promise<void> {
   if (!(error instanceof OAuthError) || error.status >= 500 || error.event) return;
   const refused: Refusal = { at: seconds(), reason: error.reason ?? error.message };
   const grant = id ? await readGrant(server, id).catch(() => undefined) : undefined;
@@ -3197,7 +3169,7 @@ async function noteRefusal(
   server.emit("token_refused", refused.reason, defined({ connection: grant && id, clientName }));
   if (!grant) noteAttempt(server, client!, { refused });
   else if (refused.at - (grant.refused?.at ?? 0) > MINUTE) {
-    await server.store.update(`grant/${id}`, (current) => current && { ...current, refused }).catch(() => {});
+    await updateGrant(server, id!, (grant) => ({ ...grant, refused })).catch(() => {});
   }
 }
 
@@ -3212,7 +3184,6 @@ function connectionState(grant: Grant, now: number): Connection["state"] {
 /** Returns what the owner should see of connecting: what is new, unfinished, or fell silent, newest first. */
 async function listTimelines(server: Server): Promise<Timeline[]> {
   const now = seconds();
-  const attempts = [...server.attempts.values()].reverse();
   const approved: Timeline[] = [];
   for await (const [, value] of server.store.list("grant/")) {
     const grant = value as Grant;
@@ -3220,108 +3191,123 @@ async function listTimelines(server: Server): Promise<Timeline[]> {
     const isSettled = connectionState(grant, now) === "active" && now - grant.created > DAY;
     if (!isSettled && grant.expires > now) approved.push(grantTimeline(server, grant, now));
   }
-  const last = ({ steps }: Timeline) => steps.at(-1)!.at;
+  approved.sort((a, b) => b.steps.at(-1)!.at - a.steps.at(-1)!.at);
+  const attempts = [...server.attempts.values()].reverse();
   // Some of each kind, so that no number of strangers' attempts hides what the owner approved or opened.
-  return [
-    ...approved.sort((a, b) => last(b) - last(a)),
-    ...attempts.filter(({ shown }) => shown !== undefined).map((attempt) => attemptTimeline(server, attempt)),
-    ...attempts.filter(({ shown }) => shown === undefined).slice(0, 3).map((attempt) =>
-      attemptTimeline(server, attempt)
-    ),
-  ].slice(0, MAX_SHOWN_TIMELINES);
+  const opened = attempts.filter(({ shown }) => shown !== undefined);
+  const unopened = attempts.filter(({ shown }) => shown === undefined).slice(0, 3);
+  const unapproved = [...opened, ...unopened].map((attempt) => attemptTimeline(server, attempt));
+  return [...approved, ...unapproved].slice(0, MAX_SHOWN_TIMELINES);
 }
 
-/** Puts steps in order and leaves out those that did not happen. */
-function steps(happened: [at: number | undefined, text: string, ok?: boolean][]): Timeline["steps"] {
+/** Puts the steps of an attempt in order, and leaves out those that did not happen. */
+function steps(
+  { found, introduced, shown, refused }: Partial<Attempt>,
+  ...more: [at: number | undefined, text: string, ok?: boolean][]
+): Timeline["steps"] {
+  const happened: typeof more = [
+    [found, "found this server"],
+    [introduced, "introduced itself"],
+    [shown, "was shown to you for approval"],
+    ...more,
+    [refused?.at, `was refused: ${refused?.reason}`, false],
+  ];
   return happened.flatMap(([at, text, ok = true]) => at === undefined ? [] : [{ at, text, ok }])
     .sort((a, b) => a.at - b.at);
 }
 
-const refusalText = (refused: Refusal | undefined) => `was refused: ${refused?.reason}`;
-
-function attemptTimeline({ resource }: Server, { name, found, introduced, shown, denied, refused }: Attempt): Timeline {
-  const advice = refused
-    ? `This server refused it. Mend that, and connect again in ${name || "the app"}.`
-    : denied !== undefined
-    ? "You denied it. Nothing was shared."
-    : shown !== undefined
-    ? "It is your turn: approve or deny on the page that the app opened. If the page is gone, connect again in the app."
-    : `It introduced itself, but no browser has opened the page to approve it. Connect again in the app; ${
-      CHECK(resource)
-    }`;
+function attemptTimeline(server: Server, attempt: Attempt): Timeline {
+  const { name, shown = 0, denied = 0, refused } = attempt;
+  // What came last counts: an app that was refused and then came again properly waits for the owner.
+  const last = Math.max(shown, denied, refused?.at ?? 0);
+  let situation: keyof typeof ADVICE = "unopened";
+  if (last > 0) situation = last === shown ? "shown" : last === denied ? "denied" : "rejected";
   return {
     title: name,
-    steps: steps([
-      [found, "found this server"],
-      [introduced, "introduced itself"],
-      [shown, "was shown to you for approval"],
-      [denied, "was denied by you", false],
-      [refused?.at, refusalText(refused), false],
-    ]),
-    advice,
+    steps: steps(attempt, [attempt.denied, "was denied by you", false]),
+    advice: advise(server, situation, { name: name || "the app" }),
   };
 }
 
-/** The command that asks this server what a client asks. */
-const CHECK = (resource: string) => `to see what a client meets, run: npx -y deno run -A mod.ts ${resource}`;
-
 function grantTimeline(server: Server, grant: Grant, now: number): Timeline {
-  const { client, code, refresh, created, called, used, refused, attempt } = grant;
+  const { client, code, refresh, created, called, used, refused, attempt, redirect_uri = server.issuer } = grant;
+  const [situation, since] = grantSituation(grant, server.found.at ?? 0, now);
+  const { host } = new URL(redirect_uri);
+  const facts = { name: client.name || "the app", host, when: ago(now - since), reason: refused?.reason };
   return {
     title: grant.label || client.name,
-    steps: steps([
-      [attempt?.found, "found this server"],
-      [attempt?.introduced, "introduced itself"],
-      [attempt?.shown, "was shown to you for approval"],
+    steps: steps(
+      { ...attempt, ...defined({ refused }) },
       [created, "was approved by you"],
       [code?.redeemed, "fetched its token"],
       [called, "called for the first time"],
       [refresh?.rotated[0]?.[1], "refreshed its token, the last time"],
-      [called === undefined ? undefined : used, "was used, the last time"],
-      [refused?.at, refusalText(refused), false],
-    ]),
-    advice: grantAdvice(server, grant, now),
+      [called && used, "was used, the last time"],
+    ),
+    advice: advise(server, situation, facts),
   };
 }
 
-/** Says what a connection waits for, whose turn it is, and what to do. */
-function grantAdvice({ resource, issuer, found }: Server, grant: Grant, now: number): string {
-  const { code, redirect_uri = issuer, refused, called, access } = grant;
-  const name = grant.client.name || "the app";
-  const target = new URL(redirect_uri);
-  const state = connectionState(grant, now);
-  if (refused && refused.at > Math.max(grant.used ?? 0, code?.redeemed ?? 0)) {
-    return `${name} was refused ${ago(now - refused.at)}: ${refused.reason}. Connect again in ${name}.`;
+/** Returns where a connection stopped, and since when. `found`: when somebody last called without a token. */
+function grantSituation(grant: Grant, found: number, now: number): [situation: keyof typeof ADVICE, since: number] {
+  const { code, refused, created, access, redirect_uri, used = 0, called = 0 } = grant;
+  const redeemed = code?.redeemed ?? created;
+  if (refused && refused.at > Math.max(used, code?.redeemed ?? 0)) return ["refused", refused.at];
+  switch (connectionState(grant, now)) {
+    case "pending":
+      if (hasOpenCode(grant, now)) return ["waiting", created];
+      return [redirect_uri && isLocal(new URL(redirect_uri)) ? "not_listening" : "not_reached", created];
+    case "unused":
+      return [found > redeemed ? "token_removed" : "blocked", redeemed];
+    case "silent":
+      return ["silent", Math.max(...access.map(({ expires }) => expires), called)];
+    case "active":
+      return ["active", created];
   }
-  if (state === "pending" && code!.expires > now) {
-    return `It is ${name}'s turn: it was sent back to ${target.host} and has not fetched its token yet.`;
-  }
-  if (state === "pending") {
-    return isLocal(target)
-      ? `${name} never fetched its token: nothing listens at ${target.host} on the computer of your browser. Connect ` +
-        `again, and if ${name} is on another computer, say so on the page.`
-      : `${name} was sent back to ${target.host} and never fetched its token. Its servers may not reach ` +
-        `${issuer}/token; ${CHECK(resource)}`;
-  }
-  if (state === "unused") {
-    const since = code?.redeemed ?? grant.created;
-    return `${name} got its token ${ago(now - since)} and has not called since. ` +
-      ((found.at ?? 0) > since
-        ? "Since then a request without a token came: something in front of this server may remove the Authorization " +
-          `header; ${CHECK(resource)}`
-        : `Something in front of this server may block the user agent Claude-User; ${CHECK(resource)}`);
-  }
-  if (state === "silent") {
-    const expired = Math.max(...access.map(({ expires }) => expires), called ?? 0);
-    return `${name}'s access token expired ${ago(now - expired)} and it has not come back. Open ${name}, and connect ` +
-      "again if it asks for it.";
-  }
-  return `${name} is connected.`;
+}
+
+/** What the owner should know and do, by where an attempt or a connection stopped. */
+const ADVICE = {
+  unopened: "It introduced itself, but no browser has opened the page to approve it. Connect again in the app; {check}",
+  shown:
+    "It is your turn: approve or deny on the page that the app opened. If the page is gone, connect again in the app.",
+  denied: "You denied it. Nothing was shared.",
+  rejected: "This server refused it. Mend that, and connect again in {name}.",
+  refused: "{name} was refused {when}: {reason}. Connect again in {name}.",
+  waiting: "It is {name}'s turn: it was sent back to {host} and has not fetched its token yet.",
+  not_listening: "{name} never fetched its token: nothing listens at {host} on the computer of your browser. Connect " +
+    "again, and if {name} is on another computer, say so on the page.",
+  not_reached:
+    "{name} was sent back to {host} and never fetched its token. Its servers may not reach {issuer}/token; " +
+    "{check}",
+  token_removed: "{name} got its token {when} and has not called since. Since then a request without a token came: " +
+    "something in front of this server may remove the Authorization header; {check}",
+  blocked: "{name} got its token {when} and has not called since. Something in front of this server may block the " +
+    "user agent Claude-User; {check}",
+  silent: "{name}'s access token expired {when} and it has not come back. Open {name}, and connect again if it asks " +
+    "for it.",
+  active: "{name} is connected.",
+};
+
+/** Fills in an advice, in one pass: what a client calls itself is not filled in again. */
+function advise(
+  { issuer, resource }: Server,
+  situation: keyof typeof ADVICE,
+  facts: Record<string, string | undefined>,
+) {
+  const check = `to see what a client meets, run: npx -y deno run -A mod.ts ${resource}`;
+  const all: typeof facts = { ...facts, issuer, check };
+  return ADVICE[situation].replace(/\{(\w+)\}/g, (_, name) => all[name] ?? "");
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // Events
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+type LoggedEvent = Pick<AuthEvent, "at" | "message" | "clientName" | "connection">;
+/** `events/<issuer>`: the latest of each kind, so that a flood of one kind cannot push out the others. */
+type EventRecord = Partial<Record<AuthEvent["type"], { count: number; latest: LoggedEvent[] }>>;
+type LoggedEvents = (LoggedEvent & { type: AuthEvent["type"]; count: number })[];
 
 /** The latest events for the owner's page, and those that are not written yet. */
 interface EventLog {
@@ -3331,12 +3317,8 @@ interface EventLog {
   writing: Promise<unknown>;
 }
 
-/** `events/<issuer>`: the latest of each kind, so that a flood of one kind cannot push out the others. */
-type EventRecord = Partial<Record<AuthEvent["type"], { count: number; latest: LoggedEvent[] }>>;
-type LoggedEvent = Pick<AuthEvent, "at" | "message" | "clientName" | "connection">;
-type LoggedEvents = (LoggedEvent & { type: AuthEvent["type"]; count: number })[];
-
 const MAX_EVENTS_PER_TYPE = 5;
+const MAX_WAITING_PER_TYPE = 20;
 /** Events that strangers can cause at will. They wait in memory for one that is worth a write, so they cause no writes. */
 const CHEAP_EVENTS = new Set<AuthEvent["type"]>([
   "token_refused",
@@ -3352,10 +3334,10 @@ const CHEAP_EVENTS = new Set<AuthEvent["type"]>([
 /** Passes an event to `onEvent`, and keeps it for the owner's page. */
 function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happened: Omit<AuthEvent, "at">): void {
   const event: AuthEvent = { at: Math.floor(seconds()), ...happened };
+  const { type } = event;
   // A broken alarm must break neither the request it reports nor, if it is asynchronous, the process.
   promiseTry(() => onEvent(event)).catch((error) => console.error("personal-auth: onEvent threw", error));
-  if (event.type === "client_registered") return; // anybody's, any number of times, and nothing the owner could act on
-  const { type } = event;
+  if (type === "client_registered") return; // anybody's, any number of times, and nothing the owner could act on
   const others = log.waiting.filter((waiting) => waiting.type !== type);
   const same = log.waiting.filter((waiting) => waiting.type === type);
   log.waiting = [...others, ...same.slice(1 - MAX_WAITING_PER_TYPE), event];
@@ -3366,8 +3348,6 @@ function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happene
   log.writing = promiseTry(() => log.store.update(log.key, merge))
     .catch(() => log.waiting = [...batch, ...log.waiting].slice(-100)); // the next event tries again
 }
-
-const MAX_WAITING_PER_TYPE = 20;
 
 function mergeEvents(record: EventRecord = {}, events: AuthEvent[]): EventRecord {
   const merged = { ...record };
@@ -3383,10 +3363,9 @@ function mergeEvents(record: EventRecord = {}, events: AuthEvent[]): EventRecord
 async function latestEvents(log: EventLog): Promise<LoggedEvents> {
   await log.writing;
   const record = mergeEvents(await log.store.get(log.key) as EventRecord | undefined, log.waiting);
-  const list = Object.entries(record).flatMap(([type, { count, latest }]) =>
-    latest.map((event) => ({ ...event, type: type as AuthEvent["type"], count }))
-  );
-  return list.sort((a, b) => b.at - a.at);
+  const types = Object.keys(record) as AuthEvent["type"][];
+  return types.flatMap((type) => record[type]!.latest.map((event) => ({ ...event, type, count: record[type]!.count })))
+    .sort((a, b) => b.at - a.at);
 }
 
 /** Writes an event to the console, but for those that anyone can cause at will; these go to `onEvent` only. */
