@@ -1586,6 +1586,8 @@ interface Target {
 
 /** What the owner is asked to approve. */
 interface AuthorizationRequest extends Target {
+  /** The query, word for word. */
+  encoded: string;
   scopes: string[];
   code_challenge: string;
 }
@@ -1597,79 +1599,65 @@ const MAX_REQUEST_LENGTH = 16 * 1024;
  *
  * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1 | OAuth 2.1 §4.1}
  */
-function showConsent(server: Server, c: Context): Promise<Response> {
+async function showConsent(server: Server, c: Context): Promise<Response> {
   const encoded = c.req.url.split("?").slice(1).join("?").split("#")[0]!; // not new URL(): a hostile Host breaks it
-  return withRequest(server, c, encoded, async (request) => {
-    const session = await readSession(server, c);
-    if (session.answer) return session.answer;
-    if (session.who === "stranger") return strangerPage(server, c);
-    noteAttempt(server, request.client, { shown: seconds() });
-    return await askOwner(server, c, request, encoded, session);
-  });
+  const request = await readRequest(server, c, encoded);
+  if (request instanceof Response) return request;
+  const session = await readSession(server, c);
+  if (session.answer) return session.answer;
+  if (session.who === "stranger") return strangerPage(server, c);
+  noteAttempt(server, request.client, { shown: seconds() });
+  return await askOwner(server, c, request, session);
 }
 
 /** Carries out the owner's decision. The form holds the request word for word, and it is checked again from the start. */
 async function decideConsent(server: Server, c: Context): Promise<Response> {
   const form = await readForm(c);
-  const encoded = form.get("request") ?? "";
-  const csrf = form.get("csrf") ?? "";
-  const decision = form.get("decision");
+  const [encoded, csrf] = [form.get("request") ?? "", form.get("csrf") ?? ""];
+  const decision = form.get("decision") ?? "";
   const session = await readSession(server, c);
   if (session.answer) return session.answer;
-  const isKnown = decision === "approve" || decision === "approve_elsewhere" || decision === "deny";
+  const isKnown = ["approve", "approve_elsewhere", "deny"].includes(decision);
   if (!isKnown || !await checkCsrf(server, session.browser, encoded, csrf)) {
     return await askAgain(server, c, encoded, csrf, session);
   }
-  return await withRequest(server, c, encoded, async (request) => {
-    const { client, redirect_uri } = request;
-    const clientName = client.name;
-    // Only the address of a loopback listener is ever shown: any other app is reached from here, and its code is no
-    // text that somebody could be talked into sending on.
-    const elsewhere = decision === "approve_elsewhere";
-    if (elsewhere && !isLocal(new URL(redirect_uri))) {
-      throw new OAuthError("invalid_request", "This app can be reached from this browser");
-    }
-    if (decision === "deny") {
-      server.emit("connection_denied", "the request was denied", { clientName });
-      noteAttempt(server, client, { denied: seconds() });
-      const error_description = "The owner denied the request";
-      return redirectBack(server, c, request, { error: "access_denied", error_description });
-    }
-    const problem = await signIn(server, c, session, form.get("password") ?? "");
-    if (problem) return await askOwner(server, c, request, encoded, session, { csrf, problem });
-    const { code, repeated } = (await approve(server, csrf, request))!;
-    if (!repeated) server.emit("connection_approved", `approved for ${redirect_uri}`, { clientName });
-    if (elsewhere && code) return elsewherePage(server, c, answerUri(server, request, { code }));
-    if (repeated) return answeredPage(server, c, clientName, code && answerUri(server, request, { code }));
-    return redirectBack(server, c, request, { code: code! });
-  });
+  const request = await readRequest(server, c, encoded);
+  if (request instanceof Response) return request;
+  const { client, redirect_uri } = request;
+  const clientName = client.name;
+  // Only the address of a loopback listener is ever shown: any other app is reached from here, and its code is no text
+  // that somebody could be talked into sending on.
+  const elsewhere = decision === "approve_elsewhere";
+  if (elsewhere && !isLocal(new URL(redirect_uri))) throw invalidRequest("This app can be reached from this browser");
+  if (decision === "deny") {
+    server.emit("connection_denied", "the request was denied", { clientName });
+    noteAttempt(server, client, { denied: seconds() });
+    const error_description = "The owner denied the request";
+    return redirectBack(server, c, request, { error: "access_denied", error_description });
+  }
+  const problem = await signIn(server, c, session, form.get("password") ?? "");
+  if (problem) return await askOwner(server, c, request, session, { csrf, problem });
+  const { code, repeated } = (await approve(server, csrf, request))!;
+  if (!repeated) server.emit("connection_approved", `approved for ${redirect_uri}`, { clientName });
+  if (elsewhere && code) return elsewherePage(server, c, answerUri(server, request, { code }));
+  if (repeated) return answeredPage(server, c, clientName, code && answerUri(server, request, { code }));
+  return redirectBack(server, c, request, { code: code! });
 }
 
-/** Runs with a checked request. A faulty one is answered to the client, or on a page if nobody can be trusted with it. */
-async function withRequest(
-  server: Server,
-  c: Context,
-  encoded: string,
-  then: (request: AuthorizationRequest) => Promise<Response>,
-): Promise<Response> {
-  let target: Target;
-  let params: URLSearchParams;
+/** Returns the checked request. A faulty one is answered to the client, or on a page if nobody can be trusted with it. */
+async function readRequest(server: Server, c: Context, encoded: string): Promise<AuthorizationRequest | Response> {
+  let target: Target | undefined;
   try {
-    if (encoded.length > MAX_REQUEST_LENGTH) throw new OAuthError("invalid_request", "The request is too long");
-    params = parameters(encoded);
+    if (encoded.length > MAX_REQUEST_LENGTH) throw invalidRequest("The request is too long");
+    const params = parameters(encoded);
     target = await authorizationTarget(server, params);
+    return { ...target, encoded, ...authorizationRequest(server, params) };
   } catch (error) {
-    return faultPage(server, c, error);
-  }
-  let request: AuthorizationRequest;
-  try {
-    request = authorizationRequest(server, params, target);
-  } catch (error) {
+    if (!target) return faultPage(server, c, error);
     if (!(error instanceof OAuthError)) throw error;
     await noteRefusal(server, error, undefined, target.client);
     return redirectBack(server, c, target, { error: error.code, error_description: errorDescription(error.message) });
   }
-  return await then(request);
 }
 
 /** Shows the consent page, with the same form again if there was a problem with it. */
@@ -1677,37 +1665,30 @@ async function askOwner(
   server: Server,
   c: Context,
   request: AuthorizationRequest,
-  encoded: string,
   { browser, who }: Session,
   again?: { csrf: string; problem: Problem },
 ): Promise<Response> {
-  const { client, redirect_uri } = request;
+  const { client, redirect_uri, encoded } = request;
+  const vouched = isListedSite(server.allowed, new URL(client.source === "document" ? client.id : redirect_uri));
   const csrf = again?.csrf ?? await createCsrf(server, browser, encoded);
-  const listed = isListedSite(server.allowed, new URL(client.source === "document" ? client.id : redirect_uri));
-  return consentPage(server, c, request, {
-    who,
-    encoded,
-    csrf,
-    vouched: listed,
-    ...defined({ problem: again?.problem }),
-  });
+  return consentPage(server, c, request, { who, encoded, vouched, ...again, csrf });
 }
 
 /** Answers a form that does not belong to this browser and request, or is too old. */
 async function askAgain(server: Server, c: Context, encoded: string, csrf: string, session: Session) {
   if (encoded === "" || !session.known) return expiredPage(server, c);
-  return await withRequest(server, c, encoded, async (request) => {
-    // Of two clicks, the first may have signed the owner in, so that the browser's secret is no longer the form's. The
-    // form proves nothing then, but the session does: only the owner is told what came of the first click.
-    const earlier = session.who === "owner" ? await approve(server, csrf, request, true) : undefined;
-    if (earlier) {
-      const uri = earlier.code && answerUri(server, request, { code: earlier.code });
-      return answeredPage(server, c, request.client.name, uri);
-    }
-    // The form was open too long, or in a second tab while the first one signed in: ask again, and lose nothing.
-    const fresh = await createCsrf(server, session.browser, encoded);
-    return await askOwner(server, c, request, encoded, session, { csrf: fresh, problem: OPEN_TOO_LONG });
-  });
+  const request = await readRequest(server, c, encoded);
+  if (request instanceof Response) return request;
+  // Of two clicks, the first may have signed the owner in, so that the browser's secret is no longer the form's. The
+  // form proves nothing then, but the session does: only the owner is told what came of the first click.
+  const earlier = session.who === "owner" ? await approve(server, csrf, request, true) : undefined;
+  if (earlier) {
+    const uri = earlier.code && answerUri(server, request, { code: earlier.code });
+    return answeredPage(server, c, request.client.name, uri);
+  }
+  // The form was open too long, or in a second tab while the first one signed in: ask again, and lose nothing.
+  const fresh = await createCsrf(server, session.browser, encoded);
+  return await askOwner(server, c, request, session, { csrf: fresh, problem: OPEN_TOO_LONG });
 }
 
 /**
@@ -1731,58 +1712,50 @@ function redirectBack(server: Server, c: Context, target: Target, answer: Record
   return c.redirect(uri, 302);
 }
 
+function invalidRequest(description: string, options?: OAuthErrorOptions): OAuthError {
+  return new OAuthError("invalid_request", description, options);
+}
+
 /** Finds client and redirect URI. Until both are known good, nothing may be redirected (OAuth 2.1 §4.1.2.1). */
 async function authorizationTarget(server: Server, params: URLSearchParams): Promise<Target> {
   const client_id = params.get("client_id");
-  if (client_id === null) throw new OAuthError("invalid_request", "The request names no client_id");
+  if (client_id === null) throw invalidRequest("The request names no client_id");
   const client = await resolveClient(server, client_id);
   if (!client) {
     throw new OAuthError("invalid_client", "This server does not know the app that sent you here", { status: 401 });
   }
   const [only, ...others] = client.redirect_uris;
   const redirect_uri = params.get("redirect_uri") ?? (others.length === 0 ? only : undefined);
-  if (redirect_uri === undefined) {
-    throw new OAuthError("invalid_request", "The request names no redirect_uri");
-  }
+  if (redirect_uri === undefined) throw invalidRequest("The request names no redirect_uri");
+  const event = { event: "redirect_refused", clientName: client.name } as const;
   if (!client.redirect_uris.some((registered) => sameRedirect(registered, redirect_uri))) {
     const description = `redirect_uri ${quote(redirect_uri)} is not one that the client registered`;
-    const reason = `${description}: ${quote(client.redirect_uris)}`;
-    throw new OAuthError("invalid_request", description, {
-      event: "redirect_refused",
-      reason,
-      clientName: client.name,
-    });
+    throw invalidRequest(description, { ...event, reason: `${description}: ${quote(client.redirect_uris)}` });
   }
   // Checked again although registration did: the owner may have shortened the list, and a signed client_id stays valid.
-  const refused = client.source === "preregistered"
-    ? unsafeRedirect(redirect_uri)
-    : redirectRefusal(server.allowed, redirect_uri);
-  if (refused) {
-    throw new OAuthError("invalid_request", refused, { event: "redirect_refused", clientName: client.name });
-  }
+  const isOwn = client.source === "preregistered";
+  const refused = isOwn ? unsafeRedirect(redirect_uri) : redirectRefusal(server.allowed, redirect_uri);
+  if (refused) throw invalidRequest(refused, event);
   return { client, redirect_uri, state: params.get("state") };
 }
 
-/** Checks the rest of the request. What is wrong with it goes back to the client (OAuth 2.1 §4.1.1, RFC 7636 §4.3). */
-function authorizationRequest(server: Server, params: URLSearchParams, target: Target): AuthorizationRequest {
-  const invalid = (description: string, code = "invalid_request") => new OAuthError(code, description);
-  if (params.has("request")) throw invalid("Request objects are not supported", "request_not_supported");
-  if (params.has("request_uri")) {
-    throw invalid("Request objects are not supported", "request_uri_not_supported");
+/** Reads the rest of the request. What is wrong with it goes back to the client (OAuth 2.1 §4.1.1, RFC 7636 §4.3). */
+function authorizationRequest(server: Server, params: URLSearchParams) {
+  for (const name of ["request", "request_uri"]) {
+    if (params.has(name)) throw new OAuthError(`${name}_not_supported`, "Request objects are not supported");
   }
-  const response_type = params.get("response_type");
-  if (response_type === null) throw invalid("response_type is missing");
-  if (response_type !== "code") throw invalid("response_type must be code", "unsupported_response_type");
-  if ((params.get("response_mode") ?? "query") !== "query") throw invalid("response_mode must be query");
+  if (required(params, "response_type") !== "code") {
+    throw new OAuthError("unsupported_response_type", "response_type must be code");
+  }
+  if ((params.get("response_mode") ?? "query") !== "query") throw invalidRequest("response_mode must be query");
   const code_challenge = params.get("code_challenge");
   // Without PKCE a stolen code is a stolen connection; "plain" sends the verifier where codes are stolen from.
-  if (code_challenge === null) throw invalid("code_challenge is missing: PKCE is required");
-  if (params.get("code_challenge_method") !== "S256") throw invalid("code_challenge_method must be S256");
-  if (!/^[A-Za-z0-9_-]{43}$/.test(code_challenge)) {
-    throw invalid("code_challenge must be a base64url SHA-256 digest");
-  }
+  if (code_challenge === null) throw invalidRequest("code_challenge is missing: PKCE is required");
+  if (params.get("code_challenge_method") !== "S256") throw invalidRequest("code_challenge_method must be S256");
+  const isDigest = /^[A-Za-z0-9_-]{43}$/.test(code_challenge);
+  if (!isDigest) throw invalidRequest("code_challenge must be a base64url SHA-256 digest");
   checkResource(server, params);
-  return { ...target, code_challenge, scopes: grantedScopes(params.get("scope"), server.scopes) };
+  return { code_challenge, scopes: grantedScopes(params.get("scope"), server.scopes) };
 }
 
 /** Answers a request that names nobody who could be answered: a page, or JSON for a program that asks for it. */
@@ -1807,10 +1780,7 @@ const FAULTS: Record<string, [title: string, advice: string]> = {
     "This app cannot be checked",
     "The app describes itself at an address of its own, which this server must be able to read. Try again later.",
   ],
-  redirect_refused: [
-    "This app is not allowed here",
-    "Nothing was shared. If you did not start this, close the page.",
-  ],
+  redirect_refused: ["This app is not allowed here", "Nothing was shared. If you did not start this, close the page."],
   invalid_request: [
     "That request cannot be answered",
     "Nothing was shared. If you started this, go back to the app and connect again.",
@@ -1818,8 +1788,8 @@ const FAULTS: Record<string, [title: string, advice: string]> = {
 };
 
 /**
- * Requires that every `resource` is this one resource. Clients differ in slashes, case and default ports, and some send
- * the base URL. The audience that is stored and checked is always the canonical URL.
+ * Requires that every `resource` is this one. Clients differ in slashes, case and default ports, and some send the base
+ * URL; the audience that is stored and checked is always the canonical URL.
  *
  * @see {@link https://www.rfc-editor.org/rfc/rfc8707#section-2 | RFC 8707 §2}
  */
@@ -1827,9 +1797,8 @@ function checkResource({ resource, resourceNames }: Server, params: URLSearchPar
   for (const asked of params.getAll("resource")) {
     const normal = normalizeResource(asked);
     if (normal === undefined || !resourceNames.includes(normal)) {
-      throw new OAuthError("invalid_target", `This server grants access to ${resource} only`, {
-        reason: `the client asked for ${quote(asked)}`,
-      });
+      const reason = `the client asked for ${quote(asked)}`;
+      throw new OAuthError("invalid_target", `This server grants access to ${resource} only`, { reason });
     }
   }
 }
@@ -1868,10 +1837,10 @@ function narrowedScopes(asked: string, granted: string[]): string[] {
 // Token and revocation endpoints
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Returns a form parameter, or throws invalid_request if it is missing. */
+/** Returns a parameter, or throws invalid_request if it is missing. */
 function required(form: URLSearchParams, name: string): string {
   const value = form.get(name);
-  if (value === null) throw new OAuthError("invalid_request", `${name} is missing`);
+  if (value === null) throw invalidRequest(`${name} is missing`);
   return value;
 }
 
@@ -1886,36 +1855,16 @@ async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
   const client = await authenticateClient(server, c, form);
   c.header("Cache-Control", "no-store");
   try {
-    return c.json(await grantTokens(server, form, client, arrived));
+    const grant_type = required(form, "grant_type");
+    checkResource(server, form);
+    if (grant_type === "authorization_code") return c.json(await redeem(server, form, client, arrived));
+    if (grant_type === "refresh_token") return c.json(await refresh(server, form, client));
+    throw new OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token");
   } catch (error) {
     const id = grantId("pac", form.get("code") ?? "") ?? grantId("prt", form.get("refresh_token") ?? "");
     await noteRefusal(server, error, id, client);
     throw error;
   }
-}
-
-/** Returns the tokens that a form of the token endpoint asks for. */
-async function grantTokens(
-  server: Server,
-  form: URLSearchParams,
-  client: Client,
-  arrived: number,
-): Promise<TokenResponse> {
-  const grant_type = required(form, "grant_type");
-  checkResource(server, form);
-  if (grant_type === "authorization_code") {
-    const [code, code_verifier] = [required(form, "code"), required(form, "code_verifier")];
-    if (!/^[A-Za-z0-9._~-]{43,128}$/.test(code_verifier)) {
-      throw new OAuthError("invalid_request", "code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)");
-    }
-    const redirect_uri = form.get("redirect_uri") ?? undefined;
-    return await redeem(server, { code, code_verifier, redirect_uri, client, arrived });
-  }
-  if (grant_type === "refresh_token") {
-    const [refresh_token, scope] = [required(form, "refresh_token"), form.get("scope") ?? undefined];
-    return await refresh(server, { refresh_token, scope, client });
-  }
-  throw new OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token");
 }
 
 /**
@@ -1979,8 +1928,7 @@ interface Grant {
   used?: number;
   expires: number;
   revoked?: number;
-  /** `refreshes`: whether the client registered for refresh tokens. */
-  code?: { hash: string; challenge: string; refreshes: boolean; expires: number; redeemed?: number };
+  code?: NewCode & { expires: number; redeemed?: number };
   refresh?: RefreshState;
   /** Live access tokens, oldest first. A refresh leaves the earlier ones to their own expiry. */
   access: AccessToken[];
@@ -1990,6 +1938,9 @@ interface Grant {
   attempt?: Pick<Attempt, "found" | "introduced" | "shown">;
   refused?: Refusal;
 }
+
+/** `refreshes`: whether the client registered for refresh tokens. */
+type NewCode = { hash: string; challenge: string; refreshes: boolean };
 
 interface RefreshState {
   /** Fingerprint of the current refresh token, RT(n). */
@@ -2039,16 +1990,21 @@ const MAX_ROTATIONS = 200;
 /** Returns the grant of a new approval: a code, and no token yet. The record outlives its form, which is good once. */
 function approveGrant(
   request: Pick<Grant, "client" | "scopes" | "resource" | "attempt"> & { redirect_uri: string },
-  code: { hash: string; challenge: string; refreshes: boolean },
+  code: NewCode,
   now: number,
 ): Grant {
-  return {
-    ...request,
-    created: now,
-    expires: now + UNREDEEMED_KEPT,
-    code: { ...code, expires: now + CODE_TTL },
-    access: [],
-  };
+  const expires = now + UNREDEEMED_KEPT;
+  return { ...request, created: now, expires, code: { ...code, expires: now + CODE_TTL }, access: [] };
+}
+
+/** Returns why this client can neither redeem nor refresh a grant. */
+function grantRefusal(grant: Grant, client_id: string, now: number): string | undefined {
+  if (grant.revoked !== undefined) return `the connection was ended ${ago(now - grant.revoked)}`;
+  return grant.client.id === client_id ? undefined : "the code or refresh token was issued to another client";
+}
+
+function refused(grant: Grant, reason: string): Transition {
+  return { grant, outcome: "refused", reason };
 }
 
 /**
@@ -2060,36 +2016,28 @@ function approveGrant(
 function redeemGrant(
   grant: Grant,
   request: { hash: string; challenge: string; client_id: string; redirect_uri?: string | undefined; arrived: number },
-  issue: Issue,
+  { access, refresh, expires }: Issue,
   now: number,
 ): Transition {
   const { code } = grant;
-  const refused = (reason: string): Transition => ({ grant, outcome: "refused", reason });
-  if (grant.revoked !== undefined) return refused(`the connection was ended ${ago(now - grant.revoked)}`);
-  if (code?.hash !== request.hash) return refused("this code was never issued");
-  if (grant.client.id !== request.client_id) return refused("the code was issued to another client");
-  if (code.challenge !== request.challenge) return refused("code_verifier does not match the code_challenge");
+  const refusal = grantRefusal(grant, request.client_id, now);
+  if (refusal) return refused(grant, refusal);
+  if (code?.hash !== request.hash) return refused(grant, "this code was never issued");
+  if (code.challenge !== request.challenge) return refused(grant, "code_verifier does not match the code_challenge");
   if (request.redirect_uri !== undefined && request.redirect_uri !== grant.redirect_uri) {
-    return refused(`redirect_uri ${quote(request.redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
+    return refused(grant, `redirect_uri ${quote(request.redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
   }
   if (code.redeemed !== undefined) {
     // Client and verifier are right, so somebody else holds both: end what was issued. A request that had arrived
     // before the code was redeemed is the client's own duplicate, and is only refused.
-    if (request.arrived < code.redeemed) return refused("a duplicate of a request that came at the same time");
+    if (request.arrived < code.redeemed) return refused(grant, "a duplicate of a request that came at the same time");
     return { grant: revokeGrant(grant, now), outcome: "replayed" };
   }
-  if (code.expires <= now) return refused(`the code expired ${ago(now - code.expires)}`);
-  const { access, refresh, expires } = issue;
-  return {
-    outcome: "issued",
-    grant: {
-      ...grant,
-      expires: code.refreshes ? expires : access.expires,
-      code: { ...code, redeemed: now },
-      access: [{ ...access, n: 0 }],
-      ...(code.refreshes && { refresh: { hash: refresh, n: 0, presented: false, rotated: [] } }),
-    },
-  };
+  if (code.expires <= now) return refused(grant, `the code expired ${ago(now - code.expires)}`);
+  const redeemed = { ...grant, code: { ...code, redeemed: now }, access: [{ ...access, n: 0 }] };
+  if (!code.refreshes) return { grant: { ...redeemed, expires: access.expires }, outcome: "issued" };
+  const first: RefreshState = { hash: refresh, n: 0, presented: false, rotated: [] };
+  return { grant: { ...redeemed, expires, refresh: first }, outcome: "issued" };
 }
 
 /**
@@ -2109,26 +2057,17 @@ function refreshGrant(
   now: number,
 ): Transition {
   const { refresh } = grant;
-  const refused = (reason: string): Transition => ({ grant, outcome: "refused", reason });
-  if (grant.revoked !== undefined) return refused(`the connection was ended ${ago(now - grant.revoked)}`);
-  if (!refresh) return refused("the connection has no refresh token");
-  if (grant.client.id !== request.client_id) return refused("the refresh token was issued to another client");
-  if (grant.resource !== request.resource) return refused(`the refresh token is for ${quote(grant.resource)}`);
-  if (grant.expires <= now) return refused(`the connection expired ${ago(now - grant.expires)}`);
+  const refusal = grantRefusal(grant, request.client_id, now);
+  if (refusal) return refused(grant, refusal);
+  if (!refresh) return refused(grant, "the connection has no refresh token");
+  if (grant.resource !== request.resource) return refused(grant, `the refresh token is for ${quote(grant.resource)}`);
+  if (grant.expires <= now) return refused(grant, `the connection expired ${ago(now - grant.expires)}`);
   if (refresh.hash !== request.hash) return repeatRefresh(grant, refresh, request.hash, issue, now);
+  const n = refresh.n + 1;
   const recent = refresh.rotated.filter(([, at]) => now - at <= REFRESH_GRACE).slice(0, MAX_ROTATIONS - 1);
   const rotated: RefreshState["rotated"] = [[request.hash, now], ...recent];
-  const n = refresh.n + 1;
-  return {
-    outcome: "issued",
-    grant: {
-      ...grant,
-      access: withAccessToken(grant, { ...issue.access, n }, now),
-      used: now,
-      expires: issue.expires,
-      refresh: { ...refresh, hash: issue.refresh, n, presented: false, rotated },
-    },
-  };
+  const next = { ...refresh, hash: issue.refresh, n, presented: false, rotated };
+  return { outcome: "issued", grant: withTokens(grant, issue, next, n, now) };
 }
 
 /** Repeats the answer to a refresh token that was rotated, or ends the connection. */
@@ -2145,28 +2084,22 @@ function repeatRefresh(grant: Grant, refresh: RefreshState, hash: string, issue:
     const when = at === undefined ? "long ago" : ago(now - at);
     return { grant: revokeGrant(grant, now), outcome: "reused", reason: `the refresh token was rotated ${when}` };
   }
-  const issued = grant.access.find((token) => token.hash === issue.access.hash);
+  if (!inGrace) {
+    // A late answer counts as the first one: the grace period for the client's other machines starts again.
+    const late: RefreshState = { ...refresh, rotated: [[hash, now], ...rotated.slice(1)], repeated: n };
+    return { outcome: "repeated", grant: withTokens(grant, issue, late, n, now) };
+  }
   // The repeated answer is the first one again; its access token gets new time only if it has used up half of it.
+  const issued = grant.access.find((token) => token.hash === issue.access.hash);
   const lasts = issued && issued.expires - now >= (issue.access.expires - now) / 2;
-  if (inGrace && lasts) return { grant, outcome: "issued" };
-  // A late answer counts as the first one: the grace period for the client's other machines starts again.
-  const late = inGrace ? {} : { rotated: [[hash, now], ...rotated.slice(1)] as typeof rotated, repeated: n };
-  return {
-    outcome: inGrace ? "issued" : "repeated",
-    grant: {
-      ...grant,
-      access: withAccessToken(grant, { ...issue.access, n: n - index }, now),
-      used: now,
-      expires: issue.expires,
-      refresh: { ...refresh, ...late },
-    },
-  };
+  return { outcome: "issued", grant: lasts ? grant : withTokens(grant, issue, refresh, n - index, now) };
 }
 
-/** Returns the live access tokens of a grant with one more. */
-function withAccessToken(grant: Grant, fresh: AccessToken, now: number): AccessToken[] {
-  const others = grant.access.filter((token) => token.expires > now && token.hash !== fresh.hash);
-  return [...others, fresh].slice(-MAX_ACCESS_TOKENS);
+/** Returns the grant after a refresh: with one more access token, issued with RT(n), and without those that expired. */
+function withTokens(grant: Grant, issue: Issue, refresh: RefreshState, n: number, now: number): Grant {
+  const others = grant.access.filter((token) => token.expires > now && token.hash !== issue.access.hash);
+  const access = [...others, { ...issue.access, n }].slice(-MAX_ACCESS_TOKENS);
+  return { ...grant, access, used: now, expires: issue.expires, refresh };
 }
 
 /** Returns the live access token with this hash and audience. */
@@ -2179,9 +2112,8 @@ function verifyGrant(grant: Grant, hash: string, resource: string, now: number):
 
 /** Records that an access token was used. Returns the same object if there is nothing new to remember. */
 function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
-  const { refresh } = grant;
+  const { refresh, called = now } = grant;
   // The client has the latest tokens; later use of the previous refresh token is treated as theft.
-  const called = grant.called ?? now;
   if (refresh && refresh.n === token.n && refresh.rotated.length > 0 && !refresh.presented) {
     return { ...grant, called, used: now, refresh: { ...refresh, presented: true } };
   }
@@ -2211,32 +2143,44 @@ async function insertGrant({ store }: Server, id: string, grant: Grant): Promise
   return before;
 }
 
-/** Applies a transition atomically, and raises the event of what happened. */
+/** Changes a grant atomically and returns it. Writes nothing if there is none, or `change` returns the same object. */
+async function updateGrant({ store }: Server, id: string, change: (grant: Grant) => Grant, expiresAt?: number) {
+  const changeIt = (current: unknown) => current === undefined ? undefined : change(current as Grant);
+  return await store.update(`grant/${id}`, changeIt, defined({ expiresAt })) as Grant | undefined;
+}
+
+/** The outcomes that the owner must hear of. */
+const ALARMS: Partial<Record<Transition["outcome"], [event: AuthEvent["type"], message: string]>> = {
+  replayed: ["code_replayed", "a code was redeemed twice: the connection is ended"],
+  reused: ["refresh_token_reused", "a refresh token was used again: the connection is ended"],
+  repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
+};
+
+/** Applies a transition atomically, raises the event of what happened, and throws what to answer unless it issued. */
 async function changeGrant(
   server: Server,
   id: string,
   transition: (grant: Grant, now: number) => Transition,
   { expires }: Issue,
 ): Promise<Grant> {
-  let result: Transition | undefined;
-  await server.store.update(`grant/${id}`, (current) => {
-    result = current === undefined ? undefined : transition(current as Grant, seconds());
-    return result?.grant;
-  }, { expiresAt: expires });
-  const { grant, outcome, reason } = result ?? { outcome: "refused", reason: "the connection has ended" };
-  let event: AuthEvent["type"] | undefined;
-  if (grant && outcome !== "issued" && outcome !== "refused") {
-    const [type, message] = {
-      replayed: ["code_replayed", "a code was redeemed twice: the connection is ended"],
-      reused: ["refresh_token_reused", "a refresh token was used again: the connection is ended"],
-      repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
-    }[outcome] as [AuthEvent["type"], string];
-    emitFor(server, type, message, id, grant);
-    event = type;
-  }
-  if (grant && (outcome === "issued" || outcome === "repeated")) return grant;
+  let result = undefined as Transition | undefined;
+  const grant = await updateGrant(server, id, (grant) => {
+    result = transition(grant, seconds());
+    return result.grant;
+  }, expires);
+  // Both are asked for: when a write is tried again, the grant may be gone, and the result that of the first try.
+  if (!grant || !result) throw invalidGrant("the connection has ended");
+  const { outcome, reason } = result;
+  const [event, message] = ALARMS[outcome] ?? [];
+  if (event) emitFor(server, event, message!, id, grant);
+  if (outcome === "issued" || outcome === "repeated") return grant;
+  throw invalidGrant(reason, event);
+}
+
+/** One answer to whatever is wrong with a code or refresh token: the reason is for the owner, not for a thief. */
+function invalidGrant(reason?: string, event?: AuthEvent["type"]): OAuthError {
   const description = "The code or refresh token is wrong, used, expired or revoked";
-  throw new OAuthError("invalid_grant", description, { reason, ...defined({ event }) });
+  return new OAuthError("invalid_grant", description, { reason, ...defined({ event }) });
 }
 
 /** Raises an event about a connection. */
@@ -2259,28 +2203,27 @@ async function approve(
   { client, redirect_uri, scopes, code_challenge: challenge }: AuthorizationRequest,
   lookOnly = false,
 ): Promise<{ code?: string; repeated: boolean } | undefined> {
+  const { attempts, resource } = server;
   const id = await formId(server, form);
   const code = `pac_${id}${await server.mac("code", form)}`;
-  const { found, introduced, shown } = server.attempts.get(client.id) ?? {};
+  const { found, introduced, shown } = attempts.get(client.id) ?? {};
   const attempt = defined({ found, introduced, shown });
+  const who = { id: client.id, name: client.name, ...defined({ auth: client.auth }) };
   const fresh = approveGrant(
-    {
-      client: { id: client.id, name: client.name, ...defined({ auth: client.auth }) },
-      redirect_uri,
-      scopes,
-      resource: server.resource,
-      attempt,
-    },
+    { client: who, redirect_uri, scopes, resource, attempt },
     { hash: await hashToken(code), challenge, refreshes: client.refreshes },
     seconds(),
   );
   const before = lookOnly ? await readGrant(server, id) : await insertGrant(server, id, fresh);
-  if (!lookOnly) server.attempts.delete(client.id); // from here on, the record tells
+  if (!lookOnly) attempts.delete(client.id); // from here on, the record tells
   const grant = before ?? fresh;
   if (lookOnly && !before || grant.client.id !== client.id || grant.redirect_uri !== redirect_uri) return undefined;
   // After a double click the browser follows the second response, so it carries the first one's code.
-  const isOpen = grant.code && grant.code.redeemed === undefined && grant.code.expires > seconds();
-  return { repeated: before !== undefined, ...(isOpen && { code }) };
+  return { repeated: before !== undefined, ...(hasOpenCode(grant, seconds()) && { code }) };
+}
+
+function hasOpenCode({ code }: Grant, now: number): boolean {
+  return code !== undefined && code.redeemed === undefined && code.expires > now;
 }
 
 /** The response of the token endpoint (OAuth 2.1 §3.2.3). No member is ever null: strict clients refuse that. */
@@ -2292,51 +2235,44 @@ interface TokenResponse {
   scope: string;
 }
 
-/** Exchanges a code for tokens. */
-async function redeem(
-  server: Server,
-  { code, code_verifier, redirect_uri, client, arrived }: {
-    code: string;
-    code_verifier: string;
-    redirect_uri: string | undefined;
-    client: Client;
-    arrived: number;
-  },
-): Promise<TokenResponse> {
+/** Exchanges a code for tokens. `arrived` is when the request came, before its body was read. */
+async function redeem(server: Server, form: URLSearchParams, client: Client, arrived: number): Promise<TokenResponse> {
+  const [code, code_verifier] = [required(form, "code"), required(form, "code_verifier")];
+  if (!/^[A-Za-z0-9._~-]{43,128}$/.test(code_verifier)) {
+    throw invalidRequest("code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)");
+  }
   const id = grantId("pac", code);
   if (!id) throw new OAuthError("invalid_grant", "This is not a code of this server");
   const access_token = `pat_${id}${random(32)}`;
   const refresh = await deriveRefresh(server, id + random(32));
   const [hash, challenge] = [await hashToken(code), await s256(code_verifier)];
+  const redirect_uri = form.get("redirect_uri") ?? undefined;
   const request = { hash, challenge, client_id: client.id, redirect_uri, arrived };
   const issue = await hashIssue(server, access_token, undefined, refresh.hash);
   const grant = await changeGrant(server, id, (grant, now) => redeemGrant(grant, request, issue, now), issue);
   emitFor(server, "code_redeemed", "the app fetched its token", id, grant);
-  return tokenResponse(grant, issue.access.hash, access_token, grant.refresh && refresh.token);
+  return tokenResponse(grant, issue, access_token, grant.refresh && refresh.token);
 }
 
 /** Exchanges a refresh token for its successor and an access token. */
-async function refresh(
-  server: Server,
-  { refresh_token, scope, client }: { refresh_token: string; scope: string | undefined; client: Client },
-): Promise<TokenResponse> {
+async function refresh(server: Server, form: URLSearchParams, client: Client): Promise<TokenResponse> {
+  const refresh_token = required(form, "refresh_token");
   const id = grantId("prt", refresh_token);
-  const spent = (reason: string) =>
-    new OAuthError("invalid_grant", "The refresh token is wrong, expired or revoked", { reason });
-  if (!id) throw spent("it does not have the form of a refresh token");
+  if (!id) throw invalidGrant("it does not have the form of a refresh token");
   const current = await deriveRefresh(server, refresh_token.slice(4, -CHECK_DIGITS));
   // Only a token that this server made may end a connection: otherwise everybody could who learns a connection's id.
-  if (!equal(refresh_token, current.token)) throw spent("this server did not make it");
+  if (!equal(refresh_token, current.token)) throw invalidGrant("this server did not make the refresh token");
   const granted = (await readGrant(server, id))?.scopes;
-  if (!granted) throw spent("its connection has ended");
-  const scopes = scope === undefined ? granted : narrowedScopes(scope, granted);
+  if (!granted) throw invalidGrant("the connection has ended");
+  const asked = form.get("scope");
+  const scopes = asked === null ? granted : narrowedScopes(asked, granted);
   const access_token = `pat_${id}${await server.mac("access", refresh_token, scopes.join(" "))}`;
   const successor = await deriveRefresh(server, current.successor);
   const request = { hash: current.hash, client_id: client.id, resource: server.resource };
   const narrower = scopes.length < granted.length ? scopes : undefined;
   const issue = await hashIssue(server, access_token, narrower, successor.hash);
   const grant = await changeGrant(server, id, (grant, now) => refreshGrant(grant, request, issue, now), issue);
-  return tokenResponse(grant, issue.access.hash, access_token, successor.token);
+  return tokenResponse(grant, issue, access_token, successor.token);
 }
 
 /** The digits at the end of a refresh token that prove, without a look at the store, that this server made it. */
@@ -2347,10 +2283,7 @@ const CHECK_DIGITS = 32;
  * the fingerprint that is stored, and the id and secret of its successor. The three parts tell nothing about each
  * other, because each is a different part of one pseudorandom digest.
  */
-async function deriveRefresh(
-  { longMac }: Server,
-  body: string,
-): Promise<Record<"token" | "hash" | "successor", string>> {
+async function deriveRefresh({ longMac }: Server, body: string) {
   const digest = await longMac("refresh", body);
   return {
     token: `prt_${body}${digest.slice(0, CHECK_DIGITS)}`,
@@ -2359,29 +2292,18 @@ async function deriveRefresh(
   };
 }
 
-/** What the record keeps of tokens that are about to be issued. */
-async function hashIssue(
-  { accessTokenTtl, refreshTokenTtl }: Server,
-  access_token: string,
-  scopes: string[] | undefined,
-  refresh: string,
-): Promise<Issue> {
+/** Returns what the record keeps of tokens that are about to be issued. */
+async function hashIssue(server: Server, access_token: string, scopes: string[] | undefined, refresh: string) {
+  const { accessTokenTtl, refreshTokenTtl } = server;
   const now = seconds();
   const hash = await hashToken(access_token);
-  return {
-    access: { hash, ...defined({ scopes }), expires: now + accessTokenTtl },
-    refresh,
-    expires: now + Math.max(refreshTokenTtl, accessTokenTtl),
-  };
+  const access = { hash, ...defined({ scopes }), expires: now + accessTokenTtl };
+  return { access, refresh, expires: now + Math.max(refreshTokenTtl, accessTokenTtl) };
 }
 
-function tokenResponse(
-  grant: Grant,
-  hash: string,
-  access_token: string,
-  refresh_token: string | undefined,
-): TokenResponse {
-  const { expires = 0, scopes = grant.scopes } = grant.access.find((token) => token.hash === hash) ?? {};
+function tokenResponse(grant: Grant, issue: Issue, access_token: string, refresh_token?: string): TokenResponse {
+  const issued = grant.access.find((token) => token.hash === issue.access.hash);
+  const { expires = 0, scopes = grant.scopes } = issued ?? {};
   return {
     access_token,
     token_type: "Bearer",
@@ -2404,14 +2326,9 @@ function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefin
 }
 
 /** Gives a connection the owner's own name for it; an empty one takes it away. */
-async function rename({ store }: Server, id: string, label: string): Promise<void> {
-  if (label.length > MAX_LABEL) {
-    throw new OAuthError("invalid_request", `The name may have up to ${MAX_LABEL} characters`);
-  }
-  await store.update(`grant/${id}`, (current) => {
-    const { label: _label, ...grant } = (current ?? {}) as Grant;
-    return current && { ...grant, ...(label && { label }) };
-  });
+async function rename(server: Server, id: string, label: string): Promise<void> {
+  if (label.length > MAX_LABEL) throw invalidRequest(`The name may have up to ${MAX_LABEL} characters`);
+  await updateGrant(server, id, ({ label: _label, ...grant }) => ({ ...grant, ...(label && { label }) }));
 }
 
 async function revokeAll(server: Server): Promise<void> {
@@ -2435,15 +2352,15 @@ async function revokeToken(server: Server, token: string, client: Client): Promi
 
 /** Ends a connection of this server. Returns `false` if there is none with this id. */
 async function revoke(server: Server, id: string): Promise<boolean> {
-  let ended: Grant | undefined;
+  let isNew = false;
   const now = seconds();
-  await server.store.update(`grant/${id}`, (current) => {
-    const grant = current as Grant | undefined;
-    ended = grant?.revoked === undefined && grant?.resource === server.resource ? grant : undefined;
-    return ended ? revokeGrant(ended, now) : current;
-  }, { expiresAt: now + FORM_TTL });
-  if (ended) emitFor(server, "connection_revoked", "a connection was ended", id, ended);
-  return ended !== undefined;
+  const grant = await updateGrant(server, id, (grant) => {
+    isNew = grant.revoked === undefined && grant.resource === server.resource;
+    return isNew ? revokeGrant(grant, now) : grant;
+  }, now + FORM_TTL);
+  if (!grant || !isNew) return false;
+  emitFor(server, "connection_revoked", "a connection was ended", id, grant);
+  return true;
 }
 
 async function listConnections(server: Server): Promise<Connection[]> {
@@ -2451,24 +2368,21 @@ async function listConnections(server: Server): Promise<Connection[]> {
   const now = seconds();
   for await (const [key, value] of server.store.list("grant/")) {
     const grant = value as Grant;
-    const isPending = grant.code !== undefined && grant.code.redeemed === undefined && grant.code.expires > now;
-    const isOver = grant.revoked !== undefined || grant.expires <= now || (grant.access.length === 0 && !isPending);
+    const { client, label, redirect_uri: redirectUri, scopes, created, used, expires } = grant;
+    const isOver = grant.revoked !== undefined || expires <= now ||
+      (grant.access.length === 0 && !hasOpenCode(grant, now));
     // A store may be shared by servers at several addresses: none lists what belongs to another one.
     if (isOver || grant.resource !== server.resource) continue;
     live.push({
       id: key.slice("grant/".length),
-      kind: grant.client.id === PERSONAL ? "token" : "client",
-      clientId: grant.client.id,
-      clientName: grant.client.name,
+      kind: client.id === PERSONAL ? "token" : "client",
+      clientId: client.id,
+      clientName: client.name,
       state: connectionState(grant, now),
-      ...defined({
-        label: grant.label,
-        redirectUri: grant.redirect_uri,
-        lastUsedAt: grant.used && Math.floor(grant.used),
-      }),
-      scopes: grant.scopes,
-      createdAt: Math.floor(grant.created),
-      expiresAt: Math.floor(grant.expires),
+      ...defined({ label, redirectUri, lastUsedAt: used && Math.floor(used) }),
+      scopes,
+      createdAt: Math.floor(created),
+      expiresAt: Math.floor(expires),
     });
   }
   return live.sort((a, b) => b.createdAt - a.createdAt);
@@ -2495,8 +2409,7 @@ async function createToken(
   // A copy of the store does not give the token, because the form is sealed with the browser's secret.
   const parts = [form, name, String(expiresIn), ...granted];
   const id = await formId(server, ...parts);
-  const secret = await server.mac("token", ...parts);
-  const token = `pat_${base64url(unhex(id))}${base64url(unhex(secret))}`;
+  const token = `pat_${base64url(unhex(id))}${base64url(unhex(await server.mac("token", ...parts)))}`;
   const created = seconds();
   const expires = created + expiresIn;
   const grant: Grant = {
@@ -2579,7 +2492,6 @@ async function authenticate(server: Server, c: Context): Promise<AuthInfo> {
     // No error code where no token came: the client has done nothing wrong yet (RFC 6750 §3.1).
     throw new OAuthError("unauthorized", "An access token is needed: send it as Authorization: Bearer", {
       status: 401,
-      reason: header === null ? "no token was sent" : "the Authorization header holds no bearer token",
       headers: { "WWW-Authenticate": challenge(server, server.scopes.byDefault) },
     });
   }
@@ -2598,10 +2510,9 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   const hash = grant ? await hashToken(token) : "";
   const access = grant && verifyGrant(grant, hash, resource, now);
   if (!id || !access) {
-    const error = new OAuthError("invalid_token", "The access token is unknown, expired or revoked", {
-      status: 401,
-      reason: `access token: ${whyInvalid(server, id, grant, hash, now)}`,
-    });
+    const reason = `access token: ${whyInvalid(server, id, grant, hash, now)}`;
+    const description = "The access token is unknown, expired or revoked";
+    const error = new OAuthError("invalid_token", description, { status: 401, reason });
     await noteRefusal(server, error, id);
     throw error;
   }
@@ -2639,11 +2550,10 @@ function whyInvalid({ resource }: Server, id: string | undefined, grant: Grant |
 }
 
 /** Remembers that a token was used. A store that cannot write must not keep the owner from reading. */
-async function markPresented({ store, resource }: Server, id: string, hash: string, now: number): Promise<void> {
-  await store.update(`grant/${id}`, (current) => {
-    const grant = current as Grant | undefined;
-    const access = grant && verifyGrant(grant, hash, resource, now);
-    return access ? presentGrant(grant, access, now) : current;
+async function markPresented(server: Server, id: string, hash: string, now: number): Promise<void> {
+  await updateGrant(server, id, (grant) => {
+    const access = verifyGrant(grant, hash, server.resource, now);
+    return access ? presentGrant(grant, access, now) : grant;
   }).catch(() => {}); // the store has reported it already
 }
 
@@ -2679,11 +2589,10 @@ function createScopeGuard(server: Server, required: string[]): MiddlewareHandler
       // Not taken from c.var.auth, which any middleware can set. A token that was just checked is remembered.
       const auth = await authenticate(server, c);
       c.set("auth", auth);
-      const granted = new Set(auth.scopes);
-      if (!required.every((scope) => granted.has(scope))) {
+      if (!required.every((scope) => auth.scopes.includes(scope))) {
         const error = new OAuthError("insufficient_scope", "The token lacks a scope that this needs", { status: 403 });
         // Everything needed at once, with what the token has already: clients ask for exactly this list.
-        const needed = [...new Set([...granted, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
+        const needed = [...new Set([...auth.scopes, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
         return errorResponse(server, c, error, { "WWW-Authenticate": challenge(server, needed, error) });
       }
     } catch (error) {
@@ -3148,7 +3057,7 @@ interface Attempt {
   name: string;
   /** When somebody last asked for the documents, or called without a token: how a client finds the server. */
   found?: number;
-  /** When the client registered, or its metadata document was read. */
+  /** When the client registered. */
   introduced?: number;
   shown?: number;
   denied?: number;
@@ -3156,10 +3065,7 @@ interface Attempt {
 }
 
 /** Why a request was refused, for the owner. */
-interface Refusal {
-  at: number;
-  reason: string;
-}
+type Refusal = { at: number; reason: string };
 
 /** One attempt as the owner's page shows it. `advice` says what is missing, whose turn it is, and what to do. */
 interface Timeline {
@@ -3179,21 +3085,15 @@ function noteAttempt({ attempts, found }: Server, { id, name }: Pick<Client, "id
   attempts.delete(id); // so that it moves to the end, where the latest are
   attempts.set(id, { ...before, ...step });
   if (attempts.size <= MAX_KEPT_ATTEMPTS) return;
-  const [forgotten = ""] = [...attempts].find(([, { shown }]) => shown === undefined) ??
-    [...attempts.keys()].slice(0, 1);
-  attempts.delete(forgotten);
+  const ids = [...attempts.keys()];
+  attempts.delete(ids.find((id) => attempts.get(id)?.shown === undefined) ?? ids[0]!);
 }
 
 /**
  * Tells the owner why a request was refused: on its connection if it names one, else on the client's attempt. At most
  * once a minute, so that a client that asks without pause does not write without pause.
  */
-async function noteRefusal(
-  server: Server,
-  error: unknown,
-  id: string | undefined,
-  client?: Pick<Client, "id" | "name">,
-): Promise<void> {
+async function noteRefusal(server: Server, error: unknown, id: string | undefined, client?: Client): Promise<void> {
   if (!(error instanceof OAuthError) || error.status >= 500 || error.details.event) return;
   const refused: Refusal = { at: seconds(), reason: error.details.reason ?? error.message };
   const grant = id ? await readGrant(server, id).catch(() => undefined) : undefined;
@@ -3202,7 +3102,7 @@ async function noteRefusal(
   server.emit("token_refused", refused.reason, defined({ connection: grant && id, clientName }));
   if (!grant) noteAttempt(server, client!, { refused });
   else if (refused.at - (grant.refused?.at ?? 0) > MINUTE) {
-    await server.store.update(`grant/${id}`, (current) => current && { ...current, refused }).catch(() => {});
+    await updateGrant(server, id!, (grant) => ({ ...grant, refused })).catch(() => {});
   }
 }
 
@@ -3217,7 +3117,6 @@ function connectionState(grant: Grant, now: number): Connection["state"] {
 /** Returns what the owner should see of connecting: what is new, unfinished, or fell silent, newest first. */
 async function listTimelines(server: Server): Promise<Timeline[]> {
   const now = seconds();
-  const attempts = [...server.attempts.values()].reverse();
   const approved: Timeline[] = [];
   for await (const [, value] of server.store.list("grant/")) {
     const grant = value as Grant;
@@ -3225,108 +3124,123 @@ async function listTimelines(server: Server): Promise<Timeline[]> {
     const isSettled = connectionState(grant, now) === "active" && now - grant.created > DAY;
     if (!isSettled && grant.expires > now) approved.push(grantTimeline(server, grant, now));
   }
-  const last = ({ steps }: Timeline) => steps.at(-1)!.at;
+  approved.sort((a, b) => b.steps.at(-1)!.at - a.steps.at(-1)!.at);
+  const attempts = [...server.attempts.values()].reverse();
   // Some of each kind, so that no number of strangers' attempts hides what the owner approved or opened.
-  return [
-    ...approved.sort((a, b) => last(b) - last(a)),
-    ...attempts.filter(({ shown }) => shown !== undefined).map((attempt) => attemptTimeline(server, attempt)),
-    ...attempts.filter(({ shown }) => shown === undefined).slice(0, 3).map((attempt) =>
-      attemptTimeline(server, attempt)
-    ),
-  ].slice(0, MAX_SHOWN_TIMELINES);
+  const opened = attempts.filter(({ shown }) => shown !== undefined);
+  const unopened = attempts.filter(({ shown }) => shown === undefined).slice(0, 3);
+  const unapproved = [...opened, ...unopened].map((attempt) => attemptTimeline(server, attempt));
+  return [...approved, ...unapproved].slice(0, MAX_SHOWN_TIMELINES);
 }
 
-/** Puts steps in order and leaves out those that did not happen. */
-function steps(happened: [at: number | undefined, text: string, ok?: boolean][]): Timeline["steps"] {
+/** Puts the steps of an attempt in order, and leaves out those that did not happen. */
+function steps(
+  { found, introduced, shown, refused }: Partial<Attempt>,
+  ...more: [at: number | undefined, text: string, ok?: boolean][]
+): Timeline["steps"] {
+  const happened: typeof more = [
+    [found, "found this server"],
+    [introduced, "introduced itself"],
+    [shown, "was shown to you for approval"],
+    ...more,
+    [refused?.at, `was refused: ${refused?.reason}`, false],
+  ];
   return happened.flatMap(([at, text, ok = true]) => at === undefined ? [] : [{ at, text, ok }])
     .sort((a, b) => a.at - b.at);
 }
 
-const refusalText = (refused: Refusal | undefined) => `was refused: ${refused?.reason}`;
-
-function attemptTimeline({ resource }: Server, { name, found, introduced, shown, denied, refused }: Attempt): Timeline {
-  const advice = refused
-    ? `This server refused it. Mend that, and connect again in ${name || "the app"}.`
-    : denied !== undefined
-    ? "You denied it. Nothing was shared."
-    : shown !== undefined
-    ? "It is your turn: approve or deny on the page that the app opened. If the page is gone, connect again in the app."
-    : `It introduced itself, but no browser has opened the page to approve it. Connect again in the app; ${
-      CHECK(resource)
-    }`;
+function attemptTimeline(server: Server, attempt: Attempt): Timeline {
+  const { name, shown = 0, denied = 0, refused } = attempt;
+  // What came last counts: an app that was refused and then came again properly waits for the owner.
+  const last = Math.max(shown, denied, refused?.at ?? 0);
+  let situation: keyof typeof ADVICE = "unopened";
+  if (last > 0) situation = last === shown ? "shown" : last === denied ? "denied" : "rejected";
   return {
     title: name,
-    steps: steps([
-      [found, "found this server"],
-      [introduced, "introduced itself"],
-      [shown, "was shown to you for approval"],
-      [denied, "was denied by you", false],
-      [refused?.at, refusalText(refused), false],
-    ]),
-    advice,
+    steps: steps(attempt, [attempt.denied, "was denied by you", false]),
+    advice: advise(server, situation, { name: name || "the app" }),
   };
 }
 
-/** The command that asks this server what a client asks. */
-const CHECK = (resource: string) => `to see what a client meets, run: npx -y deno run -A mod.ts ${resource}`;
-
 function grantTimeline(server: Server, grant: Grant, now: number): Timeline {
-  const { client, code, refresh, created, called, used, refused, attempt } = grant;
+  const { client, code, refresh, created, called, used, refused, attempt, redirect_uri = server.issuer } = grant;
+  const [situation, since] = grantSituation(grant, server.found.at ?? 0, now);
+  const { host } = new URL(redirect_uri);
+  const facts = { name: client.name || "the app", host, when: ago(now - since), reason: refused?.reason };
   return {
     title: grant.label || client.name,
-    steps: steps([
-      [attempt?.found, "found this server"],
-      [attempt?.introduced, "introduced itself"],
-      [attempt?.shown, "was shown to you for approval"],
+    steps: steps(
+      { ...attempt, ...defined({ refused }) },
       [created, "was approved by you"],
       [code?.redeemed, "fetched its token"],
       [called, "called for the first time"],
       [refresh?.rotated[0]?.[1], "refreshed its token, the last time"],
-      [called === undefined ? undefined : used, "was used, the last time"],
-      [refused?.at, refusalText(refused), false],
-    ]),
-    advice: grantAdvice(server, grant, now),
+      [called && used, "was used, the last time"],
+    ),
+    advice: advise(server, situation, facts),
   };
 }
 
-/** Says what a connection waits for, whose turn it is, and what to do. */
-function grantAdvice({ resource, issuer, found }: Server, grant: Grant, now: number): string {
-  const { code, redirect_uri = issuer, refused, called, access } = grant;
-  const name = grant.client.name || "the app";
-  const target = new URL(redirect_uri);
-  const state = connectionState(grant, now);
-  if (refused && refused.at > Math.max(grant.used ?? 0, code?.redeemed ?? 0)) {
-    return `${name} was refused ${ago(now - refused.at)}: ${refused.reason}. Connect again in ${name}.`;
+/** Returns where a connection stopped, and since when. `found`: when somebody last called without a token. */
+function grantSituation(grant: Grant, found: number, now: number): [situation: keyof typeof ADVICE, since: number] {
+  const { code, refused, created, access, redirect_uri, used = 0, called = 0 } = grant;
+  const redeemed = code?.redeemed ?? created;
+  if (refused && refused.at > Math.max(used, code?.redeemed ?? 0)) return ["refused", refused.at];
+  switch (connectionState(grant, now)) {
+    case "pending":
+      if (hasOpenCode(grant, now)) return ["waiting", created];
+      return [redirect_uri && isLocal(new URL(redirect_uri)) ? "not_listening" : "not_reached", created];
+    case "unused":
+      return [found > redeemed ? "token_removed" : "blocked", redeemed];
+    case "silent":
+      return ["silent", Math.max(...access.map(({ expires }) => expires), called)];
+    case "active":
+      return ["active", created];
   }
-  if (state === "pending" && code!.expires > now) {
-    return `It is ${name}'s turn: it was sent back to ${target.host} and has not fetched its token yet.`;
-  }
-  if (state === "pending") {
-    return isLocal(target)
-      ? `${name} never fetched its token: nothing listens at ${target.host} on the computer of your browser. Connect ` +
-        `again, and if ${name} is on another computer, say so on the page.`
-      : `${name} was sent back to ${target.host} and never fetched its token. Its servers may not reach ` +
-        `${issuer}/token; ${CHECK(resource)}`;
-  }
-  if (state === "unused") {
-    const since = code?.redeemed ?? grant.created;
-    return `${name} got its token ${ago(now - since)} and has not called since. ` +
-      ((found.at ?? 0) > since
-        ? "Since then a request without a token came: something in front of this server may remove the Authorization " +
-          `header; ${CHECK(resource)}`
-        : `Something in front of this server may block the user agent Claude-User; ${CHECK(resource)}`);
-  }
-  if (state === "silent") {
-    const expired = Math.max(...access.map(({ expires }) => expires), called ?? 0);
-    return `${name}'s access token expired ${ago(now - expired)} and it has not come back. Open ${name}, and connect ` +
-      "again if it asks for it.";
-  }
-  return `${name} is connected.`;
+}
+
+/** What the owner should know and do, by where an attempt or a connection stopped. */
+const ADVICE = {
+  unopened: "It introduced itself, but no browser has opened the page to approve it. Connect again in the app; {check}",
+  shown:
+    "It is your turn: approve or deny on the page that the app opened. If the page is gone, connect again in the app.",
+  denied: "You denied it. Nothing was shared.",
+  rejected: "This server refused it. Mend that, and connect again in {name}.",
+  refused: "{name} was refused {when}: {reason}. Connect again in {name}.",
+  waiting: "It is {name}'s turn: it was sent back to {host} and has not fetched its token yet.",
+  not_listening: "{name} never fetched its token: nothing listens at {host} on the computer of your browser. Connect " +
+    "again, and if {name} is on another computer, say so on the page.",
+  not_reached:
+    "{name} was sent back to {host} and never fetched its token. Its servers may not reach {issuer}/token; " +
+    "{check}",
+  token_removed: "{name} got its token {when} and has not called since. Since then a request without a token came: " +
+    "something in front of this server may remove the Authorization header; {check}",
+  blocked: "{name} got its token {when} and has not called since. Something in front of this server may block the " +
+    "user agent Claude-User; {check}",
+  silent: "{name}'s access token expired {when} and it has not come back. Open {name}, and connect again if it asks " +
+    "for it.",
+  active: "{name} is connected.",
+};
+
+/** Fills in an advice, in one pass: what a client calls itself is not filled in again. */
+function advise(
+  { issuer, resource }: Server,
+  situation: keyof typeof ADVICE,
+  facts: Record<string, string | undefined>,
+) {
+  const check = `to see what a client meets, run: npx -y deno run -A mod.ts ${resource}`;
+  const all: typeof facts = { ...facts, issuer, check };
+  return ADVICE[situation].replace(/\{(\w+)\}/g, (_, name) => all[name] ?? "");
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // Events
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+type LoggedEvent = Pick<AuthEvent, "at" | "message" | "clientName" | "connection">;
+/** `events/<issuer>`: the latest of each kind, so that a flood of one kind cannot push out the others. */
+type EventRecord = Partial<Record<AuthEvent["type"], { count: number; latest: LoggedEvent[] }>>;
+type LoggedEvents = (LoggedEvent & { type: AuthEvent["type"]; count: number })[];
 
 /** The latest events for the owner's page, and those that are not written yet. */
 interface EventLog {
@@ -3336,12 +3250,8 @@ interface EventLog {
   writing: Promise<unknown>;
 }
 
-/** `events/<issuer>`: the latest of each kind, so that a flood of one kind cannot push out the others. */
-type EventRecord = Partial<Record<AuthEvent["type"], { count: number; latest: LoggedEvent[] }>>;
-type LoggedEvent = Pick<AuthEvent, "at" | "message" | "clientName" | "connection">;
-type LoggedEvents = (LoggedEvent & { type: AuthEvent["type"]; count: number })[];
-
 const MAX_EVENTS_PER_TYPE = 5;
+const MAX_WAITING_PER_TYPE = 20;
 /** Events that strangers can cause at will. They wait in memory for one that is worth a write, so they cause no writes. */
 const CHEAP_EVENTS = new Set<AuthEvent["type"]>([
   "token_refused",
@@ -3357,10 +3267,10 @@ const CHEAP_EVENTS = new Set<AuthEvent["type"]>([
 /** Passes an event to `onEvent`, and keeps it for the owner's page. */
 function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happened: Omit<AuthEvent, "at">): void {
   const event: AuthEvent = { at: Math.floor(seconds()), ...happened };
+  const { type } = event;
   // A broken alarm must break neither the request it reports nor, if it is asynchronous, the process.
   promiseTry(() => onEvent(event)).catch((error) => console.error("personal-auth: onEvent threw", error));
-  if (event.type === "client_registered") return; // anybody's, any number of times, and nothing the owner could act on
-  const { type } = event;
+  if (type === "client_registered") return; // anybody's, any number of times, and nothing the owner could act on
   const others = log.waiting.filter((waiting) => waiting.type !== type);
   const same = log.waiting.filter((waiting) => waiting.type === type);
   log.waiting = [...others, ...same.slice(1 - MAX_WAITING_PER_TYPE), event];
@@ -3371,8 +3281,6 @@ function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happene
   log.writing = promiseTry(() => log.store.update(log.key, merge))
     .catch(() => log.waiting = [...batch, ...log.waiting].slice(-100)); // the next event tries again
 }
-
-const MAX_WAITING_PER_TYPE = 20;
 
 function mergeEvents(record: EventRecord = {}, events: AuthEvent[]): EventRecord {
   const merged = { ...record };
@@ -3388,10 +3296,9 @@ function mergeEvents(record: EventRecord = {}, events: AuthEvent[]): EventRecord
 async function latestEvents(log: EventLog): Promise<LoggedEvents> {
   await log.writing;
   const record = mergeEvents(await log.store.get(log.key) as EventRecord | undefined, log.waiting);
-  const list = Object.entries(record).flatMap(([type, { count, latest }]) =>
-    latest.map((event) => ({ ...event, type: type as AuthEvent["type"], count }))
-  );
-  return list.sort((a, b) => b.at - a.at);
+  const types = Object.keys(record) as AuthEvent["type"][];
+  return types.flatMap((type) => record[type]!.latest.map((event) => ({ ...event, type, count: record[type]!.count })))
+    .sort((a, b) => b.at - a.at);
 }
 
 /** Writes an event to the console, but for those that anyone can cause at will; these go to `onEvent` only. */
