@@ -3854,16 +3854,18 @@ function page(
 export function memoryStore(): Store {
   const entries = new Map<string, Entry>();
   let changes = 0;
-  const write = (key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) => {
-    const { next, entry } = applyChange(entries.get(key), change, expiresAt);
-    if (entry !== undefined) changes++;
+  function write(update: Update): unknown {
+    const [key] = update;
+    const [next, entry] = applyChange(entries.get(key), update);
+    if (entry === undefined) return next;
+    changes++;
     if (entry) entries.set(key, entry);
-    else if (entry === null) entries.delete(key);
+    else entries.delete(key);
     return next;
-  };
+  }
   return {
     get: (key) => promiseTry(() => valueOf(entries.get(key))),
-    update: (key, change, options) => promiseTry(() => write(key, change, options?.expiresAt)),
+    update: (...update) => promiseTry(() => write(update)),
     async *list(prefix) {
       for (const key of [...entries.keys()].filter((key) => key.startsWith(prefix)).sort()) {
         const value = valueOf(entries.get(key));
@@ -3873,6 +3875,9 @@ export function memoryStore(): Store {
     version: () => changes,
   };
 }
+
+/** What `update` is called with: key, change and options. */
+type Update = Parameters<Store["update"]>;
 
 /** What is kept of a key. The value is JSON, so that nobody can change what is stored by holding on to an object. */
 interface Entry {
@@ -3890,24 +3895,18 @@ function valueOf(entry: Entry | undefined): unknown {
   return isLive(entry) ? JSON.parse(entry.value) : undefined;
 }
 
-/** Returns what an `update` answers, and the entry that it writes: `null` deletes, `undefined` leaves all as it is. */
-function applyChange(found: Entry | undefined, change: (current: unknown) => unknown, expiresAt: number | undefined): {
-  next: unknown;
-  entry?: Entry | null;
-} {
+/** Returns what `update` answers, and the entry that it writes: `null` deletes, `undefined` leaves all as it is. */
+function applyChange(found: Entry | undefined, [, change, options]: Update): [next: unknown, entry?: Entry | null] {
   const live = isLive(found) ? found : undefined;
-  const current = valueOf(live);
+  const current = live && JSON.parse(live.value);
   const next = change(current);
   // What has expired is deleted as well, or it would be there again after the clock is set back.
-  if (next === undefined) return found ? { next, entry: null } : { next };
-  if (next === current) return { next };
-  return { next, entry: { value: JSON.stringify(next), expires: expiresAt ?? live?.expires ?? null } };
+  if (next === undefined) return found ? [next, null] : [next];
+  if (next === current) return [next];
+  return [next, { value: JSON.stringify(next), expires: options?.expiresAt ?? live?.expires ?? null }];
 }
 
-/**
- * Expired entries are invisible at once, and so many of them, the latest, are kept: a clock that jumped ahead, however
- * far, must not cost a connection when it is right again.
- */
+/** So many expired entries are kept, the latest: a clock that jumped ahead and back must not cost a connection. */
 const EXPIRED_KEPT = 1000;
 /** "mcpa" in ASCII: the `application_id` that marks a file as ours. */
 const APPLICATION_ID = 0x6d637061;
@@ -3915,13 +3914,14 @@ const APPLICATION_ID = 0x6d637061;
 const FORMAT = 2;
 /** Seconds that a read or a write waits for a lock of another process. */
 const LOCK_PATIENCE = 5;
+/** Behind a prefix, the end of all keys that begin with it. */
+const LAST_CHARACTER = "\u{10ffff}";
 
 /**
- * Keeps state in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by the `node:sqlite` that Deno, Bun and
- * Node all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`); updates that come
- * at the same time share a commit. Several processes on one machine may share the folder; a network file system will
- * not do. If the file is removed or replaced while it is in use, every call throws until the same file is back or the
- * server is restarted.
+ * Keeps state in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by `node:sqlite`, which Deno, Bun and Node
+ * all have. What `update` has answered survives `kill -9` and a power cut; updates that come at the same time share a
+ * commit. Several processes on one machine may share the folder, but not over a network file system. If the file is
+ * removed or replaced while it is in use, every call throws until the same file is back or the server is restarted.
  *
  * @throws {Error} if the folder cannot be written, or the file is damaged, of another format, or not ours. Such a file
  * is never changed.
@@ -3930,10 +3930,10 @@ export function fileStore(dir: string): Store {
   assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
   const advice = `only a shell replaces ~, so ${quote(dir)} would be a folder called "~": write the whole path`;
   assert(!/^~([\\/]|$)/.test(dir), `fileStore: ${advice}`);
-  const { db, file } = openDatabase(dir);
+  const { db, file } = openStateFile(dir);
   const sql = prepareStatements(db);
   const watch = watchFile(db, file);
-  const changes = batch((changes: Change[]) => retry(() => writeChanges(sql, watch, changes)));
+  const updates = batch((updates: Update[]) => retry(() => writeTogether(sql, watch, updates)));
   const read = <T>(query: () => unknown): Promise<T> =>
     retry(() => {
       watch.look();
@@ -3941,23 +3941,20 @@ export function fileStore(dir: string): Store {
     });
   return {
     get: async (key) => valueOf(await read<Entry | undefined>(() => sql.select.get(key))),
-    update: (key, change, options) => changes.add({ key, change, expiresAt: options?.expiresAt }),
+    update: (...update) => updates.add(update),
     async *list(prefix) {
       const rows = await read<(Entry & { key: string })[]>(() => sql.list.all(prefix, prefix + LAST_CHARACTER));
       for (const row of rows) if (isLive(row)) yield [row.key, valueOf(row)];
     },
     version: watch.version,
     close() {
-      changes.flush();
+      updates.flush();
       db.close();
     },
   };
 }
 
-/** Behind a prefix, the end of all keys that begin with it. */
-const LAST_CHARACTER = "\u{10ffff}";
-
-/** The part of `node:sqlite` that is used here; Deno and Bun have it too. */
+/** The part of `node:sqlite` that is used here. */
 interface Sqlite {
   exec(sql: string): void;
   prepare(sql: string): Record<"get" | "all" | "run", (...values: unknown[]) => unknown>;
@@ -3980,35 +3977,32 @@ function prepareStatements(db: Sqlite) {
   };
 }
 
-/** One `update`. */
-interface Change {
-  key: string;
-  change: (current: unknown) => unknown;
-  expiresAt: number | undefined;
-}
+/** The commits of all file stores in this process. */
+let commits = 0;
 
-/** Writes all changes in one transaction: the commit dominates the cost. They become durable together, or none does. */
-function writeChanges(
+/** Performs all updates in one transaction, because the commit dominates the cost. All become durable, or none does. */
+function writeTogether(
   sql: ReturnType<typeof prepareStatements>,
   watch: ReturnType<typeof watchFile>,
-  changes: Change[],
+  updates: Update[],
 ): unknown[] {
   let changed = false;
-  const write = ({ key, change, expiresAt }: Change): unknown => {
-    const { next, entry } = applyChange(sql.select.get(key) as Entry | undefined, change, expiresAt);
+  function write(update: Update): unknown {
+    const [key] = update;
+    const [next, entry] = applyChange(sql.select.get(key) as Entry | undefined, update);
     if (entry === undefined) return next;
+    changed = true;
     if (entry) sql.upsert.run(key, entry.value, entry.expires);
     else sql.remove.run(key);
     sql.sweep.run(seconds());
-    changed = true;
     return next;
-  };
-  // Before, because what is written to a log that was deleted may end in a file that others use by now; and after,
-  // because nobody would find it there again: it must not be answered as done.
+  }
+  // Before, because what is written to a deleted log may end in a file that others use by now; and after, because nobody
+  // would find it there again: it must not be answered as done.
   watch.assertInPlace();
   sql.begin.run();
   try {
-    const results = changes.map(write);
+    const results = updates.map(write);
     (changed ? sql.commit : sql.rollback).run();
     if (changed) commits++;
     watch.assertInPlace();
@@ -4017,44 +4011,33 @@ function writeChanges(
     try {
       sql.rollback.run();
     } catch {
-      // It is over: SQLite has rolled back by itself, or had committed. The error that led here is the one to report.
+      // SQLite has rolled back by itself, or had committed. The first error is the one to report.
     }
     throw error;
   }
 }
 
-/** The commits of all file stores in this process. */
-let commits = 0;
-/** Milliseconds for which what was seen of the files is taken to hold: on a busy server, looking costs too much. */
+/** Milliseconds for which a look at the files is taken to hold: on a busy server, looking each time costs too much. */
 const LOOK_INTERVAL = 1;
 
 /** Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. */
 function watchFile(db: Sqlite, file: string) {
   const { statSync } = nodeModule("node:fs");
-  const names = [file, `${file}-wal`, `${file}-shm`];
+  const dataVersion = db.prepare("PRAGMA data_version");
+  const countOthers = () => Number(firstColumn(dataVersion.get()));
+  let others = countOthers(); // a first read, which makes the log and its index if they are not there
+  let lookedAt = -Infinity;
   const identify = (name: string) => {
     const found = statSync(name, { throwIfNoEntry: false });
     return found && `${found.dev} ${found.ino}`;
   };
-  const dataVersion = db.prepare("PRAGMA data_version");
-  const countOthers = () => Number(Object.values(dataVersion.get() as object)[0]);
-  let others = countOthers(); // a first read, which makes the log and its index if they are not there
-  const opened = names.map(identify);
-  let lookedAt = -Infinity;
+  const opened = [file, `${file}-wal`, `${file}-shm`].map((name) => ({ name, identity: identify(name) }));
 
-  /** Throws if the files are not the ones that were opened. */
   function assertInPlace(): void {
-    const missing = names.find((name, i) => identify(name) !== opened[i]);
-    if (missing === undefined) return;
-    throw new StateFileError(
-      `${
-        quote(missing)
-      } was removed or replaced while the server was running. It accepts nothing until the same file ` +
-        "is back, or until it is restarted and uses what is in the folder then",
-    );
+    const missing = opened.find(({ name, identity }) => identify(name) !== identity);
+    if (missing) throw new StateFileError(missing.name, STATE_FAULTS.replaced);
   }
 
-  /** Does so before a read, and sees whether another connection has committed anything. */
   function look(): void {
     const now = performance.now();
     if (now - lookedAt < LOOK_INTERVAL) return;
@@ -4066,8 +4049,8 @@ function watchFile(db: Sqlite, file: string) {
   function version(): number | undefined {
     try {
       look();
-      // SQLite counts what other connections commit; this process counts its own, at once. Neither count ever falls, so
-      // no sum comes twice. A revocation by another process holds here a millisecond later at most: whoever uses the
+      // SQLite counts the commits of other connections; this process counts its own, at once. Neither count ever falls,
+      // so no sum comes twice. A revocation by another process holds here a millisecond later at most: whoever uses the
       // token within that might as well have come before the revocation.
       return commits + others;
     } catch {
@@ -4098,8 +4081,8 @@ async function retry<T>(call: () => T | Promise<T>): Promise<T> {
 class LostRace extends Error {}
 
 function isLocked(error: unknown): boolean {
-  return error instanceof LostRace ||
-    (error instanceof Error && /database (table )?is locked|busy/i.test(error.message));
+  if (!(error instanceof Error) || error instanceof StateFileError) return false; // whose path may say anything
+  return error instanceof LostRace || /database (table )?is locked|busy/i.test(error.message);
 }
 
 /**
@@ -4108,128 +4091,130 @@ function isLocked(error: unknown): boolean {
  */
 function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
   const { setImmediate } = nodeModule("node:timers");
-  let tasks: Task[] = [];
-  let begin: (results: Promise<Result[]>) => void;
-  let results: Promise<Result[]>;
+  let waiting: { task: Task; answer: (result: Promise<Result>) => void }[] = [];
 
   function flush(): void {
-    if (tasks.length === 0) return;
-    const together = tasks;
-    tasks = [];
-    begin(perform(together));
+    if (waiting.length === 0) return;
+    const together = waiting;
+    waiting = [];
+    const results = perform(together.map(({ task }) => task));
+    for (const [i, { task, answer }] of together.entries()) {
+      const alone = async (error: unknown) => {
+        if (isLocked(error)) throw error; // a lock concerns them all, and each has waited long enough for it
+        return (await perform([task]))[0]!;
+      };
+      answer(results.then((results) => results[i]!, alone));
+    }
   }
 
-  async function add(task: Task): Promise<Result> {
-    const position = tasks.push(task) - 1;
-    if (position === 0) {
-      results = new Promise((resolve) => begin = resolve);
-      setImmediate(flush);
-    }
-    try {
-      return (await results)[position]!;
-    } catch (error) {
-      if (isLocked(error)) throw error; // a lock concerns them all, and each has waited long enough for it
-      return (await perform([task]))[0]!;
-    }
+  function add(task: Task): Promise<Result> {
+    if (waiting.length === 0) setImmediate(flush);
+    return new Promise((answer) => waiting.push({ task, answer }));
   }
 
   return { add, flush };
 }
 
+/** What can be wrong with the state, and what the owner can do about it. The path of the file or folder stands before. */
+const STATE_FAULTS = {
+  forbidden: "cannot be written, because Deno was started without a permission",
+  unwritable: "cannot be written: make it writable for this user and see that there is room, or give fileStore() " +
+    "another folder",
+  orphanedLog: "is there without the state file it belongs to: put oauth.sqlite back, or move the -wal and -shm away " +
+    "as well to start anew, which ends all connections",
+  damaged:
+    "cannot be read and was left as it is. Move it away, with its -wal and -shm beside it, and put a backup in " +
+    "its place, or start anew, which ends all connections",
+  foreign:
+    "is not a state file of this program and was left as it is: move it away, or give fileStore() another folder",
+  format: `and was left as it is. This version reads format ${FORMAT}: if a newer version of personal-auth wrote the ` +
+    "file, update mod.ts, or give fileStore() another folder",
+  replaced:
+    "was removed or replaced while the server was running. It accepts nothing until the same file is back, or " +
+    "until it is restarted and uses what is in the folder then",
+};
+
+class StateFileError extends Error {
+  constructor(path: string, fault: string, options?: ErrorOptions) {
+    super(`${quote(path)} ${fault}`, options);
+  }
+}
+
 /** Opens the state file of a folder, made if there is none; returns it with its absolute path. */
-function openDatabase(dir: string): { db: Sqlite; file: string } {
-  const { DatabaseSync } = nodeModule("node:sqlite");
+function openStateFile(dir: string): { db: Sqlite; file: string } {
+  nodeModule("node:sqlite"); // so that a runtime without it is not reported as a fault of the folder
   // Absolute, because the working folder may change while the file is watched.
   const file = nodeModule("node:path").resolve(dir, "oauth.sqlite") as string;
   try {
-    ensureDatabase(dir, file);
+    ensureStateFile(dir, file);
   } catch (cause) {
     if (cause instanceof StateFileError) throw cause;
-    const { name, message } = cause as Error;
-    const advice = name === "NotCapable" // what Deno throws; its message names the flag
-      ? `Deno was started without a permission. ${message}`
-      : "make it writable for this user and see that there is room, or give fileStore() another folder";
-    throw new Error(`Cannot write the state folder ${quote(dir)}: ${advice}`, { cause });
+    const { name, message } = cause as Error; // Deno's message names the flag
+    const fault = name === "NotCapable" ? `${STATE_FAULTS.forbidden}. ${message}` : STATE_FAULTS.unwritable;
+    throw new StateFileError(dir, fault, { cause });
   }
   try {
-    checkFile(file);
-    const db = new DatabaseSync(file) as Sqlite;
-    // For what follows SQLite may wait; from then on retry() does, because SQLite would stop the whole server.
-    db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
+    checkStateFile(file);
+    const db = openSqlite(file);
     db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
     return { db, file };
   } catch (cause) {
-    if (cause instanceof StateFileError) throw cause;
-    throw new StateFileError(
-      `The state file ${quote(file)} cannot be read and was left as it is. Move it away, with its -wal and -shm ` +
-        "beside it, and put a backup in its place, or start anew, which ends all connections",
-      { cause },
-    );
+    throw cause instanceof StateFileError ? cause : new StateFileError(file, STATE_FAULTS.damaged, { cause });
   }
 }
 
-/** Sees to it that the file is there and can be written. */
-function ensureDatabase(dir: string, file: string): void {
+/** Opens an SQLite file. At the start SQLite itself waits for locks; later retry() does, without stopping the server. */
+function openSqlite(file: string, options = {}): Sqlite {
+  const { DatabaseSync } = nodeModule("node:sqlite");
+  const db = new DatabaseSync(file, options) as Sqlite;
+  db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
+  return db;
+}
+
+/** Makes the file if it is missing, and throws if it or its folder cannot be written. */
+function ensureStateFile(dir: string, file: string): void {
   const fs = nodeModule("node:fs");
   fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
   clearLeftovers(dir);
-  if (!fs.existsSync(file)) {
-    // SQLite would take the log of a file that was moved away for the new one's. Looked for twice, because another
-    // process may be making the file, and then its log, at this moment.
-    if (fs.existsSync(`${file}-wal`) && !fs.existsSync(file)) {
-      throw new StateFileError(
-        `${quote(`${file}-wal`)} is there without the state file it belongs to: put oauth.sqlite back, or move the ` +
-          "-wal and -shm away as well to start anew, which ends all connections",
-      );
-    }
-    createDatabase(file);
-  }
-  fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
-  // Deno's accessSync() knows nothing of a file system that is mounted read-only.
-  const probe = temporaryName(file);
-  fs.closeSync(fs.openSync(probe, "wx", 0o600));
-  discard(probe);
-}
-
-/** Makes the file under another name and puts it in place whole: one of this name without our mark is always damage. */
-function createDatabase(file: string): void {
-  const fs = nodeModule("node:fs");
-  const { DatabaseSync } = nodeModule("node:sqlite");
-  const fresh = temporaryName(file);
+  const fresh = `${file}.${random(4)}.new`;
   try {
-    fs.closeSync(fs.openSync(fresh, "wx", 0o600)); // SQLite gives its side files the mode of this one
-    const db = new DatabaseSync(fresh) as Sqlite;
-    // With rows, because WITHOUT ROWID a record larger than a quarter of a page takes pages of its own. And with the log,
-    // because a kill in between would leave a journal that must be rolled back.
-    db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
-      CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
-      CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
-      PRAGMA journal_mode = WAL`);
-    db.close();
-    try {
-      fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
-    } catch {
-      // The file is there, or this file system has no hard links. Nor does "wx" replace anything; a kill in the middle
-      // leaves a damaged file, which the next start names, and in which nothing was.
-      fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
+    // Always, because Deno's accessSync() knows nothing of a file system that is mounted read-only. With this mode,
+    // because SQLite gives its side files the mode of the file.
+    fs.closeSync(fs.openSync(fresh, "wx", 0o600));
+    if (!fs.existsSync(file)) {
+      // SQLite would take the log of a file that was moved away for the new one's. Looked for twice, because another
+      // process may be making the file, and then its log, at this moment.
+      const isOrphaned = fs.existsSync(`${file}-wal`) && !fs.existsSync(file);
+      if (isOrphaned) throw new StateFileError(`${file}-wal`, STATE_FAULTS.orphanedLog);
+      createStateFile(fresh, file);
     }
-  } catch (error) {
-    if ((error as { code?: string }).code !== "EEXIST") throw error;
   } finally {
     for (const suffix of ["", "-journal", "-wal", "-shm"]) discard(fresh + suffix);
   }
+  fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
 }
 
-function temporaryName(file: string): string {
-  return `${file}.${random(4)}.new`;
-}
-
-/** Removes a file that nobody needs. On Windows a virus scanner may hold it; then a later start clears it away. */
-function discard(file: string): void {
+/** Makes the file under another name and puts it in place whole: one of this name without our mark is always damage. */
+function createStateFile(fresh: string, file: string): void {
+  const fs = nodeModule("node:fs");
+  const db = openSqlite(fresh);
+  // With rows, because WITHOUT ROWID a record larger than a quarter of a page takes pages of its own. And with the log,
+  // because a kill in between would leave a journal that must be rolled back.
+  db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
+    CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
+    CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
+    PRAGMA journal_mode = WAL`);
+  db.close();
   try {
-    nodeModule("node:fs").rmSync(file, { force: true });
+    fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
   } catch {
-    // It has a temporary name, which clearLeftovers() knows.
+    // The file is there, or this file system has no hard links. Nor does "wx" replace anything; a kill in the middle
+    // leaves a damaged file, which the next start names, and in which nothing was.
+    try {
+      fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
+    } catch (error) {
+      if ((error as { code?: string }).code !== "EEXIST") throw error;
+    }
   }
 }
 
@@ -4238,40 +4223,43 @@ function clearLeftovers(dir: string): void {
   const fs = nodeModule("node:fs");
   for (const name of fs.readdirSync(dir)) {
     if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-journal|-wal|-shm)?$/.test(name)) continue;
-    const path = `${dir}/${name}`;
-    const { mtimeMs } = fs.statSync(path, { throwIfNoEntry: false }) ?? { mtimeMs: Infinity };
-    if (Date.now() - mtimeMs > MINUTE * 1000) discard(path);
+    const found = fs.statSync(`${dir}/${name}`, { throwIfNoEntry: false });
+    if (found && Date.now() - found.mtimeMs > MINUTE * 1000) discard(`${dir}/${name}`);
   }
 }
 
-class StateFileError extends Error {}
+/** Removes a temporary file. On Windows a virus scanner may hold it; then a later start clears it away. */
+function discard(file: string): void {
+  try {
+    nodeModule("node:fs").rmSync(file, { force: true });
+  } catch {
+    // clearLeftovers() knows its name
+  }
+}
 
 /**
  * Throws unless this is a sound state file of ours. Opened only for reading, because SQLite may change a damaged file, or
  * take in its log, as soon as it may write. And by SQLite, because what is in the log counts, and because to close a file
  * that was opened in any other way takes away the locks that another store in this process has on it (POSIX).
  */
-function checkFile(file: string): void {
-  const { DatabaseSync } = nodeModule("node:sqlite");
+function checkStateFile(file: string): void {
   if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
-  const db = new DatabaseSync(file, { readOnly: true }) as Sqlite;
-  const pragma = (name: string) => Object.values(db.prepare(`PRAGMA ${name}`).get() as object)[0];
-  const refuse = (why: string) => {
-    throw new StateFileError(`${quote(file)} ${why}, or give fileStore() another folder. The file was left as it is`);
-  };
+  const db = openSqlite(file, { readOnly: true });
+  const pragma = (name: string) => firstColumn(db.prepare(`PRAGMA ${name}`).get());
   try {
-    db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
-    if (pragma("application_id") !== APPLICATION_ID) refuse("is not a state file of this program: move it away");
+    if (pragma("application_id") !== APPLICATION_ID) throw new StateFileError(file, STATE_FAULTS.foreign);
     const format = pragma("user_version");
-    if (format !== FORMAT) {
-      refuse(`has format ${format}, not ${FORMAT}: if a newer version of personal-auth wrote it, update mod.ts`);
-    }
+    if (format !== FORMAT) throw new StateFileError(file, `has format ${format} ${STATE_FAULTS.format}`);
     const verdict = pragma("quick_check");
     if (verdict !== "ok") throw new Error(String(verdict));
     db.prepare("SELECT key FROM entries");
   } finally {
     db.close();
   }
+}
+
+function firstColumn(row: unknown): unknown {
+  return Object.values(row as object)[0];
 }
 
 /** The part of a `Deno.Kv` that is used here, so that no Deno type is named. */
@@ -4309,28 +4297,28 @@ const MAX_KV_BYTES = 65_536;
 export function kvStore(kv: KvLike): Store {
   assert(typeof kv?.atomic === "function", "kvStore needs an open Deno.Kv: kvStore(await Deno.openKv())");
   const path = (key: string) => ["personal-auth", key];
+  const inTurn = queue();
 
-  async function compareAndSet(key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) {
+  async function compareAndSet(update: Update): Promise<unknown> {
+    const [key] = update;
     const { value, versionstamp } = await kv.get(path(key));
-    const { next, entry } = applyChange(decodeEntry(key, value), change, expiresAt);
+    const [next, entry] = applyChange(decodeEntry(key, value), update);
     if (entry === undefined) return next;
     const atomic = kv.atomic().check({ key: path(key), versionstamp });
-    if (entry === null) atomic.delete(path(key));
-    else {
+    if (entry) {
       // Our own expiry is in the value, because KV's may be a minute late.
-      const left = entry.expires === null ? undefined : entry.expires - seconds() + EXPIRED_KV_KEPT;
-      const options = left === undefined ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
+      const left = entry.expires === null ? Infinity : entry.expires - seconds() + EXPIRED_KV_KEPT;
+      const options = left === Infinity ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
       atomic.set(path(key), encodeEntry(key, entry), options);
-    }
+    } else atomic.delete(path(key));
     if (!(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
     return next;
   }
 
-  const inTurn = queue();
   return {
     get: (key) => retry(async () => valueOf(decodeEntry(key, (await kv.get(path(key))).value))),
     // One after the other within this process, so that only other processes are raced against.
-    update: (key, change, options) => inTurn(key, () => retry(() => compareAndSet(key, change, options?.expiresAt))),
+    update: (...update) => inTurn(update[0], () => retry(() => compareAndSet(update))),
     async *list(prefix) {
       for await (const found of kv.list({ start: path(prefix), end: path(prefix + LAST_CHARACTER) })) {
         const key = String(found.key[1]);
@@ -4386,35 +4374,19 @@ function withDeadline<T>(answer: Promise<T>): Promise<T> {
   });
 }
 
-/**
- * Makes the store what the rest of the server sees of it: when it fails, or does not answer in time, the owner is told in
- * full and the wire gets a 503.
- */
+/** Wraps the store for the rest of the server: if it fails or is too slow, the owner is told and the wire gets a 503. */
 function guardStore(store: Store, emit: Emit): Store {
-  async function guarded<T>(ask: () => Promise<T>): Promise<T> {
+  async function guarded<T>(ask: (assertInTime: () => void) => Promise<T>): Promise<T> {
+    let answered = false;
+    const assertInTime = () => assert(!answered, "the store was too late: nothing was changed");
     try {
-      return await withDeadline(promiseTry(ask));
+      return await withDeadline(promiseTry(() => ask(assertInTime)));
     } catch (cause) {
       emit("server_error", "the store failed", { cause });
       throw new OAuthError("server_error", "The server cannot reach its state; try again", {
         status: 503,
         headers: { "Retry-After": "5" },
       });
-    }
-  }
-
-  async function update(key: string, change: (current: unknown) => unknown, options?: { expiresAt?: number }) {
-    let answered = false;
-    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where the change was
-    // computed in time and only its commit comes late, it is as if the answer had got lost on the way, which does no harm:
-    // a refresh or an approval is repeated with the same result, a code or a token without a holder opens nothing to
-    // anybody, and what was to end has ended.
-    const inTime = (current: unknown) => {
-      assert(!answered, "the store came back after the request was answered: nothing was changed");
-      return change(current);
-    };
-    try {
-      return await guarded(() => store.update(key, inTime, options));
     } finally {
       answered = true;
     }
@@ -4423,7 +4395,18 @@ function guardStore(store: Store, emit: Emit): Store {
   return {
     ...(store.version && { version: () => store.version!() }),
     get: (key) => guarded(() => store.get(key)),
-    update,
+    update: (key, change, options) =>
+      guarded((assertInTime) => {
+        // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where only the
+        // commit comes late, it is as if the answer had got lost on the way, which does no harm: a refresh or an
+        // approval is repeated with the same result, a code or a token without a holder opens nothing to anybody, and
+        // what was to end has ended.
+        const changeInTime = (current: unknown) => {
+          assertInTime();
+          return change(current);
+        };
+        return store.update(key, changeInTime, options);
+      }),
     async *list(prefix) {
       yield* await guarded(async () => {
         const entries: [string, unknown][] = [];
@@ -4771,6 +4754,8 @@ export class OAuthError extends Error {
   readonly code: string;
   /** The HTTP status. */
   readonly status: NonNullable<OAuthErrorDetails["status"]>;
+  /** HTTP headers of the answer. */
+  readonly headers: Record<string, string>;
   /** What else belongs to the answer, or to the owner's log. */
   readonly details: OAuthErrorDetails;
 
@@ -4779,6 +4764,7 @@ export class OAuthError extends Error {
     super(description, { cause: details.cause });
     this.code = code;
     this.status = details.status ?? 400;
+    this.headers = details.headers ?? {};
     this.details = details;
   }
 }
@@ -4804,8 +4790,8 @@ function asOAuthError({ emit }: Server, error: unknown): OAuthError {
 
 /** Answers an error as JSON. */
 function errorResponse(server: Server, c: Context, thrown: unknown, headers?: Record<string, string>): Response {
-  const { code, message, status, details } = asOAuthError(server, thrown);
-  const all: Record<string, string> = { ...details.headers, ...headers, "Cache-Control": "no-store", ...NOSNIFF };
+  const { code, message, status, headers: own } = asOAuthError(server, thrown);
+  const all: Record<string, string> = { ...own, ...headers, "Cache-Control": "no-store", ...NOSNIFF };
   // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own answers say it by themselves.
   if (status === 401) all["WWW-Authenticate"] ??= 'Basic realm="token"';
   return c.json({ error: code, error_description: errorDescription(message) }, status, all);
@@ -4813,8 +4799,8 @@ function errorResponse(server: Server, c: Context, thrown: unknown, headers?: Re
 
 /** Answers an error as a page. */
 function errorPage(server: Server, c: Context, thrown: unknown): Response | Promise<Response> {
-  const { message, status, details } = asOAuthError(server, thrown);
-  for (const [name, value] of Object.entries(details.headers ?? {})) c.header(name, value);
+  const { message, status, headers } = asOAuthError(server, thrown);
+  for (const [name, value] of Object.entries(headers)) c.header(name, value);
   const title = status < 500 ? "This request cannot be answered" : "Something went wrong here";
   return messagePage(server, c, status, title, `${message}.`);
 }

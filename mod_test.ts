@@ -40,6 +40,7 @@ import { storeContract } from "./.ci/stores/contract.ts";
 import {
   type AuthEnv,
   type AuthEvent,
+  type AuthInfo,
   checkSetup,
   fileStore,
   internals,
