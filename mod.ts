@@ -96,8 +96,9 @@ export interface PersonalAuthOptions {
    */
   authenticateOwner?: ((c: Context) => boolean | Response | Promise<boolean | Response>) | undefined;
   /**
-   * Fetches a Client ID Metadata Document in place of the built-in function, which connects to public addresses only.
-   * For runtimes without `node:https`, and networks with a mandatory proxy. It must not follow redirects.
+   * Fetches a Client ID Metadata Document, or a client's keys, in place of the built-in function, which connects to
+   * public addresses only. For runtimes without `node:https`, and networks with a mandatory proxy. It must not follow
+   * redirects, and must end when the signal is aborted: until then it counts as one of the few requests at a time.
    */
   fetchClientMetadata?: ((url: string, signal: AbortSignal) => Promise<Response>) | undefined;
   /** How the owner's pages look. */
@@ -874,11 +875,10 @@ async function registerClient(server: Server, c: Context): Promise<Response> {
 async function signClient({ mac }: Server, client: SignedClient): Promise<string> {
   const payload = base64url(utf8.encode(JSON.stringify(client)));
   const client_id = `${payload}.${await mac("client_id", payload)}`;
-  const { length } = client_id;
-  const most = `${length} characters, and ${MAX_CLIENT_ID_LENGTH} are possible`;
+  const isShort = client_id.length <= MAX_CLIENT_ID_LENGTH;
   assertMetadata(
-    length <= MAX_CLIENT_ID_LENGTH,
-    `The metadata is too long: client_name and redirect_uris come to a client_id of ${most}`,
+    isShort,
+    `client_name and redirect_uris are too long: the client_id has ${client_id.length} characters`,
   );
   return client_id;
 }
@@ -1115,10 +1115,9 @@ function readClientMetadata(body: unknown) {
 }
 
 /**
- * Returns a client's name as it may stand on the owner's page. Characters that are invisible or turn the direction of
- * writing are dropped, because with them a name makes the page read as something else; without the zero-width joiner
- * among them, an emoji is no larger than itself. More than two combining marks would draw over the lines around them,
- * and wide spaces would push the rest of the line away.
+ * Returns a client's name as it may stand on the owner's page. Invisible characters and those that turn the direction of
+ * writing make the page read as something else; the zero-width joiner makes one emoji of many; many combining marks draw
+ * over the lines around them, and wide spaces push the rest of the line away.
  */
 function printable(name: string): string {
   const visible = name.slice(0, 2000)
@@ -1169,20 +1168,9 @@ const SLOW_DOWNLOAD_SECONDS = 1;
 /** What this server knows of other people's: nothing is stored, and what strangers can fill is bounded. */
 interface DocumentCache {
   copies: Map<string, { body: unknown; at: number; fresh: number; until: number }>;
-  underWay: Map<string, Download>;
+  underWay: Map<string, ReturnType<typeof startDownload>>;
   /** How often each host was asked within a minute. */
   asked: Map<string, { times: number; since: number }>;
-}
-
-type Fetched = { body: unknown; maxAge: number };
-
-/** A request under way. It counts until it is really over, which may be after everybody has given up waiting. */
-interface Download {
-  host: string;
-  started: number;
-  answer: Promise<Fetched>;
-  over: Promise<void>;
-  controller: AbortController;
 }
 
 /**
@@ -1321,10 +1309,10 @@ function remember<T>(map: Map<string, T>, key: string, value: T): void {
  *
  * @throws {OAuthError} 503 if too many downloads are under way, or too many were made from this host.
  */
-async function download(server: Server, url: string): Promise<Fetched> {
+async function download(server: Server, url: string): ReturnType<typeof fetchJson> {
   const { underWay, asked } = server.documents;
   const { hostname: host } = new URL(url);
-  const inTheWay = (): Download[] => {
+  const inTheWay = () => {
     const all = [...underWay.values()]; // the oldest first
     const ofHost = all.filter((download) => download.host === host);
     return ofHost.length >= MAX_DOWNLOADS_PER_HOST ? ofHost : all.length >= MAX_DOWNLOADS ? all : [];
@@ -1347,7 +1335,8 @@ async function download(server: Server, url: string): Promise<Fetched> {
   return await startDownload(server, url, host).answer;
 }
 
-function startDownload({ documents: { underWay }, fetchClientMetadata }: Server, url: string, host: string): Download {
+/** Starts a download, which counts until it is really over: that may be after everybody has given up waiting. */
+function startDownload({ documents: { underWay }, fetchClientMetadata }: Server, url: string, host: string) {
   const controller = new AbortController();
   const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(DOCUMENT_TIMEOUT_SECONDS * 1000)]);
   const work = fetchJson(fetchClientMetadata, url, signal);
@@ -1360,7 +1349,7 @@ function startDownload({ documents: { underWay }, fetchClientMetadata }: Server,
 }
 
 /** Fetches one document. Time and size are counted here, on the stream, whatever its headers promise. */
-async function fetchJson(fetcher: MetadataFetcher, url: string, signal: AbortSignal): Promise<Fetched> {
+async function fetchJson(fetcher: MetadataFetcher, url: string, signal: AbortSignal) {
   let response: Response;
   let text = "";
   try {
@@ -1375,7 +1364,7 @@ async function fetchJson(fetcher: MetadataFetcher, url: string, signal: AbortSig
     throw new Unreached(cause instanceof Error ? cause.message : String(cause), { cause });
   }
   if (response.status !== 200) throw new Error(`answered ${response.status}`); // no redirects: they could lead anywhere
-  return { body: JSON.parse(text), maxAge: cacheSeconds(response.headers) };
+  return { body: JSON.parse(text) as unknown, maxAge: cacheSeconds(response.headers) };
 }
 
 /** RFC 9111 §5.2.2, as much as matters for a small document. */
@@ -1400,12 +1389,9 @@ type MetadataFetcher = (url: string, signal: AbortSignal) => Promise<Response>;
 
 /**
  * Fetches over TLS from a public address, and from no other: not from this machine, its network, or the metadata service
- * of a cloud. The name is resolved once; every address it has is checked, and the connection is made to one of those
- * that were checked, so a name that changes its answer in between gains nothing. Addresses in a URL are seen by the same
- * check in whatever form they are written. Redirects are not followed.
- *
- * Deno, Bun and Node all connect through the `lookup` they are given, so all three guarantee this. Where `node:https`
- * is missing, nothing is fetched, and only the documents known beforehand are there.
+ * of a cloud. The name is resolved once, all its addresses are checked, and Deno, Bun and Node connect to one that was
+ * checked, because they use the `lookup` they are given: a name that changes its answer in between gains nothing.
+ * Redirects are not followed. Where `node:https` is missing, only the documents known beforehand are there.
  */
 async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response> {
   const { hostname } = new URL(url);
@@ -1415,11 +1401,10 @@ async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response
   const addresses = isAddress ? [{ address: literal, family: 0 }] : await resolveName(hostname, signal);
   const inside = addresses.find(({ address }) => !isPublicAddress(address));
   if (inside) throw new InsideAddress(`${hostname} resolves to ${inside.address}, which is not a public address`);
-  const [first] = addresses;
-  if (!first) throw new Error(`${hostname} has no address`);
+  if (addresses.length === 0) throw new Error(`${hostname} has no address`);
   // deno-lint-ignore no-explicit-any
   const lookup = (_name: string, { all }: { all?: boolean }, callback: (...args: any[]) => void) =>
-    all ? callback(null, addresses) : callback(null, first.address, first.family);
+    all ? callback(null, addresses) : callback(null, addresses[0]!.address, addresses[0]!.family);
   // A proxy that the environment prescribes would look the name up again, and connect to whatever it finds.
   const agent = new https.Agent({ proxyEnv: {} });
   const headers = { Accept: "application/json", "User-Agent": "personal-auth" };
@@ -1492,13 +1477,13 @@ const WELL_KNOWN_CLIENTS = [
 ] as const;
 
 function wellKnownClient(client_id: string): Client | undefined {
-  const segment = client_id.match(/\/([\w-]+)\/client\.json$/)?.[1] ?? "";
-  const matches = (id: string) => `https://${id}` === client_id || `https://${id.replace("*", segment)}` === client_id;
-  const found = WELL_KNOWN_CLIENTS.filter(([id]) => matches(id));
-  const [first] = found;
-  if (!first) return undefined;
-  const redirect_uris = found.filter(([id]) => id === first[0]).map(([, , uri]) => uri.replace("*", segment));
-  return publicClient(client_id, { name: first[1], redirect_uris });
+  const segment = client_id.match(/\/([\w-]+)\/client\.json$/)?.[1] ?? "*";
+  const isMeant = (id: string) => client_id === `https://${id.replace("*", segment)}` && !client_id.includes("*");
+  const first = WELL_KNOWN_CLIENTS.find(([id]) => isMeant(id));
+  const redirect_uris = WELL_KNOWN_CLIENTS.filter(([id]) => id === first?.[0]).map(([, , uri]) =>
+    uri.replace("*", segment)
+  );
+  return first && publicClient(client_id, { name: first[1], redirect_uris });
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1542,7 +1527,7 @@ const NEVER_SCHEMES = /^(javascript|data|file|blob|filesystem|vbscript|about|vie
 /** What no list can allow. Each rule closes a known way to make a URI look like another one, or run as script. */
 function unsafeRedirect(uri: unknown): string | undefined {
   if (typeof uri !== "string" || uri.length > MAX_URI_LENGTH) {
-    return `must be a string of ${MAX_URI_LENGTH} at the most`;
+    return `must be a string of ${MAX_URI_LENGTH} characters at the most`;
   }
   if (!/^[\x21-\x7e]+$/.test(uri)) return "must be printable ASCII without spaces";
   if (uri.includes("\\")) return "must not hold a backslash"; // https://claude.ai\@evil.example

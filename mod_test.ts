@@ -981,6 +981,8 @@ test("the clients that most people use need no document to be reachable", async 
       "https://claude.ai/oauth/other",
       "https://claude.ai.evil.example/oauth/mcp-oauth-client-metadata",
       "https://chatgpt.com/oauth/a/b/client.json",
+      "https://chatgpt.com/oauth//client.json",
+      "https://chatgpt.com/oauth/*/client.json",
     ]
   ) {
     assertEquals((await browse(app).open(authorizeUrl(id))).status, 400, id);
