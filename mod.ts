@@ -4275,7 +4275,7 @@ function removeTemporaryFiles(dir: string, fresh: string): void {
 
 /**
  * Throws unless this is a sound state file of ours. It is opened only for reading, because SQLite may otherwise change
- * a damaged file or take in its log. SQLite reads it, because the log counts too, and because to open and close the file
+ * a damaged file or take in its log. SQLite reads it, because the log counts too, and because to open and close it
  * in any other way would drop the locks that another store in this process has on it (POSIX).
  */
 function checkStateFile(file: string): void {
@@ -4398,7 +4398,7 @@ function guardStore(store: Store, emit: Emit): Store {
   async function guarded<T>(ask: (inTime: (change: Update[1]) => Update[1]) => Promise<T>): Promise<T> {
     let answered = false;
     // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where only the
-    // commit is late, the answer is lost, which does no harm: a refresh or an approval is repeated with the same answer,
+    // commit is late, the answer is lost, which does no harm: a refresh or an approval is repeated with one result,
     // a code or a token without a holder opens nothing to anybody, and what was to end has ended.
     const inTime = (change: Update[1]) => (current: unknown) => {
       assert(!answered, "the store came back after the request was answered: nothing was changed");
