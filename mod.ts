@@ -3800,14 +3800,16 @@ const APPLICATION_ID = 0x6d637061; // "mcpa" in ASCII: marks a file as ours
 const FORMAT = 2; // which tables a file has
 const EXPIRED_KEPT = 1000; // entries, the latest: a clock that jumped ahead and back must not cost a connection
 const LOCK_PATIENCE = 5; // seconds that a call waits for a lock of another process
+const STORE_DEADLINE = 8; // seconds that a store may take: more than LOCK_PATIENCE, less than the ten that Claude waits
+const EXPIRED_KV_KEPT = 30 * DAY; // seconds: a Deno.Kv removes by its own clock, and ours may have been wrong
+const MAX_KV_BYTES = 65_536;
 const LOOK_INTERVAL = 1; // millisecond for which a look at the files holds: to look each time would cost too much
 const LAST_CHARACTER = "\u{10ffff}"; // behind a prefix, the end of all keys that begin with it
 
 /**
- * Keeps state in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by `node:sqlite`, which Deno, Bun and Node
- * all have. What `update` has answered survives `kill -9` and a power cut. Several processes on one machine may share the
- * folder, but not over a network file system. If the file is removed or replaced while it is in use, every call throws
- * until the same file is back or the server is restarted.
+ * Keeps state in one SQLite file, `<dir>/oauth.sqlite`. What `update` has answered survives `kill -9` and a power cut.
+ * Several processes on one machine may share the folder, but not over a network file system. If the file is removed or
+ * replaced while it is open, every call throws until the same file is back or the server is restarted.
  *
  * @throws {Error} if the folder cannot be written, or the file is damaged, of another format, or not ours. Such a file
  * is never changed.
@@ -3902,7 +3904,10 @@ function writeTogether(sql: ReturnType<typeof prepareStatements>, updates: Updat
   }
 }
 
-/** Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. */
+/**
+ * Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. It may see
+ * a revocation by another process a millisecond late: the token might as well have been used just before.
+ */
 function watchFile(db: Sqlite, file: string) {
   const { statSync } = nodeModule("node:fs");
   const identify = (name: string) => {
@@ -3931,9 +3936,7 @@ function watchFile(db: Sqlite, file: string) {
   function version(): number | undefined {
     try {
       look();
-      // Neither count ever falls, so no sum comes twice. A revocation by another process holds here a millisecond later:
-      // whoever uses the token within that might as well have come before the revocation.
-      return commits + others;
+      return commits + others; // neither count ever falls, so no sum comes twice
     } catch {
       return undefined; // then the record is read, and that says what is wrong
     }
@@ -3958,7 +3961,6 @@ async function retry<T>(call: () => T | Promise<T>): Promise<T> {
   }
 }
 
-/** A compare-and-set found that somebody else had been there. */
 class LostRace extends Error {}
 
 function isLocked(error: unknown): boolean {
@@ -3966,10 +3968,7 @@ function isLocked(error: unknown): boolean {
   return error instanceof LostRace || /database (table )?is locked|busy/i.test(error.message);
 }
 
-/**
- * Collects tasks for as long as a turn of the event loop lasts, and has them performed together. One that fails does not
- * take the others with it: each is then tried alone.
- */
+/** Performs together the tasks of one turn of the event loop. If one fails, each is tried alone. */
 function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
   const { setImmediate } = nodeModule("node:timers");
   let tasks: Task[] = [];
@@ -4002,13 +4001,11 @@ const STATE_FAULTS = {
   unwritable: "cannot be written: make it writable for this user, with its folder, and see that there is room",
   orphanedLog: "is there without the state file it belongs to: put that back, or move the -wal and -shm away as well",
   damaged:
-    "cannot be read and was left as it is. Move it away, with its -wal and -shm beside it, and put a backup in " +
-    "its place, or start anew, which ends all connections",
+    "cannot be read and was left as it is: put a backup in its place, or start anew, which ends all connections. " +
+    "Move its -wal and -shm away with it",
   foreign: "is not a state file of this program and was left as it is: move it away, or choose another folder",
-  format:
-    `and was left as it is. If a newer version of personal-auth wrote it, update mod.ts, or choose another folder`,
-  replaced:
-    "was removed or replaced while in use: nothing works until the same file is back or the server is restarted",
+  format: `instead of ${FORMAT} and was left as it is: update mod.ts if a newer version wrote it, or move it away`,
+  replaced: "was removed or replaced while open: nothing is accepted until it is back or the server is restarted",
 };
 
 class StateFileError extends Error {
@@ -4038,7 +4035,7 @@ function openStateFile(dir: string): { db: Sqlite; file: string } {
   }
 }
 
-/** Opens an SQLite file. At the start SQLite itself waits for locks; later retry() does, without stopping the server. */
+/** Opens an SQLite file. At the start SQLite waits for locks by itself; later retry() does, and the server goes on. */
 function openSqlite(file: string, options = {}): Sqlite {
   const { DatabaseSync } = nodeModule("node:sqlite");
   const db: Sqlite = new DatabaseSync(file, options);
@@ -4046,15 +4043,13 @@ function openSqlite(file: string, options = {}): Sqlite {
   return db;
 }
 
-/** Makes the file if it is missing, and throws if it or its folder cannot be written. */
 function ensureStateFile(dir: string, file: string): void {
   const fs = nodeModule("node:fs");
   fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
   const fresh = `${file}.${random(4)}.new`;
   try {
-    // Always, because Deno's accessSync() knows nothing of a file system that is mounted read-only. With this mode,
-    // because SQLite gives its side files the mode of the file.
-    fs.closeSync(fs.openSync(fresh, "wx", 0o600));
+    // Always, because Deno's accessSync() does not notice a file system that is mounted read-only.
+    fs.closeSync(fs.openSync(fresh, "wx", 0o600)); // SQLite gives its side files the mode of this one
     // SQLite would take the log of a file that was moved away for the new one's. The file is looked for twice, because
     // another process may be making it, and then its log, at this moment.
     const isOrphaned = !fs.existsSync(file) && fs.existsSync(`${file}-wal`) && !fs.existsSync(file);
@@ -4072,8 +4067,8 @@ function ensureStateFile(dir: string, file: string): void {
 function createStateFile(fresh: string, file: string): void {
   const fs = nodeModule("node:fs");
   const db = openSqlite(fresh);
-  // With rows, because WITHOUT ROWID a record larger than a quarter of a page takes pages of its own. And with the log,
-  // because a kill in between would leave a journal that must be rolled back.
+  // Not WITHOUT ROWID, where a record larger than a quarter of a page takes pages of its own. In WAL mode already here,
+  // because a kill later would leave a journal, and whoever only reads the file cannot roll that back.
   db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
     CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
     CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
@@ -4082,8 +4077,8 @@ function createStateFile(fresh: string, file: string): void {
   try {
     fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
   } catch {
-    // The file is there, or this file system has no hard links. Nor does "wx" replace anything; a kill in the middle
-    // leaves a damaged file, which the next start names, and in which nothing was.
+    // There are no hard links here, or the file is there: "wx" does not replace it either. A kill in the middle leaves
+    // a damaged file, which the next start names; nothing was in it.
     fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
   }
 }
@@ -4104,9 +4099,9 @@ function removeTemporaryFiles(dir: string, fresh: string): void {
 }
 
 /**
- * Throws unless this is a sound state file of ours. Opened only for reading, because SQLite may change a damaged file, or
- * take in its log, as soon as it may write. And by SQLite, because what is in the log counts, and because to close a file
- * that was opened in any other way takes away the locks that another store in this process has on it (POSIX).
+ * Throws unless this is a sound state file of ours. It is opened only for reading, because SQLite may otherwise change
+ * a damaged file or take in its log. SQLite reads it, because the log counts too, and because to open and close it
+ * in any other way would drop the locks that another store in this process has on it (POSIX).
  */
 function checkStateFile(file: string): void {
   if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
@@ -4115,9 +4110,7 @@ function checkStateFile(file: string): void {
   try {
     if (pragma("application_id") !== APPLICATION_ID) throw new StateFileError(file, STATE_FAULTS.foreign);
     const format = pragma("user_version");
-    if (format !== FORMAT) {
-      throw new StateFileError(file, `has format ${format}, not ${FORMAT}, ${STATE_FAULTS.format}`);
-    }
+    if (format !== FORMAT) throw new StateFileError(file, `has format ${format} ${STATE_FAULTS.format}`);
     const verdict = pragma("quick_check");
     if (verdict !== "ok") throw new Error(verdict);
     db.prepare("SELECT key FROM entries");
@@ -4149,10 +4142,6 @@ export interface KvAtomicLike {
   /** Carries out the change; `ok` is false if a version differs. */
   commit(): Promise<{ ok: boolean }>;
 }
-
-/** Deno KV removes by its own clock; seconds that ours may differ from it, or have been wrong. */
-const EXPIRED_KV_KEPT = 30 * DAY;
-const MAX_KV_BYTES = 65_536;
 
 /**
  * Keeps state in a `Deno.Kv`: a local file, or the distributed store of Deno Deploy or denokv. `await Deno.openKv()`
@@ -4194,9 +4183,9 @@ export function kvStore(kv: KvLike): Store {
   };
 }
 
-/** Writes `[expires, value]` as JSON in UTF-8: of all that a KV takes, only bytes are the same in every version of V8. */
+/** Writes `[expires, value]` as JSON in UTF-8, because all that a KV takes but bytes depends on the version of V8. */
 function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
-  const bytes = utf8.encode(`[${expires},${value}]`);
+  const bytes = utf8.encode(`[${JSON.stringify(expires)},${value}]`);
   const size = `${bytes.length} bytes, and a Deno.Kv holds ${MAX_KV_BYTES} in a value`;
   assert(bytes.length <= MAX_KV_BYTES, `${quote(key)} would take ${size}`);
   return bytes;
@@ -4228,9 +4217,6 @@ function queue(): <T>(key: string, task: () => Promise<T>) => Promise<T> {
   };
 }
 
-/** Seconds that the store may take to answer: more than LOCK_PATIENCE, and less than the ten that Claude waits. */
-const STORE_DEADLINE = 8;
-
 function withDeadline<T>(answer: Promise<T>): Promise<T> {
   return new Promise((resolve, reject) => {
     const late = () => reject(new Error(`the store has not answered for ${STORE_DEADLINE} seconds`));
@@ -4239,14 +4225,14 @@ function withDeadline<T>(answer: Promise<T>): Promise<T> {
   });
 }
 
-/** Wraps the store for the rest of the server: if it fails or is too slow, the owner is told and the wire gets a 503. */
+/** Wraps the store for the rest of the server: if it fails or is too slow, the owner is told and the wire gets 503. */
 function guardStore(store: Store, emit: Emit): Store {
   const unavailable = { status: 503 as const, headers: { "Retry-After": "5" } };
   async function guarded<T>(ask: (inTime: (change: Update[1]) => Update[1]) => Promise<T>): Promise<T> {
     let answered = false;
-    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where only the commit
-    // comes late, the answer was lost on the way, which does no harm: a refresh or an approval is repeated with the same
-    // result, a code or a token without a holder opens nothing to anybody, and what was to end has ended.
+    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where only the
+    // commit is late, the answer is lost, which does no harm: a refresh or an approval is repeated with one result,
+    // a code or a token without a holder opens nothing to anybody, and what was to end has ended.
     const inTime = (change: Update[1]) => (current: unknown) => {
       assert(!answered, "the store came back after the request was answered: nothing was changed");
       return change(current);
