@@ -1697,7 +1697,7 @@ function redirectBack(server: Server, c: Context, target: Target, answer: Record
   return c.redirect(uri, 302);
 }
 
-function invalidRequest(description: string, options?: OAuthErrorOptions): OAuthError {
+function invalidRequest(description: string, options?: OAuthErrorDetails): OAuthError {
   return new OAuthError("invalid_request", description, options);
 }
 
