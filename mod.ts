@@ -1665,7 +1665,7 @@ async function showConsent(server: Server, c: Context): Promise<Response> {
   return await askOwner(server, c, request, session);
 }
 
-/** Carries out the owner's decision. The form holds the request word for word, and it is checked again from the start. */
+/** Carries out the owner's decision. The form holds the request word for word, and it is checked again. */
 async function decideConsent(server: Server, c: Context): Promise<Response> {
   const form = await readForm(c);
   const [encoded, csrf] = [form.get("request") ?? "", form.get("csrf") ?? ""];
@@ -1699,7 +1699,7 @@ async function decideConsent(server: Server, c: Context): Promise<Response> {
   return redirectBack(server, c, request, { code: code! });
 }
 
-/** Returns the checked request. A faulty one is answered to the client, or on a page if nobody can be trusted with it. */
+/** Returns the checked request. A faulty one is answered to the client, or on a page if nobody is trusted with it. */
 async function readRequest(server: Server, c: Context, encoded: string): Promise<AuthorizationRequest | Response> {
   let target: Target | undefined;
   try {
@@ -2009,7 +2009,7 @@ interface AccessToken {
   expires: number;
 }
 
-/** The record to keep (the same object if nothing changed), what happened, and the reason of a refusal for the owner. */
+/** The record to keep (the same object if nothing changed), what happened, and why it was refused. */
 interface Transition {
   grant: Grant;
   outcome: "issued" | "repeated" | "replayed" | "reused" | "refused";
@@ -2317,8 +2317,8 @@ async function refresh(server: Server, form: URLSearchParams, client: Client): P
 const CHECK_DIGITS = 32;
 
 /**
- * Derives everything about a refresh token, `prt_<id><secret><check>`, from one MAC of its id and secret: the check, the
- * fingerprint that is stored, and its successor. As parts of one pseudorandom digest, they tell nothing of each other.
+ * Derives everything about a refresh token, `prt_<id><secret><check>`, from one MAC of its id and secret: the check,
+ * the fingerprint that is stored, and its successor. As parts of one pseudorandom digest, they tell nothing of each other.
  */
 async function deriveRefresh({ longMac }: Server, body: string) {
   const digest = await longMac("refresh", body);
@@ -3085,7 +3085,7 @@ function homePage({ basePath }: Server): MiddlewareHandler {
 // Timeline
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** How far a client came before the owner approved it. In memory only, because strangers can make any number of these. */
+/** How far a client came before the owner approved it. In memory only: strangers can make any number of these. */
 interface Attempt {
   name: string;
   /** When somebody last called without a token: how a client finds the server. */
@@ -3270,7 +3270,7 @@ type EventLog = { store: Store; key: string; waiting: AuthEvent[]; writing: Prom
 
 const MAX_EVENTS_PER_TYPE = 5;
 const MAX_WAITING_PER_TYPE = 20;
-/** Events that strangers can cause at will. They wait in memory for one that is worth a write, so they cause no writes. */
+/** Events that strangers can cause at will: they wait in memory for one that is worth a write. */
 const CHEAP_EVENTS = new Set<AuthEvent["type"]>([
   "token_refused",
   "client_document_refused",
