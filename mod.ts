@@ -1563,19 +1563,10 @@ function sameRedirect(registered: string, requested: string): boolean {
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** Where an answer may be sent. Only what has passed `authorizationTarget` is ever redirected to. */
-interface Target {
-  client: Client;
-  redirect_uri: string;
-  state: string | null;
-}
+type Target = { client: Client; redirect_uri: string; state: string | null };
 
-/** What the owner is asked to approve. */
-interface AuthorizationRequest extends Target {
-  /** The query, word for word. */
-  encoded: string;
-  scopes: string[];
-  code_challenge: string;
-}
+/** What the owner is asked to approve; `encoded` is the query, word for word. */
+type AuthorizationRequest = Target & { encoded: string; scopes: string[]; code_challenge: string };
 
 const MAX_REQUEST_LENGTH = 16 * 1024;
 
@@ -1595,7 +1586,7 @@ async function showConsent(server: Server, c: Context): Promise<Response> {
   return await askOwner(server, c, request, session);
 }
 
-/** Carries out the owner's decision. The form holds the request word for word, and it is checked again from the start. */
+/** Carries out the owner's decision. The form holds the request word for word, and it is checked again. */
 async function decideConsent(server: Server, c: Context): Promise<Response> {
   const form = await readForm(c);
   const [encoded, csrf] = [form.get("request") ?? "", form.get("csrf") ?? ""];
@@ -1629,7 +1620,7 @@ async function decideConsent(server: Server, c: Context): Promise<Response> {
   return redirectBack(server, c, request, { code: code! });
 }
 
-/** Returns the checked request. A faulty one is answered to the client, or on a page if nobody can be trusted with it. */
+/** Returns the checked request. A faulty one is answered to the client, or on a page if nobody is trusted with it. */
 async function readRequest(server: Server, c: Context, encoded: string): Promise<AuthorizationRequest | Response> {
   let target: Target | undefined;
   try {
@@ -1645,7 +1636,6 @@ async function readRequest(server: Server, c: Context, encoded: string): Promise
   }
 }
 
-/** Shows the consent page, with the same form again if there was a problem with it. */
 async function askOwner(
   server: Server,
   c: Context,
@@ -1664,8 +1654,8 @@ async function askAgain(server: Server, c: Context, encoded: string, csrf: strin
   if (encoded === "" || !session.known) return expiredPage(server, c);
   const request = await readRequest(server, c, encoded);
   if (request instanceof Response) return request;
-  // Of two clicks, the first may have signed the owner in, so that the browser's secret is no longer the form's. The
-  // form proves nothing then, but the session does: only the owner is told what came of the first click.
+  // The first of two clicks may have signed the owner in and replaced the browser's secret. The form proves nothing
+  // then, but the session does: only the owner is told what came of the first click.
   const earlier = session.who === "owner" ? await approve(server, csrf, request, true) : undefined;
   if (earlier) {
     const uri = earlier.code && answerUri(server, request, { code: earlier.code });
@@ -1683,8 +1673,7 @@ async function askAgain(server: Server, c: Context, encoded: string, csrf: strin
  */
 function answerUri({ issuer }: Server, { redirect_uri, state }: Target, answer: Record<string, string>): string {
   const params = new URLSearchParams({ ...answer, ...(state !== null && { state }), iss: issuer });
-  // Appended, never parsed and rebuilt: the URI stays byte for byte what was registered. Spaces as %20, because some
-  // clients show a + as it is.
+  // Appended, so that the URI stays byte for byte what was registered. %20, because some clients show a + as it is.
   return `${redirect_uri}${redirect_uri.includes("?") ? "&" : "?"}${params.toString().replaceAll("+", "%20")}`;
 }
 
@@ -1801,8 +1790,8 @@ function normalizeResource(resource: string): string | undefined {
 }
 
 /**
- * Returns the scopes that are asked for and on offer, or the default if there are none: clients ask for scopes they
- * know from other servers. `offline_access` is granted if asked; every client gets a refresh token anyway.
+ * Returns the scopes that are asked for and on offer, or the default if there are none, because clients ask for scopes
+ * they know from other servers. `offline_access` is granted if asked.
  *
  * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-3.3 | RFC 6749 §3.3}
  */
@@ -1822,18 +1811,13 @@ function narrowedScopes(asked: string, granted: string[]): string[] {
 // Token and revocation endpoints
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Returns a parameter, or throws invalid_request if it is missing. */
 function required(form: URLSearchParams, name: string): string {
   const value = form.get(name);
   if (value === null) throw invalidRequest(`${name} is missing`);
   return value;
 }
 
-/**
- * Exchanges a code or a refresh token for an access token.
- *
- * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-3.2 | OAuth 2.1 §3.2}
- */
+/** @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-3.2 | OAuth 2.1 §3.2} */
 async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
   const arrived = seconds();
   const form = await readForm(c);
@@ -1868,7 +1852,7 @@ async function revocationEndpoint(server: Server, c: Context): Promise<Response>
 
 /**
  * Describes a token to a resource server that runs elsewhere. Only clients that the owner registered with a secret may
- * ask: to anybody else the answer would tell whether a token found somewhere is alive.
+ * ask: anybody else could learn whether a token found somewhere is alive.
  *
  * @see {@link https://www.rfc-editor.org/rfc/rfc7662#section-2 | RFC 7662 §2}
  */
@@ -1902,7 +1886,6 @@ async function introspectionEndpoint(server: Server, c: Context): Promise<Respon
 interface Grant {
   /** `auth`: the only way in which it may authenticate. */
   client: { id: string; name: string; auth?: "private_key_jwt" };
-  /** Absent for a personal access token. */
   redirect_uri?: string;
   scopes: string[];
   resource: string;
@@ -1917,9 +1900,8 @@ interface Grant {
   refresh?: RefreshState;
   /** Live access tokens, oldest first. A refresh leaves the earlier ones to their own expiry. */
   access: AccessToken[];
-  /** The owner's own name for it. */
+  /** The owner's own name for it, how it came to be approved, and why it was last refused. */
   label?: string;
-  /** How the client came to be approved, and why it was last refused, for the owner. */
   attempt?: Pick<Attempt, "found" | "introduced" | "shown">;
   refused?: Refusal;
 }
@@ -1948,20 +1930,15 @@ interface AccessToken {
   expires: number;
 }
 
-/** The record to keep (the same object if nothing changed), what happened, and the reason of a refusal for the owner. */
+/** The record to keep (the same object if nothing changed), what happened, and why it was refused. */
 interface Transition {
   grant: Grant;
   outcome: "issued" | "repeated" | "replayed" | "reused" | "refused";
   reason?: string;
 }
 
-/** The hashes of the tokens to issue. */
-interface Issue {
-  access: Omit<AccessToken, "n">;
-  refresh: string;
-  /** When the connection ends unless it is refreshed. */
-  expires: number;
-}
+/** The hashes of the tokens to issue, and when the connection ends unless it is refreshed. */
+type Issue = { access: Omit<AccessToken, "n">; refresh: string; expires: number };
 
 const CODE_TTL = 5 * MINUTE;
 /** How long a refresh token works after its rotation: clients on several machines refresh in parallel. */
@@ -2087,7 +2064,6 @@ function withTokens(grant: Grant, issue: Issue, refresh: RefreshState, n: number
   return { ...grant, access, used: now, expires: issue.expires, refresh };
 }
 
-/** Returns the live access token with this hash and audience. */
 function verifyGrant(grant: Grant, hash: string, resource: string, now: number): AccessToken | undefined {
   // Digests are compared, not tokens: how far two digests agree says nothing about the token behind them.
   const token = grant.access.find((candidate) => candidate.hash === hash);
@@ -2112,7 +2088,7 @@ function revokeGrant({ code: _code, refresh: _refresh, ...rest }: Grant, now: nu
   return { ...rest, access: [], revoked: rest.revoked ?? now };
 }
 
-// The same with storage: hashes what comes in, makes what goes out, and lets the functions above decide.
+// The same with storage: the functions above decide.
 
 async function readGrant({ store }: Server, id: string): Promise<Grant | undefined> {
   return await store.get(`grant/${id}`) as Grant | undefined;
@@ -2168,7 +2144,6 @@ function invalidGrant(reason?: string, event?: AuthEvent["type"]): OAuthError {
   return new OAuthError("invalid_grant", description, { reason, ...defined({ event }) });
 }
 
-/** Raises an event about a connection. */
 function emitFor(server: Server, type: AuthEvent["type"], message: string, connection: string, grant: Grant): void {
   server.emit(type, message, { connection, clientName: grant.client.name });
 }
@@ -2179,8 +2154,8 @@ async function formId({ mac }: Server, ...form: string[]): Promise<string> {
 }
 
 /**
- * Approves a request and returns its code. If the same form was sent before, `repeated` is true, and the code of the
- * first time is returned while it can be redeemed. With `lookOnly`, nothing is approved that was not before.
+ * Approves a request and returns its code; if the same form was sent before, the code of the first time while it can be
+ * redeemed. With `lookOnly`, nothing is approved that was not before.
  */
 async function approve(
   server: Server,
@@ -2239,7 +2214,6 @@ async function redeem(server: Server, form: URLSearchParams, client: Client, arr
   return tokenResponse(grant, issue, access_token, grant.refresh && refresh.token);
 }
 
-/** Exchanges a refresh token for its successor and an access token. */
 async function refresh(server: Server, form: URLSearchParams, client: Client): Promise<TokenResponse> {
   const refresh_token = required(form, "refresh_token");
   const id = grantId("prt", refresh_token);
@@ -2265,8 +2239,7 @@ const CHECK_DIGITS = 32;
 
 /**
  * Derives everything about a refresh token, `prt_<id><secret><check>`, from one MAC of its id and secret: the check,
- * the fingerprint that is stored, and the id and secret of its successor. The three parts tell nothing about each
- * other, because each is a different part of one pseudorandom digest.
+ * the fingerprint that is stored, and its successor. As parts of one pseudorandom digest, they tell nothing of each other.
  */
 async function deriveRefresh({ longMac }: Server, body: string) {
   const digest = await longMac("refresh", body);
@@ -2313,7 +2286,10 @@ function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefin
 /** Gives a connection the owner's own name for it; an empty one takes it away. */
 async function rename(server: Server, id: string, label: string): Promise<void> {
   if (label.length > MAX_LABEL) throw invalidRequest(`The name may have up to ${MAX_LABEL} characters`);
-  await updateGrant(server, id, ({ label: _label, ...grant }) => ({ ...grant, ...(label && { label }) }));
+  await updateGrant(server, id, (current) => {
+    const { label: _label, ...grant } = current;
+    return grant.resource === server.resource ? { ...grant, ...(label && { label }) } : current;
+  });
 }
 
 async function revokeAll(server: Server): Promise<void> {
@@ -2415,16 +2391,10 @@ async function createToken(
 // Guard
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** What the store said of an access token. */
-interface VerifiedToken {
-  info: AuthInfo;
-  /** The stamp of the store before it was read. */
-  version: number;
-  /** When something about the token changes by itself. */
-  until: number;
-}
+/** What the store said of an access token, its stamp before it was read, and how long that holds by itself. */
+type VerifiedToken = { info: AuthInfo; version: number; until: number };
 
-/** How many access tokens are remembered: more than one person's clients have, in little memory. */
+/** More access tokens than one person's clients have. */
 const MAX_VERIFIED = 1000;
 /** Milliseconds that a request waits for the mark on its connection. */
 const MARK_PATIENCE = 200;
@@ -2466,7 +2436,6 @@ function recall({ verified, store }: Server, header: string | null): AuthInfo | 
   return known && known.version === store.version?.() && Date.now() / 1000 < known.until ? known.info : undefined;
 }
 
-/** Returns the AuthInfo of a request, or throws what to answer. */
 async function authenticate(server: Server, c: Context): Promise<AuthInfo> {
   const header = c.req.raw.headers.get("Authorization");
   const known = recall(server, header) ?? server.checked.get(c.req.raw);
@@ -2524,7 +2493,6 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   return info;
 }
 
-/** Says for the owner why an access token was refused. */
 function whyInvalid({ resource }: Server, id: string | undefined, grant: Grant | undefined, hash: string, now: number) {
   if (!id) return "it does not have the form of an access token of this server";
   if (!grant) return "its connection has ended, or never existed";
@@ -2556,13 +2524,11 @@ function challenge({ resourceMetadataUrl }: Server, scope: string[], error?: OAu
   ].join(", ");
 }
 
-/** Answers a refused request in the form of RFC 6750 §3. */
 function refuse(server: Server, c: Context, error: unknown): Response {
   if (!(error instanceof OAuthError) || error.code !== "invalid_token") return errorResponse(server, c, error);
   return errorResponse(server, c, error, { "WWW-Authenticate": challenge(server, server.scopes.byDefault, error) });
 }
 
-/** Makes a guard that also requires scopes. */
 function createScopeGuard(server: Server, required: string[]): MiddlewareHandler<AuthEnv> {
   const { all } = server.scopes;
   assert(
@@ -3037,27 +3003,21 @@ function homePage({ basePath }: Server): MiddlewareHandler {
 // Timeline
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** How far a client came before the owner approved it. In memory only, because strangers can make any number of these. */
+/** How far a client came before the owner approved it. In memory only: strangers can make any number of these. */
 interface Attempt {
   name: string;
-  /** When somebody last asked for the documents, or called without a token: how a client finds the server. */
+  /** When somebody last called without a token: how a client finds the server. */
   found?: number;
-  /** When the client registered. */
   introduced?: number;
   shown?: number;
   denied?: number;
   refused?: Refusal;
 }
 
-/** Why a request was refused, for the owner. */
 type Refusal = { at: number; reason: string };
 
-/** One attempt as the owner's page shows it. `advice` says what is missing, whose turn it is, and what to do. */
-interface Timeline {
-  title: string;
-  steps: { at: number; text: string; ok: boolean }[];
-  advice: string;
-}
+/** One attempt as the owner's page shows it. */
+type Timeline = { title: string; steps: { at: number; text: string; ok: boolean }[]; advice: string };
 
 const MAX_KEPT_ATTEMPTS = 50;
 const MAX_SHOWN_TIMELINES = 15;
@@ -3074,10 +3034,7 @@ function noteAttempt({ attempts, found }: Server, { id, name }: Pick<Client, "id
   attempts.delete(ids.find((id) => attempts.get(id)?.shown === undefined) ?? ids[0]!);
 }
 
-/**
- * Tells the owner why a request was refused: on its connection if it names one, else on the client's attempt. At most
- * once a minute, so that a client that asks without pause does not write without pause.
- */
+/** Tells the owner why a request was refused: on its connection if it names one, else on the client's attempt. */
 async function noteRefusal(server: Server, error: unknown, id: string | undefined, client?: Client): Promise<void> {
   if (!(error instanceof OAuthError) || error.status >= 500 || error.details.event) return;
   const refused: Refusal = { at: seconds(), reason: error.details.reason ?? error.message };
@@ -3086,12 +3043,11 @@ async function noteRefusal(server: Server, error: unknown, id: string | undefine
   const clientName = grant?.client.name ?? client?.name;
   server.emit("token_refused", refused.reason, defined({ connection: grant && id, clientName }));
   if (!grant) noteAttempt(server, client!, { refused });
-  else if (refused.at - (grant.refused?.at ?? 0) > MINUTE) {
+  else if (refused.at - (grant.refused?.at ?? 0) > MINUTE) { // a client that asks without pause must not write so
     await updateGrant(server, id!, (grant) => ({ ...grant, refused })).catch(() => {});
   }
 }
 
-/** Returns the state of a live connection. */
 function connectionState(grant: Grant, now: number): Connection["state"] {
   if (grant.code && grant.code.redeemed === undefined) return "pending";
   if (grant.called === undefined) return "unused";
@@ -3227,17 +3183,12 @@ type LoggedEvent = Pick<AuthEvent, "at" | "message" | "clientName" | "connection
 type EventRecord = Partial<Record<AuthEvent["type"], { count: number; latest: LoggedEvent[] }>>;
 type LoggedEvents = (LoggedEvent & { type: AuthEvent["type"]; count: number })[];
 
-/** The latest events for the owner's page, and those that are not written yet. */
-interface EventLog {
-  store: Store;
-  key: string;
-  waiting: AuthEvent[];
-  writing: Promise<unknown>;
-}
+/** Where events are kept, and those that are not written yet. */
+type EventLog = { store: Store; key: string; waiting: AuthEvent[]; writing: Promise<unknown> };
 
 const MAX_EVENTS_PER_TYPE = 5;
 const MAX_WAITING_PER_TYPE = 20;
-/** Events that strangers can cause at will. They wait in memory for one that is worth a write, so they cause no writes. */
+/** Events that strangers can cause at will: they wait in memory for one that is worth a write. */
 const CHEAP_EVENTS = new Set<AuthEvent["type"]>([
   "token_refused",
   "client_document_refused",

@@ -2709,6 +2709,11 @@ test("/connections says where a broken set-up stopped, and whose turn it is", as
       const { client_id } = await register(app, { client_name: "Notes app" });
       await browse(app).open(authorizeUrl(client_id, { resource: "https://elsewhere.example/mcp" }));
     }, ['the client asked for "https://elsewhere.example/mcp"', "Mend that"]],
+    "wrong resource, then the right one": [async ({ app }) => {
+      const { client_id } = await register(app, { client_name: "Notes app" });
+      await browse(app).open(authorizeUrl(client_id, { resource: "https://elsewhere.example/mcp" }));
+      await browse(app).open(authorizeUrl(client_id));
+    }, ['the client asked for "https://elsewhere.example/mcp"', "It is your turn"]],
     "waiting for the app": [async ({ app }) => await approved(app), ["Notes app's turn", "claude.ai"]],
     "app never redeems": [async ({ app, travel }) => {
       await approved(app);
@@ -4507,6 +4512,15 @@ test("two servers at different addresses on one store say so, and touch nothing 
   assertEquals(await second.auth.connections(), []);
   const [{ id }] = await first.auth.connections() as [Json];
   assertEquals(await second.auth.revoke(id), false);
+  await second.auth.createToken({ name: "script" });
+  const page = "https://other.example/connections";
+  const browser = browse(second.app);
+  await browser.submit(await browser.open(page), { password: "another long password" }, page);
+  const button = formsOf(await browser.open(page)).find(({ action }) => action === "rename")!;
+  const label = "not theirs to name";
+  for (const at of [button.id!, id]) await browser.open(page, form({ ...button, id: at, label }));
+  assertEquals((await second.auth.connections())[0]!.label, label);
+  assertEquals((await first.auth.connections())[0]!.label, undefined);
   assertEquals((await callMcp(first.app, access_token)).status, 200);
   assertEquals((await refreshing(first.app, client.client_id, refresh_token)).status, 200);
   // Each keeps its own password, sessions and events.
