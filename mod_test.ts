@@ -1770,6 +1770,37 @@ test("a redirect URI is read in a time that grows with its length", async () => 
   assert(performance.now() - start < 5000, `${performance.now() - start} ms`);
 });
 
+test("whatever a client sends about itself is read in a time that grows with its length", async () => {
+  let control = "";
+  const fetchClientMetadata: MetadataFetcher = (url) =>
+    Promise.resolve(Response.json(document({ client_id: url }), { headers: { "Cache-Control": control } }));
+  const { app } = world({ fetchClientMetadata });
+  const start = performance.now();
+  for (
+    const [i, unit] of ["a", "/", " ", "=", "+", ".", ":", "%41", "-", "max-age=", "no-", "\u0301", "\u3000", "A"]
+      .entries()
+  ) {
+    const long = unit.repeat(60_000).slice(0, 20_000);
+    for (const name of ["client_name", "client_uri", "scope", "software_id", "token_endpoint_auth_method"]) {
+      await app.request(`${BASE}/register`, json({ redirect_uris: [CLAUDE], [name]: `https://${long}` }));
+    }
+    const ascii = /^[\x20-\x7e]*$/.test(long) ? long : "";
+    for (const Authorization of [`Basic ${ascii}`, `Basic ${btoa(ascii)}`, `basic${ascii}x`, ascii || "x"]) {
+      await app.request(`${BASE}/token`, {
+        ...form({ grant_type: "x" }),
+        headers: { ...form({}).headers, Authorization },
+      });
+    }
+    for (const client_id of [long, `https://${long}`, `${long}.${long}`, `https://x.example/${long}`]) {
+      await post(app, "/token", { client_id, grant_type: "x", client_assertion: `${long}.${long}.${long}` });
+      await browse(app).open(authorizeUrl(client_id.slice(0, 10_000)));
+    }
+    control = ascii;
+    await browse(app).open(authorizeUrl(`${DOCUMENT}?${i}`));
+  }
+  assert(performance.now() - start < 5000, `${performance.now() - start} ms`);
+});
+
 test("a shorter allow-list holds for clients that registered before", async () => {
   const { app, store } = world({ allowedRedirectDomains: null });
   const { client_id } = await register(app, { redirect_uris: ["https://app.example/cb"] });
