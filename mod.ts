@@ -827,18 +827,11 @@ interface Client {
   /** Its document offers no other way of authentication. */
   auth?: "private_key_jwt";
   /** Its public keys, or where they are. */
-  keys?: { jwks: unknown; jwks_uri?: undefined } | { jwks_uri: string };
+  keys?: { jwks: unknown; jwks_uri: string };
 }
 
-/** What a signed client_id carries: no more than is needed to recognise the client again. Short names keep it short. */
-interface SignedClient {
-  n: string;
-  r: string[];
-  /** 1: confidential. */
-  s?: 1;
-  /** 1: registered without the refresh_token grant. */
-  o?: 1;
-}
+/** What a signed client_id carries: name, redirect URIs, 1 if confidential, 1 if without refresh tokens. Kept short. */
+type SignedClient = { n: string; r: string[]; s?: 1; o?: 1 };
 
 const MAX_BODY_BYTES = 64 * 1024;
 const MAX_REDIRECT_URIS = 16;
@@ -858,12 +851,8 @@ async function registerClient(server: Server, c: Context): Promise<Response> {
   const redirect_uris = keptRedirects(server, metadata);
   const confidential = method === "client_secret_post" || method === "client_secret_basic";
   const refreshes = grant_types?.includes("refresh_token") ?? true;
-  const client_id = await signClient(server, {
-    n: client_name,
-    r: redirect_uris,
-    ...(confidential && { s: 1 }),
-    ...(!refreshes && { o: 1 }),
-  });
+  const signed = { n: client_name, r: redirect_uris, ...(confidential && { s: 1 as const }) };
+  const client_id = await signClient(server, refreshes ? signed : { ...signed, o: 1 });
   server.emit("client_registered", "a client registered", { clientName: client_name });
   noteAttempt(server, { id: client_id, name: client_name }, { introduced: seconds() });
   const { client_uri, software_id, software_version, application_type } = metadata;
@@ -885,12 +874,17 @@ async function registerClient(server: Server, c: Context): Promise<Response> {
 async function signClient({ mac }: Server, client: SignedClient): Promise<string> {
   const payload = base64url(utf8.encode(JSON.stringify(client)));
   const client_id = `${payload}.${await mac("client_id", payload)}`;
-  if (client_id.length <= MAX_CLIENT_ID_LENGTH) return client_id;
-  throw new OAuthError(
-    "invalid_client_metadata",
-    `The metadata is too long: client_name and redirect_uris come to a client_id of ${client_id.length} characters, ` +
-      `and ${MAX_CLIENT_ID_LENGTH} are possible`,
+  const { length } = client_id;
+  const most = `${length} characters, and ${MAX_CLIENT_ID_LENGTH} are possible`;
+  assertMetadata(
+    length <= MAX_CLIENT_ID_LENGTH,
+    `The metadata is too long: client_name and redirect_uris come to a client_id of ${most}`,
   );
+  return client_id;
+}
+
+function assertMetadata(good: unknown, description: string): asserts good {
+  if (!good) throw new OAuthError("invalid_client_metadata", description);
 }
 
 /** Finds the client that a client_id names, whatever its origin. */
@@ -904,9 +898,8 @@ async function resolveClient(server: Server, client_id: string): Promise<Client 
   if (isDocumentUrl(client_id)) return await documentClient(server, client_id);
   if (client_id.length > MAX_CLIENT_ID_LENGTH) return undefined;
   const [payload = "", signature = ""] = client_id.split(".");
-  if (!equal(signature, await server.mac("client_id", payload)) || client_id !== `${payload}.${signature}`) {
-    return undefined;
-  }
+  const isOurs = equal(signature, await server.mac("client_id", payload)) && client_id === `${payload}.${signature}`;
+  if (!isOurs) return undefined;
   const { n, r, s, o } = JSON.parse(decodeBase64(payload)!) as SignedClient;
   const secret = s ? await server.mac("client_secret", client_id) : undefined;
   return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, source: "registered" };
@@ -954,17 +947,14 @@ function clientCredentials(server: Server, authorization: string | undefined, fo
     if (typeof id !== "string") throw unauthenticated("client_id is missing");
     return { id, secrets: form.getAll("client_secret") };
   }
-  const credentials = authorization.length > MAX_CREDENTIALS_LENGTH ? "" : decodeBase64(authorization.slice(6).trim());
-  const colon = credentials?.indexOf(":") ?? -1;
-  if (!credentials || colon < 0) throw unauthenticated("The Basic credentials cannot be read");
+  const credentials = decodeBase64(authorization.slice(6).trim()) ?? "";
+  const colon = credentials.indexOf(":");
+  if (colon < 0) throw unauthenticated("The Basic credentials cannot be read");
   const [name, password] = [credentials.slice(0, colon), credentials.slice(colon + 1)];
   const known = preregistered(server, name) ? name : decodeForm(name);
   if (id !== null && id !== known) throw unauthenticated("client_id differs between header and body");
   return { id: known, secrets: [password, decodeForm(password)] };
 }
-
-/** Room for the longest client_id and its secret, form-encoded and in base64. */
-const MAX_CREDENTIALS_LENGTH = 16 * 1024;
 
 function decodeForm(value: string): string {
   return new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
@@ -1010,28 +1000,22 @@ const MAX_CLOCK_SKEW = MINUTE;
 const MAX_KEYS = 20;
 
 /** What each `alg` means, with the one type of key it takes: so a public key is never the secret of an HMAC. */
-const ASSERTION_ALGORITHMS: Record<
-  string,
-  { kty: string; crv?: string; name: string; hash?: string; saltLength?: number }
-> = {
+const ASSERTION_ALGORITHMS: Record<string, Algorithm> = {
   ES256: { kty: "EC", crv: "P-256", name: "ECDSA", hash: "SHA-256" },
   RS256: { kty: "RSA", name: "RSASSA-PKCS1-v1_5", hash: "SHA-256" },
   PS256: { kty: "RSA", name: "RSA-PSS", hash: "SHA-256", saltLength: 32 },
   EdDSA: { kty: "OKP", crv: "Ed25519", name: "Ed25519" },
 };
+type Algorithm = { kty: string; crv?: string; name: string; hash?: string; saltLength?: number };
+type Jwk = Record<string, string | undefined>;
 
 /** Decodes an assertion (a JWT, RFC 7519) without believing any of it. */
 function readAssertion(assertion: string) {
   const parts = assertion.length > MAX_ASSERTION_LENGTH ? [] : assertion.split(".");
   try {
     const [header, claims] = parts.slice(0, 2).map((part) => JSON.parse(decodeBase64(part)!));
-    const signature = Uint8Array.from(
-      atob(parts[2]!.replace(/[-_]/g, (c) => c === "-" ? "+" : "/")),
-      (c) => c.charCodeAt(0),
-    );
-    if (parts.length === 3 && isObject(header) && isObject(claims)) {
-      return { header, claims, signature, signed: utf8.encode(parts.slice(0, 2).join(".")) };
-    }
+    const [signature, signed] = [base64Bytes(parts[2]!), utf8.encode(parts.slice(0, 2).join("."))];
+    if (parts.length === 3 && isObject(header) && isObject(claims)) return { header, claims, signature, signed };
   } catch { /* no JWT */ }
   throw unauthenticated("The client_assertion is not a JWT");
 }
@@ -1056,10 +1040,8 @@ async function verifyAssertion(server: Server, id: string, assertion: string): P
   // Not a token that the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
   must(/^(application\/)?(client-authentication\+)?jwt$/i.test(header.typ ?? "JWT"), "be of the type JWT");
   must(iss === id && sub === id, "have the client_id as iss and sub");
-  must(
-    [aud].flat().some((to) => to === server.issuer || to === `${server.issuer}/token`),
-    `have aud "${server.issuer}"`,
-  );
+  const audiences = [server.issuer, `${server.issuer}/token`];
+  must([aud].flat().some((to) => audiences.includes(to)), `have aud "${server.issuer}"`);
   must(typeof exp === "number" && exp > now - MAX_CLOCK_SKEW, "have an exp in the future");
   must(exp < now + MAX_ASSERTION_AGE + MAX_CLOCK_SKEW, `expire within ${MAX_ASSERTION_AGE} seconds`);
   must([nbf, iat].every((at) => typeof at === "number" && at < now + MAX_CLOCK_SKEW), "have nbf and iat in the past");
@@ -1075,19 +1057,13 @@ async function verifyAssertion(server: Server, id: string, assertion: string): P
   throw unauthenticated("The client_assertion is signed by none of the client's keys");
 }
 
-type Jwk = Record<string, string | undefined>;
-
 /** Whether this key made this signature. A key that is none, or that takes long to compute with, made none. */
-async function isSignedBy(
-  key: Jwk,
-  algorithm: { name: string; crv?: string },
-  ...[signature, signed]: Uint8Array<ArrayBuffer>[]
-) {
-  const { kty = "", crv = "", x = "", y = "", n = "", e = "" } = key;
+async function isSignedBy(key: Jwk, algorithm: Algorithm, ...[signature, signed]: Uint8Array<ArrayBuffer>[]) {
+  const { kty = "", crv = "", x = "", y, n = "", e = "" } = key;
   if (kty === "RSA" && (n.length < 342 || n.length > 1024 || e.length > 6)) return false; // 2,048 to 6,144 bits
+  const parameters = { ...algorithm, namedCurve: crv };
+  const members = kty === "RSA" ? { kty, n, e } : { kty, crv, x, ...defined({ y }) };
   try {
-    const parameters = { ...algorithm, namedCurve: crv };
-    const members = kty === "RSA" ? { kty, n, e } : { kty, crv, x, ...(y && { y }) };
     const imported = await crypto.subtle.importKey("jwk", members, parameters, false, ["verify"]);
     return await crypto.subtle.verify(parameters, imported, signature!, signed!);
   } catch {
@@ -1096,49 +1072,42 @@ async function isSignedBy(
 }
 
 /** Spends an assertion: whoever reads one on its way cannot use it again, on any server of this store. */
-async function spendAssertion({ store }: Server, id: string, jti: string, exp: number): Promise<void> {
+async function spendAssertion(server: Server, id: string, jti: string, exp: number): Promise<void> {
   const user = random(16);
-  const key = `assertion/${await sha256(JSON.stringify([id, jti]))}`;
-  const first = await store.update(key, (current) => current ?? user, { expiresAt: exp + MAX_CLOCK_SKEW });
+  const key = `assertion/${await server.mac("assertion", id, jti)}`;
+  const first = await server.store.update(key, (current) => current ?? user, { expiresAt: exp + MAX_CLOCK_SKEW });
   if (first !== user) throw unauthenticated("The client_assertion was used before");
 }
 
 /** Reads the members of RFC 7591 §2 that matter here; every other one is ignored. */
 function readClientMetadata(body: unknown) {
-  const invalid = (description: string) => new OAuthError("invalid_client_metadata", description);
-  if (!isObject(body)) throw invalid("The body must be a JSON object");
+  assertMetadata(isObject(body), "The body must be a JSON object");
   const own = (name: string): unknown => Object.hasOwn(body, name) ? body[name] ?? undefined : undefined; // null: absent
   const text = (name: string): string | undefined => {
     const value = own(name);
-    if (value !== undefined && typeof value !== "string") throw invalid(`${name} must be a string`);
+    assertMetadata(value === undefined || typeof value === "string", `${name} must be a string`);
     return value || undefined;
   };
-  const list = (name: string): string[] | undefined => {
+  const list = (name: string, needed?: string): string[] | undefined => {
     const value = own(name);
-    if (value === undefined || (Array.isArray(value) && value.every((item) => typeof item === "string"))) return value;
-    throw invalid(`${name} must be a list of strings`);
+    assertMetadata(value === undefined || isStringList(value), `${name} must be a list of strings`);
+    assertMetadata(!value || !needed || value.includes(needed), `${name} must hold ${needed}`);
+    return value;
   };
   const redirect_uris = [...new Set(list("redirect_uris"))];
   if (redirect_uris.length === 0) {
     throw new OAuthError("invalid_redirect_uri", "redirect_uris is missing or empty");
   }
-  if (redirect_uris.length > MAX_REDIRECT_URIS) {
-    throw invalid(`redirect_uris may hold ${MAX_REDIRECT_URIS} at the most`);
-  }
-  const grant_types = list("grant_types");
-  if (grant_types && !grant_types.includes("authorization_code")) {
-    throw invalid("grant_types must hold authorization_code");
-  }
-  const response_types = list("response_types");
-  if (response_types && !response_types.includes("code")) throw invalid("response_types must hold code");
-  const client_uri = text("client_uri")?.slice(0, MAX_URI_LENGTH);
+  assertMetadata(redirect_uris.length <= MAX_REDIRECT_URIS, `redirect_uris may hold ${MAX_REDIRECT_URIS} at the most`);
+  list("response_types", "code");
+  const client_uri = text("client_uri")?.slice(0, MAX_URI_LENGTH) ?? "";
   return {
     redirect_uris,
     client_name: printable(text("client_name") ?? ""),
-    grant_types,
+    grant_types: list("grant_types", "authorization_code"),
     token_endpoint_auth_method: text("token_endpoint_auth_method"),
     scope: text("scope"),
-    client_uri: client_uri && URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
+    client_uri: URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
     software_id: text("software_id"),
     software_version: text("software_version"),
     application_type: text("application_type"),
@@ -1205,11 +1174,13 @@ interface DocumentCache {
   asked: Map<string, { times: number; since: number }>;
 }
 
+type Fetched = { body: unknown; maxAge: number };
+
 /** A request under way. It counts until it is really over, which may be after everybody has given up waiting. */
 interface Download {
   host: string;
   started: number;
-  answer: Promise<{ body: unknown; maxAge: number }>;
+  answer: Promise<Fetched>;
   over: Promise<void>;
   controller: AbortController;
 }
@@ -1262,53 +1233,43 @@ async function publishedClient(server: Server, client_id: string, since?: number
 function readClientDocument(client_id: string, body: unknown): Client {
   const { client_name: name, redirect_uris, grant_types, token_endpoint_auth_method } = readClientMetadata(body);
   const { token_endpoint_auth_methods_supported: more, jwks, jwks_uri, ...rest } = body as Record<string, unknown>;
-  const unusable = (reason: string) => new OAuthError("invalid_client_metadata", reason);
-  if (rest.client_id !== client_id) throw unusable("it names another client_id"); // a copy of somebody else's document
-  if (!name) throw unusable("it has no client_name");
+  assertMetadata(rest.client_id === client_id, "it names another client_id"); // a copy of somebody else's document
+  assertMetadata(name, "it has no client_name");
   const method = token_endpoint_auth_method ?? "none";
+  const isSecret = rest.client_secret !== undefined || method.startsWith("client_secret");
+  assertMetadata(!isSecret, "it relies on a shared secret (client_secret), which everybody can read");
+  assertMetadata(
+    rest.client_secret_expires_at === undefined,
+    "it has client_secret_expires_at, but can have no secret",
+  );
   const offered = [method, ...(Array.isArray(more) ? more : [])];
-  // Everybody can read the document, so a secret in it is none.
-  if (rest.client_secret !== undefined || rest.client_secret_expires_at !== undefined) {
-    throw unusable("it must not have client_secret or client_secret_expires_at: a published document has no secret");
-  }
-  if (method.startsWith("client_secret")) throw unusable("it relies on a shared secret");
-  const refreshes = grant_types?.includes("refresh_token") ?? true;
-  const client = publicClient(client_id, { name, redirect_uris, refreshes });
+  const isPublic = offered.includes("none");
+  const signs = offered.includes("private_key_jwt");
+  assertMetadata(isPublic || signs, `it asks for ${quote(method)}, which this server does not offer`);
   if (jwks !== undefined) readKeys(jwks);
-  const jwksUrl = typeof jwks_uri === "string" ? URL.parse(jwks_uri)?.href : undefined;
-  const keys = jwks !== undefined ? { jwks } : { jwks_uri: jwksUrl ?? "" };
-  if (offered.includes("none")) return { ...client, keys };
-  if (!offered.includes("private_key_jwt")) {
-    throw unusable(`it asks for ${quote(method)}, which this server does not offer`);
-  }
-  if (keys.jwks === undefined && !isDocumentUrl(keys.jwks_uri)) {
-    throw unusable("it has neither jwks nor a jwks_uri of https");
-  }
-  return { ...client, keys, auth: "private_key_jwt" };
+  const keys = { jwks, jwks_uri: (typeof jwks_uri === "string" && URL.parse(jwks_uri)?.href) || "" };
+  assertMetadata(isPublic || jwks || isDocumentUrl(keys.jwks_uri), "it has neither jwks nor a jwks_uri of https");
+  const refreshes = grant_types?.includes("refresh_token") ?? true;
+  const auth = isPublic ? undefined : "private_key_jwt" as const;
+  return publicClient(client_id, { name, redirect_uris, refreshes, keys, ...defined({ auth }) });
 }
 
 /** Returns the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
 function readKeys(body: unknown): Jwk[] {
   const keys: unknown = isObject(body) ? body.keys : undefined;
-  if (!Array.isArray(keys) || keys.length > MAX_KEYS || !keys.every(isObject)) {
-    throw new OAuthError("invalid_client_metadata", `jwks must be a JWK Set of ${MAX_KEYS} keys at the most`);
-  }
+  const isSet = Array.isArray(keys) && keys.length <= MAX_KEYS && keys.every(isObject);
+  assertMetadata(isSet, `jwks must be a JWK Set of ${MAX_KEYS} keys at the most`);
   const secret = ["d", "p", "q", "dp", "dq", "qi", "oth", "k"].find((name) => keys.some((key) => name in key));
-  if (!secret) {
-    return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, it]) => typeof it === "string")));
-  }
-  throw new OAuthError(
-    "invalid_client_metadata",
-    `jwks holds a private key (${secret}): replace it, everybody can read it`,
-  );
+  assertMetadata(!secret, `jwks holds a private key (${secret}): replace it, everybody can read it`);
+  return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, value]) => typeof value === "string")));
 }
 
 /** Fetches the client's keys, as they were after `since`. */
 async function publishedKeys(server: Server, id: string, since: number): Promise<Jwk[]> {
-  const { keys } = await publishedClient(server, id, since);
-  if (keys?.jwks_uri === undefined) return readKeys(keys?.jwks);
-  if (!isDocumentUrl(keys.jwks_uri)) throw unauthenticated("The client publishes no keys");
-  return await fetchCached(server, keys.jwks_uri, readKeys, since);
+  const { jwks, jwks_uri = "" } = (await publishedClient(server, id, since)).keys ?? {};
+  if (jwks !== undefined) return readKeys(jwks);
+  assertMetadata(isDocumentUrl(jwks_uri), "The client publishes no keys");
+  return await fetchCached(server, jwks_uri, readKeys, since);
 }
 
 /**
@@ -1344,11 +1305,8 @@ function isTemporary(error: unknown): boolean {
 }
 
 function tryLater(description: string, cause?: unknown): OAuthError {
-  return new OAuthError("temporarily_unavailable", description, {
-    status: 503,
-    headers: { "Retry-After": "5" },
-    cause,
-  });
+  const more = { status: 503, headers: { "Retry-After": "5" }, cause } as const;
+  return new OAuthError("temporarily_unavailable", description, more);
 }
 
 /** Sets an entry of a map that forgets its oldest ones. */
@@ -1363,7 +1321,7 @@ function remember<T>(map: Map<string, T>, key: string, value: T): void {
  *
  * @throws {OAuthError} 503 if too many downloads are under way, or too many were made from this host.
  */
-async function download(server: Server, url: string): Promise<Awaited<Download["answer"]>> {
+async function download(server: Server, url: string): Promise<Fetched> {
   const { underWay, asked } = server.documents;
   const { hostname: host } = new URL(url);
   const inTheWay = (): Download[] => {
@@ -1371,9 +1329,8 @@ async function download(server: Server, url: string): Promise<Awaited<Download["
     const ofHost = all.filter((download) => download.host === host);
     return ofHost.length >= MAX_DOWNLOADS_PER_HOST ? ofHost : all.length >= MAX_DOWNLOADS ? all : [];
   };
-  const slow = inTheWay().find(({ started, controller }) =>
-    seconds() - started > SLOW_DOWNLOAD_SECONDS && !controller.signal.aborted
-  );
+  const tooOld = seconds() - SLOW_DOWNLOAD_SECONDS;
+  const slow = inTheWay().find(({ started, controller }) => started < tooOld && !controller.signal.aborted);
   if (slow && !underWay.has(url)) {
     slow.controller.abort();
     await Promise.race([slow.over, delay(100)]);
@@ -1403,20 +1360,16 @@ function startDownload({ documents: { underWay }, fetchClientMetadata }: Server,
 }
 
 /** Fetches one document. Time and size are counted here, on the stream, whatever its headers promise. */
-async function fetchJson(
-  fetcher: MetadataFetcher,
-  url: string,
-  signal: AbortSignal,
-): Promise<Awaited<Download["answer"]>> {
+async function fetchJson(fetcher: MetadataFetcher, url: string, signal: AbortSignal): Promise<Fetched> {
   let response: Response;
-  let text: string;
+  let text = "";
   try {
     response = await fetcher(url, signal);
     const { status, body } = response;
+    if (status === 200) text = await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal);
+    else await body?.cancel();
     // A refusal by a firewall, or too many requests, tell nothing about the document itself.
     if (status >= 500 || status === 403 || status === 429) throw new Error(`answered ${status}`);
-    text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : "";
-    if (status !== 200) await body?.cancel();
   } catch (cause) {
     if (cause instanceof TooLarge || cause instanceof InsideAddress) throw cause;
     throw new Unreached(cause instanceof Error ? cause.message : String(cause), { cause });
@@ -1486,44 +1439,35 @@ async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response
  * server likes, in one of the few threads that everything else in this process shares.
  */
 async function resolveName(hostname: string, signal: AbortSignal): Promise<{ address: string; family: number }[]> {
-  const { Resolver } = nodeModule("node:dns");
-  const resolver = new Resolver({ timeout: 1000, tries: 2 });
+  const resolver = new (nodeModule("node:dns").promises.Resolver)({ timeout: 1000, tries: 2 });
   signal.addEventListener("abort", () => resolver.cancel(), { once: true });
-  const ask = (family: 4 | 6) =>
-    new Promise<{ address: string; family: number }[]>((resolve) =>
-      resolver[`resolve${family}`](
-        hostname,
-        (_error: Error | null, found: string[] = []) => resolve(found.map((address) => ({ address, family }))),
-      )
-    );
-  return (await Promise.all([ask(4), ask(6)])).flat(); // a name may well have addresses of one family only
+  const found = await Promise.all([4, 6].map(async (family) => {
+    const addresses: string[] = await resolver[`resolve${family}`](hostname).catch(() => []); // many names have one family
+    return addresses.map((address) => ({ address, family }));
+  }));
+  return found.flat();
 }
 
 /** What is not the public internet, by the special-purpose address registries (RFC 6890) and their later entries. */
 const PRIVATE_IPV4 =
-  "0/8 10/8 100.64/10 127/8 169.254/16 172.16/12 192.0.0/24 192.0.2/24 192.31.196/24 192.52.193/24 " +
-  "192.88.99/24 192.168/16 192.175.48/24 198.18/15 198.51.100/24 203.0.113/24 224/3 168.63.129.16/32"; // the last: Azure's
+  "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 " +
+  "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 " +
+  "203.0.113.0/24 224.0.0.0/3 168.63.129.16/32"; // the last: Azure's
 /** Of IPv6 only 2000::/3 is global; inside it, what is special, for documentation, or carries an IPv4 address (6to4, Teredo). */
 const PRIVATE_IPV6 = "2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
 
 const addressLists = lazy(() => {
   const { BlockList } = nodeModule("node:net");
   const [inside, outside] = [new BlockList(), new BlockList()];
-  for (const range of PRIVATE_IPV4.split(" ")) {
+  for (const range of [...PRIVATE_IPV4.split(" "), ...PRIVATE_IPV6.split(" ")]) {
     const [address = "", bits] = range.split("/");
-    inside.addSubnet([...address.split("."), "0", "0", "0"].slice(0, 4).join("."), Number(bits), "ipv4");
-  }
-  for (const range of PRIVATE_IPV6.split(" ")) {
-    const [address, bits] = range.split("/");
-    inside.addSubnet(address, Number(bits), "ipv6");
+    inside.addSubnet(address, Number(bits), address.includes(":") ? "ipv6" : "ipv4");
   }
   outside.addSubnet("2000::", 3, "ipv6");
   return { inside, outside };
 });
 
-/**
- * Whether an address may be connected to on a stranger's word.
- */
+/** Whether an address may be connected to on a stranger's word. */
 function isPublicAddress(address: string): boolean {
   const { inside, outside } = addressLists();
   if (/^[0-9.]+$/.test(address)) return nodeModule("node:net").isIPv4(address) && !inside.check(address, "ipv4");
@@ -1531,38 +1475,30 @@ function isPublicAddress(address: string): boolean {
   return nodeModule("node:net").isIPv6(plain) && outside.check(plain, "ipv6") && !inside.check(plain, "ipv6");
 }
 
-/** The documents of the clients that most people use, as they were when this file was written. */
-const WELL_KNOWN_CLIENTS: [id: RegExp, name: string, redirect_uris: string[]][] = [
-  [/^https:\/\/claude\.ai\/oauth\/mcp-oauth-client-metadata$/, "Claude", [
-    "https://claude.ai/api/mcp/auth_callback",
-    "https://claude.com/api/mcp/auth_callback",
-  ]],
-  [/^https:\/\/claude\.ai\/oauth\/claude-code-client-metadata$/, "Claude Code", [
-    "http://localhost/callback",
-    "http://127.0.0.1/callback",
-  ]],
-  [/^https:\/\/chatgpt\.com\/oauth\/client\.json$/, "ChatGPT", [
-    "https://chatgpt.com/connector_platform_oauth_redirect",
-  ]],
-  [/^https:\/\/chatgpt\.com\/oauth\/(?!codex\/)([\w-]+)\/client\.json$/, "ChatGPT", [
-    "https://chatgpt.com/connector/oauth/$1",
-  ]],
-  [/^https:\/\/chatgpt\.com\/oauth\/codex\/client\.json$/, "Codex", ["http://127.0.0.1/callback"]],
-  [/^https:\/\/chatgpt\.com\/oauth\/codex\/([\w-]+)\/client\.json$/, "Codex", ["http://127.0.0.1/callback/$1"]],
-  [/^https:\/\/vscode\.dev\/oauth\/client-metadata\.json$/, "Visual Studio Code", [
-    "https://vscode.dev/redirect",
-    "https://insiders.vscode.dev/redirect",
-    "http://127.0.0.1/",
-    "http://localhost/",
-  ]],
-];
+/** What the clients that most people use publish, as it was when this file was written. `*` is one segment of the path. */
+const WELL_KNOWN_CLIENTS = [
+  ["claude.ai/oauth/mcp-oauth-client-metadata", "Claude", "https://claude.ai/api/mcp/auth_callback"],
+  ["claude.ai/oauth/mcp-oauth-client-metadata", "Claude", "https://claude.com/api/mcp/auth_callback"],
+  ["claude.ai/oauth/claude-code-client-metadata", "Claude Code", "http://localhost/callback"],
+  ["claude.ai/oauth/claude-code-client-metadata", "Claude Code", "http://127.0.0.1/callback"],
+  ["chatgpt.com/oauth/client.json", "ChatGPT", "https://chatgpt.com/connector_platform_oauth_redirect"],
+  ["chatgpt.com/oauth/codex/client.json", "Codex", "http://127.0.0.1/callback"],
+  ["chatgpt.com/oauth/*/client.json", "ChatGPT", "https://chatgpt.com/connector/oauth/*"],
+  ["chatgpt.com/oauth/codex/*/client.json", "Codex", "http://127.0.0.1/callback/*"],
+  ["vscode.dev/oauth/client-metadata.json", "Visual Studio Code", "https://vscode.dev/redirect"],
+  ["vscode.dev/oauth/client-metadata.json", "Visual Studio Code", "https://insiders.vscode.dev/redirect"],
+  ["vscode.dev/oauth/client-metadata.json", "Visual Studio Code", "http://127.0.0.1/"],
+  ["vscode.dev/oauth/client-metadata.json", "Visual Studio Code", "http://localhost/"],
+] as const;
 
 function wellKnownClient(client_id: string): Client | undefined {
-  for (const [id, name, redirects] of WELL_KNOWN_CLIENTS) {
-    const match = client_id.match(id);
-    if (!match) continue;
-    return publicClient(client_id, { name, redirect_uris: redirects.map((uri) => uri.replace("$1", match[1] ?? "")) });
-  }
+  const segment = client_id.match(/\/([\w-]+)\/client\.json$/)?.[1] ?? "";
+  const matches = (id: string) => `https://${id}` === client_id || `https://${id.replace("*", segment)}` === client_id;
+  const found = WELL_KNOWN_CLIENTS.filter(([id]) => matches(id));
+  const [first] = found;
+  if (!first) return undefined;
+  const redirect_uris = found.filter(([id]) => id === first[0]).map(([, , uri]) => uri.replace("*", segment));
+  return publicClient(client_id, { name: first[1], redirect_uris });
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1852,7 +1788,7 @@ function authorizationRequest(server: Server, params: URLSearchParams, target: T
 /** Answers a request that names nobody who could be answered: a page, or JSON for a program that asks for it. */
 function faultPage(server: Server, c: Context, error: unknown): Response | Promise<Response> {
   if (!(error instanceof OAuthError) || error.status >= 500) throw error;
-  const { code, message, event, reason, clientName, cause } = error;
+  const { code, message, details: { event, reason, clientName, cause } } = error;
   if (event) server.emit(event, reason ?? message, defined({ clientName, cause }));
   const accept = c.req.header("Accept") ?? "";
   // mcp-remote asks for JSON before it opens the browser, and registers again if it reads invalid_client.
@@ -2727,10 +2663,8 @@ function challenge({ resourceMetadataUrl }: Server, scope: string[], error?: OAu
 
 /** Answers a refused request in the form of RFC 6750 §3. */
 function refuse(server: Server, c: Context, error: unknown): Response {
-  if (error instanceof OAuthError && error.code === "invalid_token") {
-    error.headers["WWW-Authenticate"] = challenge(server, server.scopes.byDefault, error);
-  }
-  return errorResponse(server, c, error);
+  if (!(error instanceof OAuthError) || error.code !== "invalid_token") return errorResponse(server, c, error);
+  return errorResponse(server, c, error, { "WWW-Authenticate": challenge(server, server.scopes.byDefault, error) });
 }
 
 /** Makes a guard that also requires scopes. */
@@ -2750,8 +2684,7 @@ function createScopeGuard(server: Server, required: string[]): MiddlewareHandler
         const error = new OAuthError("insufficient_scope", "The token lacks a scope that this needs", { status: 403 });
         // Everything needed at once, with what the token has already: clients ask for exactly this list.
         const needed = [...new Set([...granted, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
-        error.headers["WWW-Authenticate"] = challenge(server, needed, error);
-        throw error;
+        return errorResponse(server, c, error, { "WWW-Authenticate": challenge(server, needed, error) });
       }
     } catch (error) {
       return refuse(server, c, error);
@@ -3261,8 +3194,8 @@ async function noteRefusal(
   id: string | undefined,
   client?: Pick<Client, "id" | "name">,
 ): Promise<void> {
-  if (!(error instanceof OAuthError) || error.status >= 500 || error.event) return;
-  const refused: Refusal = { at: seconds(), reason: error.reason ?? error.message };
+  if (!(error instanceof OAuthError) || error.status >= 500 || error.details.event) return;
+  const refused: Refusal = { at: seconds(), reason: error.details.reason ?? error.message };
   const grant = id ? await readGrant(server, id).catch(() => undefined) : undefined;
   if (!grant && !client) return; // a made-up token: anybody's, any number of times
   const clientName = grant?.client.name ?? client?.name;
@@ -3921,16 +3854,18 @@ function page(
 export function memoryStore(): Store {
   const entries = new Map<string, Entry>();
   let changes = 0;
-  const write = (key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) => {
-    const { next, entry } = applyChange(entries.get(key), change, expiresAt);
-    if (entry !== undefined) changes++;
+  function write(update: Update): unknown {
+    const [key] = update;
+    const [next, entry] = applyChange(entries.get(key), update);
+    if (entry === undefined) return next;
+    changes++;
     if (entry) entries.set(key, entry);
-    else if (entry === null) entries.delete(key);
+    else entries.delete(key);
     return next;
-  };
+  }
   return {
     get: (key) => promiseTry(() => valueOf(entries.get(key))),
-    update: (key, change, options) => promiseTry(() => write(key, change, options?.expiresAt)),
+    update: (...update) => promiseTry(() => write(update)),
     async *list(prefix) {
       for (const key of [...entries.keys()].filter((key) => key.startsWith(prefix)).sort()) {
         const value = valueOf(entries.get(key));
@@ -3941,10 +3876,12 @@ export function memoryStore(): Store {
   };
 }
 
+/** What `update` is called with: key, change and options. */
+type Update = Parameters<Store["update"]>;
+
 /** What is kept of a key. The value is JSON, so that nobody can change what is stored by holding on to an object. */
 interface Entry {
   value: string;
-  /** In seconds since the epoch. */
   expires: number | null;
 }
 
@@ -3952,43 +3889,33 @@ function isLive(entry: Entry | undefined): entry is Entry {
   return entry !== undefined && (entry.expires === null || entry.expires > seconds());
 }
 
-/** Returns the value of an entry, or `undefined` if there is none or it has expired. */
 function valueOf(entry: Entry | undefined): unknown {
   return isLive(entry) ? JSON.parse(entry.value) : undefined;
 }
 
-/** Returns what an `update` answers, and the entry that it writes: `null` deletes, `undefined` leaves all as it is. */
-function applyChange(found: Entry | undefined, change: (current: unknown) => unknown, expiresAt: number | undefined): {
-  next: unknown;
-  entry?: Entry | null;
-} {
+/** Returns what `update` answers, and the entry that it writes: `null` deletes, `undefined` leaves all as it is. */
+function applyChange(found: Entry | undefined, [, change, options]: Update): [next: unknown, entry?: Entry | null] {
   const live = isLive(found) ? found : undefined;
-  const current = valueOf(live);
+  const current = live && JSON.parse(live.value);
   const next = change(current);
   // What has expired is deleted as well, or it would be there again after the clock is set back.
-  if (next === undefined) return found ? { next, entry: null } : { next };
-  if (next === current) return { next };
-  return { next, entry: { value: JSON.stringify(next), expires: expiresAt ?? live?.expires ?? null } };
+  if (next === undefined) return found ? [next, null] : [next];
+  if (next === current) return [next];
+  return [next, { value: JSON.stringify(next), expires: options?.expiresAt ?? live?.expires ?? null }];
 }
 
-/**
- * Expired entries are invisible at once, and so many of them, the latest, are kept: a clock that jumped ahead, however
- * far, must not cost a connection when it is right again.
- */
-const EXPIRED_KEPT = 1000;
-/** "mcpa" in ASCII: the `application_id` that marks a file as ours. */
-const APPLICATION_ID = 0x6d637061;
-/** The `user_version` of a file: which tables it has. */
-const FORMAT = 2;
-/** Seconds that a read or a write waits for a lock of another process. */
-const LOCK_PATIENCE = 5;
+const APPLICATION_ID = 0x6d637061; // "mcpa" in ASCII: marks a file as ours
+const FORMAT = 2; // which tables a file has
+const EXPIRED_KEPT = 1000; // entries, the latest: a clock that jumped ahead and back must not cost a connection
+const LOCK_PATIENCE = 5; // seconds that a call waits for a lock of another process
+const LOOK_INTERVAL = 1; // millisecond for which a look at the files holds: to look each time would cost too much
+const LAST_CHARACTER = "\u{10ffff}"; // behind a prefix, the end of all keys that begin with it
 
 /**
- * Keeps state in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by the `node:sqlite` that Deno, Bun and
- * Node all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`); updates that come
- * at the same time share a commit. Several processes on one machine may share the folder; a network file system will
- * not do. If the file is removed or replaced while it is in use, every call throws until the same file is back or the
- * server is restarted.
+ * Keeps state in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by `node:sqlite`, which Deno, Bun and Node
+ * all have. What `update` has answered survives `kill -9` and a power cut. Several processes on one machine may share the
+ * folder, but not over a network file system. If the file is removed or replaced while it is in use, every call throws
+ * until the same file is back or the server is restarted.
  *
  * @throws {Error} if the folder cannot be written, or the file is damaged, of another format, or not ours. Such a file
  * is never changed.
@@ -3997,37 +3924,42 @@ export function fileStore(dir: string): Store {
   assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
   const advice = `only a shell replaces ~, so ${quote(dir)} would be a folder called "~": write the whole path`;
   assert(!/^~([\\/]|$)/.test(dir), `fileStore: ${advice}`);
-  const { db, file } = openDatabase(dir);
+  const { db, file } = openStateFile(dir);
   const sql = prepareStatements(db);
   const watch = watchFile(db, file);
-  const changes = batch((changes: Change[]) => retry(() => writeChanges(sql, watch, changes)));
   const read = <T>(query: () => unknown): Promise<T> =>
     retry(() => {
       watch.look();
       return query() as T;
     });
+  const updates = batch((updates: Update[]) =>
+    retry(() => {
+      watch.assertInPlace(); // what is written to a deleted log may end in a file that others use by now
+      const answers = writeTogether(sql, updates);
+      watch.assertInPlace(); // what was written to one is not there after a restart: it must not be answered as done
+      return answers;
+    })
+  );
   return {
     get: async (key) => valueOf(await read<Entry | undefined>(() => sql.select.get(key))),
-    update: (key, change, options) => changes.add({ key, change, expiresAt: options?.expiresAt }),
+    update: (...update) => updates.add(update),
     async *list(prefix) {
       const rows = await read<(Entry & { key: string })[]>(() => sql.list.all(prefix, prefix + LAST_CHARACTER));
       for (const row of rows) if (isLive(row)) yield [row.key, valueOf(row)];
     },
     version: watch.version,
     close() {
-      changes.flush();
+      updates.flush();
       db.close();
     },
   };
 }
 
-/** Behind a prefix, the end of all keys that begin with it. */
-const LAST_CHARACTER = "\u{10ffff}";
-
-/** The part of `node:sqlite` that is used here; Deno and Bun have it too. */
+/** The part of `node:sqlite` that is used here. */
 interface Sqlite {
   exec(sql: string): void;
-  prepare(sql: string): Record<"get" | "all" | "run", (...values: unknown[]) => unknown>;
+  // deno-lint-ignore no-explicit-any
+  prepare(sql: string): Record<"get" | "all" | "run", (...values: unknown[]) => any>;
   close(): void;
 }
 
@@ -4047,95 +3979,68 @@ function prepareStatements(db: Sqlite) {
   };
 }
 
-/** One `update`. */
-interface Change {
-  key: string;
-  change: (current: unknown) => unknown;
-  expiresAt: number | undefined;
-}
+/** The commits of all file stores in this process. */
+let commits = 0;
 
-/** Writes all changes in one transaction: the commit dominates the cost. They become durable together, or none does. */
-function writeChanges(
-  sql: ReturnType<typeof prepareStatements>,
-  watch: ReturnType<typeof watchFile>,
-  changes: Change[],
-): unknown[] {
+/** Performs all updates in one transaction, because the commit dominates the cost. All become durable, or none does. */
+function writeTogether(sql: ReturnType<typeof prepareStatements>, updates: Update[]): unknown[] {
   let changed = false;
-  const write = ({ key, change, expiresAt }: Change): unknown => {
-    const { next, entry } = applyChange(sql.select.get(key) as Entry | undefined, change, expiresAt);
-    if (entry === undefined) return next;
-    if (entry) sql.upsert.run(key, entry.value, entry.expires);
-    else sql.remove.run(key);
-    sql.sweep.run(seconds());
-    changed = true;
-    return next;
-  };
-  // Before, because what is written to a log that was deleted may end in a file that others use by now; and after,
-  // because nobody would find it there again: it must not be answered as done.
-  watch.assertInPlace();
   sql.begin.run();
   try {
-    const results = changes.map(write);
-    (changed ? sql.commit : sql.rollback).run();
+    const answers = updates.map((update) => {
+      const [key] = update;
+      const [next, entry] = applyChange(sql.select.get(key), update);
+      if (entry === undefined) return next;
+      changed = true;
+      if (entry) sql.upsert.run(key, entry.value, entry.expires);
+      else sql.remove.run(key);
+      sql.sweep.run(seconds());
+      return next;
+    });
+    sql.commit.run();
     if (changed) commits++;
-    watch.assertInPlace();
-    return results;
+    return answers;
   } catch (error) {
     try {
       sql.rollback.run();
     } catch {
-      // It is over: SQLite has rolled back by itself, or had committed. The error that led here is the one to report.
+      // SQLite has rolled back by itself. The first error is the one to report.
     }
     throw error;
   }
 }
 
-/** The commits of all file stores in this process. */
-let commits = 0;
-/** Milliseconds for which what was seen of the files is taken to hold: on a busy server, looking costs too much. */
-const LOOK_INTERVAL = 1;
-
 /** Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. */
 function watchFile(db: Sqlite, file: string) {
   const { statSync } = nodeModule("node:fs");
-  const names = [file, `${file}-wal`, `${file}-shm`];
   const identify = (name: string) => {
     const found = statSync(name, { throwIfNoEntry: false });
-    return found && `${found.dev} ${found.ino}`;
+    return `${found?.dev} ${found?.ino}`;
   };
-  const dataVersion = db.prepare("PRAGMA data_version");
-  const countOthers = () => Number(Object.values(dataVersion.get() as object)[0]);
-  let others = countOthers(); // a first read, which makes the log and its index if they are not there
-  const opened = names.map(identify);
+  const dataVersion = db.prepare("PRAGMA data_version"); // counts what other connections commit
+  let others: number = dataVersion.get().data_version; // a first read also makes the log and its index
   let lookedAt = -Infinity;
+  const names = [file, `${file}-wal`, `${file}-shm`];
+  const opened = names.map(identify);
 
-  /** Throws if the files are not the ones that were opened. */
   function assertInPlace(): void {
     const missing = names.find((name, i) => identify(name) !== opened[i]);
-    if (missing === undefined) return;
-    throw new StateFileError(
-      `${
-        quote(missing)
-      } was removed or replaced while the server was running. It accepts nothing until the same file ` +
-        "is back, or until it is restarted and uses what is in the folder then",
-    );
+    if (missing) throw new StateFileError(missing, STATE_FAULTS.replaced);
   }
 
-  /** Does so before a read, and sees whether another connection has committed anything. */
   function look(): void {
     const now = performance.now();
     if (now - lookedAt < LOOK_INTERVAL) return;
     assertInPlace();
-    others = countOthers();
+    others = dataVersion.get().data_version;
     lookedAt = now;
   }
 
   function version(): number | undefined {
     try {
       look();
-      // SQLite counts what other connections commit; this process counts its own, at once. Neither count ever falls, so
-      // no sum comes twice. A revocation by another process holds here a millisecond later at most: whoever uses the
-      // token within that might as well have come before the revocation.
+      // Neither count ever falls, so no sum comes twice. A revocation by another process holds here a millisecond later:
+      // whoever uses the token within that might as well have come before the revocation.
       return commits + others;
     } catch {
       return undefined; // then the record is read, and that says what is wrong
@@ -4165,8 +4070,8 @@ async function retry<T>(call: () => T | Promise<T>): Promise<T> {
 class LostRace extends Error {}
 
 function isLocked(error: unknown): boolean {
-  return error instanceof LostRace ||
-    (error instanceof Error && /database (table )?is locked|busy/i.test(error.message));
+  if (!(error instanceof Error) || error instanceof StateFileError) return false; // whose path may say anything
+  return error instanceof LostRace || /database (table )?is locked|busy/i.test(error.message);
 }
 
 /**
@@ -4176,24 +4081,20 @@ function isLocked(error: unknown): boolean {
 function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
   const { setImmediate } = nodeModule("node:timers");
   let tasks: Task[] = [];
-  let begin: (results: Promise<Result[]>) => void;
-  let results: Promise<Result[]>;
+  let results = Promise.withResolvers<Result[]>();
 
   function flush(): void {
     if (tasks.length === 0) return;
-    const together = tasks;
-    tasks = [];
-    begin(perform(together));
+    const [together, { resolve }] = [tasks, results];
+    [tasks, results] = [[], Promise.withResolvers()];
+    resolve(perform(together));
   }
 
   async function add(task: Task): Promise<Result> {
+    if (tasks.length === 0) setImmediate(flush);
     const position = tasks.push(task) - 1;
-    if (position === 0) {
-      results = new Promise((resolve) => begin = resolve);
-      setImmediate(flush);
-    }
     try {
-      return (await results)[position]!;
+      return (await results.promise)[position]!;
     } catch (error) {
       if (isLocked(error)) throw error; // a lock concerns them all, and each has waited long enough for it
       return (await perform([task]))[0]!;
@@ -4203,138 +4104,130 @@ function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
   return { add, flush };
 }
 
-/** Opens the state file of a folder, made if there is none; returns it with its absolute path. */
-function openDatabase(dir: string): { db: Sqlite; file: string } {
-  const { DatabaseSync } = nodeModule("node:sqlite");
-  // Absolute, because the working folder may change while the file is watched.
-  const file = nodeModule("node:path").resolve(dir, "oauth.sqlite") as string;
-  try {
-    ensureDatabase(dir, file);
-  } catch (cause) {
-    if (cause instanceof StateFileError) throw cause;
-    const { name, message } = cause as Error;
-    const advice = name === "NotCapable" // what Deno throws; its message names the flag
-      ? `Deno was started without a permission. ${message}`
-      : "make it writable for this user and see that there is room, or give fileStore() another folder";
-    throw new Error(`Cannot write the state folder ${quote(dir)}: ${advice}`, { cause });
+/** What can be wrong with the state file, and what the owner can do about it. Its path stands before. */
+const STATE_FAULTS = {
+  forbidden: "cannot be written: Deno was started without a permission.",
+  unwritable: "cannot be written: make it writable for this user, with its folder, and see that there is room",
+  orphanedLog: "is there without the state file it belongs to: put that back, or move the -wal and -shm away as well",
+  damaged:
+    "cannot be read and was left as it is. Move it away, with its -wal and -shm beside it, and put a backup in " +
+    "its place, or start anew, which ends all connections",
+  foreign: "is not a state file of this program and was left as it is: move it away, or choose another folder",
+  format:
+    `and was left as it is. If a newer version of personal-auth wrote it, update mod.ts, or choose another folder`,
+  replaced:
+    "was removed or replaced while in use: nothing works until the same file is back or the server is restarted",
+};
+
+class StateFileError extends Error {
+  constructor(path: string, fault: string, options?: ErrorOptions) {
+    super(`${quote(path)} ${fault}`, options);
   }
+}
+
+/** Opens the state file of a folder, made if there is none; returns it with its absolute path. */
+function openStateFile(dir: string): { db: Sqlite; file: string } {
+  nodeModule("node:sqlite"); // so that a runtime without it is not reported as a fault of the file
+  // Absolute, because the working folder may change while the file is watched.
+  const file: string = nodeModule("node:path").resolve(dir, "oauth.sqlite");
+  let fault = STATE_FAULTS.unwritable;
   try {
-    checkFile(file);
-    const db = new DatabaseSync(file) as Sqlite;
-    // For what follows SQLite may wait; from then on retry() does, because SQLite would stop the whole server.
-    db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
+    ensureStateFile(dir, file);
+    fault = STATE_FAULTS.damaged;
+    checkStateFile(file);
+    const db = openSqlite(file);
     db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
     return { db, file };
   } catch (cause) {
     if (cause instanceof StateFileError) throw cause;
-    throw new StateFileError(
-      `The state file ${quote(file)} cannot be read and was left as it is. Move it away, with its -wal and -shm ` +
-        "beside it, and put a backup in its place, or start anew, which ends all connections",
-      { cause },
-    );
+    const { name, message } = cause as Error;
+    if (name === "NotCapable") fault = `${STATE_FAULTS.forbidden} ${message}`; // Deno's message names the flag
+    throw new StateFileError(file, fault, { cause });
   }
 }
 
-/** Sees to it that the file is there and can be written. */
-function ensureDatabase(dir: string, file: string): void {
+/** Opens an SQLite file. At the start SQLite itself waits for locks; later retry() does, without stopping the server. */
+function openSqlite(file: string, options = {}): Sqlite {
+  const { DatabaseSync } = nodeModule("node:sqlite");
+  const db: Sqlite = new DatabaseSync(file, options);
+  db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
+  return db;
+}
+
+/** Makes the file if it is missing, and throws if it or its folder cannot be written. */
+function ensureStateFile(dir: string, file: string): void {
   const fs = nodeModule("node:fs");
   fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
-  clearLeftovers(dir);
-  if (!fs.existsSync(file)) {
-    // SQLite would take the log of a file that was moved away for the new one's. Looked for twice, because another
-    // process may be making the file, and then its log, at this moment.
-    if (fs.existsSync(`${file}-wal`) && !fs.existsSync(file)) {
-      throw new StateFileError(
-        `${quote(`${file}-wal`)} is there without the state file it belongs to: put oauth.sqlite back, or move the ` +
-          "-wal and -shm away as well to start anew, which ends all connections",
-      );
-    }
-    createDatabase(file);
+  const fresh = `${file}.${random(4)}.new`;
+  try {
+    // Always, because Deno's accessSync() knows nothing of a file system that is mounted read-only. With this mode,
+    // because SQLite gives its side files the mode of the file.
+    fs.closeSync(fs.openSync(fresh, "wx", 0o600));
+    // SQLite would take the log of a file that was moved away for the new one's. The file is looked for twice, because
+    // another process may be making it, and then its log, at this moment.
+    const isOrphaned = !fs.existsSync(file) && fs.existsSync(`${file}-wal`) && !fs.existsSync(file);
+    if (isOrphaned) throw new StateFileError(`${file}-wal`, STATE_FAULTS.orphanedLog);
+    if (!fs.existsSync(file)) createStateFile(fresh, file);
+  } catch (error) {
+    if ((error as { code?: string }).code !== "EEXIST") throw error; // another process was faster
+  } finally {
+    removeTemporaryFiles(dir, fresh);
   }
   fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
-  // Deno's accessSync() knows nothing of a file system that is mounted read-only.
-  const probe = temporaryName(file);
-  fs.closeSync(fs.openSync(probe, "wx", 0o600));
-  discard(probe);
 }
 
 /** Makes the file under another name and puts it in place whole: one of this name without our mark is always damage. */
-function createDatabase(file: string): void {
+function createStateFile(fresh: string, file: string): void {
   const fs = nodeModule("node:fs");
-  const { DatabaseSync } = nodeModule("node:sqlite");
-  const fresh = temporaryName(file);
+  const db = openSqlite(fresh);
+  // With rows, because WITHOUT ROWID a record larger than a quarter of a page takes pages of its own. And with the log,
+  // because a kill in between would leave a journal that must be rolled back.
+  db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
+    CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
+    CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
+    PRAGMA journal_mode = WAL`);
+  db.close();
   try {
-    fs.closeSync(fs.openSync(fresh, "wx", 0o600)); // SQLite gives its side files the mode of this one
-    const db = new DatabaseSync(fresh) as Sqlite;
-    // With rows, because WITHOUT ROWID a record larger than a quarter of a page takes pages of its own. And with the log,
-    // because a kill in between would leave a journal that must be rolled back.
-    db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
-      CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
-      CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
-      PRAGMA journal_mode = WAL`);
-    db.close();
-    try {
-      fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
-    } catch {
-      // The file is there, or this file system has no hard links. Nor does "wx" replace anything; a kill in the middle
-      // leaves a damaged file, which the next start names, and in which nothing was.
-      fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
-    }
-  } catch (error) {
-    if ((error as { code?: string }).code !== "EEXIST") throw error;
-  } finally {
-    for (const suffix of ["", "-journal", "-wal", "-shm"]) discard(fresh + suffix);
-  }
-}
-
-function temporaryName(file: string): string {
-  return `${file}.${random(4)}.new`;
-}
-
-/** Removes a file that nobody needs. On Windows a virus scanner may hold it; then a later start clears it away. */
-function discard(file: string): void {
-  try {
-    nodeModule("node:fs").rmSync(file, { force: true });
+    fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
   } catch {
-    // It has a temporary name, which clearLeftovers() knows.
+    // The file is there, or this file system has no hard links. Nor does "wx" replace anything; a kill in the middle
+    // leaves a damaged file, which the next start names, and in which nothing was.
+    fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
   }
 }
 
-/** Removes what a process left behind that was killed while it made the file; a minute is more than that takes. */
-function clearLeftovers(dir: string): void {
+/** Removes what was made for this start, and what a killed one left behind; a minute is more than a start takes. */
+function removeTemporaryFiles(dir: string, fresh: string): void {
   const fs = nodeModule("node:fs");
   for (const name of fs.readdirSync(dir)) {
-    if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-journal|-wal|-shm)?$/.test(name)) continue;
-    const path = `${dir}/${name}`;
-    const { mtimeMs } = fs.statSync(path, { throwIfNoEntry: false }) ?? { mtimeMs: Infinity };
-    if (Date.now() - mtimeMs > MINUTE * 1000) discard(path);
+    const [temporary] = /^oauth\.sqlite\.[0-9a-f]{8}\.new(?=(-journal|-wal|-shm)?$)/.exec(name) ?? [];
+    if (!temporary) continue;
+    try {
+      const isOld = Date.now() - fs.statSync(`${dir}/${name}`).mtimeMs > MINUTE * 1000;
+      if (isOld || fresh.endsWith(temporary)) fs.rmSync(`${dir}/${name}`);
+    } catch {
+      // It is gone; or a virus scanner holds it (Windows), and a later start clears it away.
+    }
   }
 }
-
-class StateFileError extends Error {}
 
 /**
  * Throws unless this is a sound state file of ours. Opened only for reading, because SQLite may change a damaged file, or
  * take in its log, as soon as it may write. And by SQLite, because what is in the log counts, and because to close a file
  * that was opened in any other way takes away the locks that another store in this process has on it (POSIX).
  */
-function checkFile(file: string): void {
-  const { DatabaseSync } = nodeModule("node:sqlite");
+function checkStateFile(file: string): void {
   if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
-  const db = new DatabaseSync(file, { readOnly: true }) as Sqlite;
-  const pragma = (name: string) => Object.values(db.prepare(`PRAGMA ${name}`).get() as object)[0];
-  const refuse = (why: string) => {
-    throw new StateFileError(`${quote(file)} ${why}, or give fileStore() another folder. The file was left as it is`);
-  };
+  const db = openSqlite(file, { readOnly: true });
+  const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).get()[name];
   try {
-    db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
-    if (pragma("application_id") !== APPLICATION_ID) refuse("is not a state file of this program: move it away");
+    if (pragma("application_id") !== APPLICATION_ID) throw new StateFileError(file, STATE_FAULTS.foreign);
     const format = pragma("user_version");
     if (format !== FORMAT) {
-      refuse(`has format ${format}, not ${FORMAT}: if a newer version of personal-auth wrote it, update mod.ts`);
+      throw new StateFileError(file, `has format ${format}, not ${FORMAT}, ${STATE_FAULTS.format}`);
     }
     const verdict = pragma("quick_check");
-    if (verdict !== "ok") throw new Error(String(verdict));
+    if (verdict !== "ok") throw new Error(verdict);
     db.prepare("SELECT key FROM entries");
   } finally {
     db.close();
@@ -4343,17 +4236,25 @@ function checkFile(file: string): void {
 
 /** The part of a `Deno.Kv` that is used here, so that no Deno type is named. */
 export interface KvLike {
+  /** Reads one key. */
   get(key: string[]): Promise<{ value: unknown; versionstamp: string | null }>;
+  /** Reads a range of keys, in their order. */
   list(selector: { start: string[]; end: string[] }): AsyncIterable<{ key: readonly unknown[]; value: unknown }>;
+  /** Begins a change that is committed whole or not at all. */
   atomic(): KvAtomicLike;
+  /** Closes the connection. */
   close(): void;
 }
 
 /** One compare-and-set of a {@linkcode KvLike}. */
 export interface KvAtomicLike {
+  /** Requires that the key still has this version. */
   check(entry: { key: string[]; versionstamp: string | null }): KvAtomicLike;
+  /** Writes a key; `expireIn` is in milliseconds. */
   set(key: string[], value: unknown, options?: { expireIn?: number }): KvAtomicLike;
+  /** Removes a key. */
   delete(key: string[]): KvAtomicLike;
+  /** Carries out the change; `ok` is false if a version differs. */
   commit(): Promise<{ ok: boolean }>;
 }
 
@@ -4368,28 +4269,28 @@ const MAX_KV_BYTES = 65_536;
 export function kvStore(kv: KvLike): Store {
   assert(typeof kv?.atomic === "function", "kvStore needs an open Deno.Kv: kvStore(await Deno.openKv())");
   const path = (key: string) => ["personal-auth", key];
+  const inTurn = queue();
 
-  async function compareAndSet(key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) {
+  async function compareAndSet(update: Update): Promise<unknown> {
+    const [key] = update;
     const { value, versionstamp } = await kv.get(path(key));
-    const { next, entry } = applyChange(decodeEntry(key, value), change, expiresAt);
+    const [next, entry] = applyChange(decodeEntry(key, value), update);
     if (entry === undefined) return next;
     const atomic = kv.atomic().check({ key: path(key), versionstamp });
-    if (entry === null) atomic.delete(path(key));
-    else {
+    if (entry) {
       // Our own expiry is in the value, because KV's may be a minute late.
-      const left = entry.expires === null ? undefined : entry.expires - seconds() + EXPIRED_KV_KEPT;
-      const options = left === undefined ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
+      const left = entry.expires === null ? Infinity : entry.expires - seconds() + EXPIRED_KV_KEPT;
+      const options = left === Infinity ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
       atomic.set(path(key), encodeEntry(key, entry), options);
-    }
+    } else atomic.delete(path(key));
     if (!(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
     return next;
   }
 
-  const inTurn = queue();
   return {
     get: (key) => retry(async () => valueOf(decodeEntry(key, (await kv.get(path(key))).value))),
     // One after the other within this process, so that only other processes are raced against.
-    update: (key, change, options) => inTurn(key, () => retry(() => compareAndSet(key, change, options?.expiresAt))),
+    update: (...update) => inTurn(update[0], () => retry(() => compareAndSet(update))),
     async *list(prefix) {
       for await (const found of kv.list({ start: path(prefix), end: path(prefix + LAST_CHARACTER) })) {
         const key = String(found.key[1]);
@@ -4403,9 +4304,10 @@ export function kvStore(kv: KvLike): Store {
 
 /** Writes `[expires, value]` as JSON in UTF-8: of all that a KV takes, only bytes are the same in every version of V8. */
 function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
-  const bytes = utf8.encode(`[${JSON.stringify(expires)},${value}]`);
-  if (bytes.length <= MAX_KV_BYTES) return bytes;
-  throw new Error(`${quote(key)} would take ${bytes.length} bytes, and a Deno.Kv holds ${MAX_KV_BYTES} in a value`);
+  const bytes = utf8.encode(`[${expires},${value}]`);
+  const size = `${bytes.length} bytes, and a Deno.Kv holds ${MAX_KV_BYTES} in a value`;
+  assert(bytes.length <= MAX_KV_BYTES, `${quote(key)} would take ${size}`);
+  return bytes;
 }
 
 function decodeEntry(key: string, bytes: unknown): Entry | undefined {
@@ -4445,35 +4347,23 @@ function withDeadline<T>(answer: Promise<T>): Promise<T> {
   });
 }
 
-/**
- * Makes the store what the rest of the server sees of it: when it fails, or does not answer in time, the owner is told in
- * full and the wire gets a 503.
- */
+/** Wraps the store for the rest of the server: if it fails or is too slow, the owner is told and the wire gets a 503. */
 function guardStore(store: Store, emit: Emit): Store {
-  async function guarded<T>(ask: () => Promise<T>): Promise<T> {
-    try {
-      return await withDeadline(promiseTry(ask));
-    } catch (cause) {
-      emit("server_error", "the store failed", { cause });
-      throw new OAuthError("server_error", "The server cannot reach its state; try again", {
-        status: 503,
-        headers: { "Retry-After": "5" },
-      });
-    }
-  }
-
-  async function update(key: string, change: (current: unknown) => unknown, options?: { expiresAt?: number }) {
+  const unavailable = { status: 503 as const, headers: { "Retry-After": "5" } };
+  async function guarded<T>(ask: (inTime: (change: Update[1]) => Update[1]) => Promise<T>): Promise<T> {
     let answered = false;
-    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where the change was
-    // computed in time and only its commit comes late, it is as if the answer had got lost on the way, which does no harm:
-    // a refresh or an approval is repeated with the same result, a code or a token without a holder opens nothing to
-    // anybody, and what was to end has ended.
-    const inTime = (current: unknown) => {
+    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where only the commit
+    // comes late, the answer was lost on the way, which does no harm: a refresh or an approval is repeated with the same
+    // result, a code or a token without a holder opens nothing to anybody, and what was to end has ended.
+    const inTime = (change: Update[1]) => (current: unknown) => {
       assert(!answered, "the store came back after the request was answered: nothing was changed");
       return change(current);
     };
     try {
-      return await guarded(() => store.update(key, inTime, options));
+      return await withDeadline(promiseTry(() => ask(inTime)));
+    } catch (cause) {
+      emit("server_error", "the store failed", { cause });
+      throw new OAuthError("server_error", "The server cannot reach its state; try again", unavailable);
     } finally {
       answered = true;
     }
@@ -4482,13 +4372,9 @@ function guardStore(store: Store, emit: Emit): Store {
   return {
     ...(store.version && { version: () => store.version!() }),
     get: (key) => guarded(() => store.get(key)),
-    update,
+    update: (key, change, options) => guarded((inTime) => store.update(key, inTime(change), options)),
     async *list(prefix) {
-      yield* await guarded(async () => {
-        const entries: [string, unknown][] = [];
-        for await (const entry of store.list(prefix)) entries.push(entry);
-        return entries;
-      });
+      yield* await guarded(() => Array.fromAsync(store.list(prefix)));
     },
   };
 }
@@ -4801,14 +4687,14 @@ async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: num
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** What an {@linkcode OAuthError} has besides its code and description. */
-export interface OAuthErrorOptions {
+export interface OAuthErrorDetails {
   /** The HTTP status. Default: 400. */
   status?: 400 | 401 | 403 | 405 | 413 | 415 | 500 | 503;
   /** HTTP headers of the answer. */
   headers?: Record<string, string>;
   /** Why it was refused, for the owner only. */
   reason?: string | undefined;
-  /** The event to raise when this is answered. */
+  /** The event to raise, and the name that the client gives itself. */
   event?: AuthEvent["type"];
   /** The name the client gives itself. */
   clientName?: string;
@@ -4816,38 +4702,32 @@ export interface OAuthErrorOptions {
   cause?: unknown;
 }
 
-type ErrorStatus = NonNullable<OAuthErrorOptions["status"]>;
+type ErrorStatus = NonNullable<OAuthErrorDetails["status"]>;
 
 /**
- * An error in OAuth's own form. `code` and `message` go to the client. What only the owner may read goes into `reason`,
- * `cause` or an event, never into the message.
+ * An error in OAuth's own form. `code` and `message` go to the client; the reason is for the owner only.
  *
  * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-5.2 | RFC 6749 §5.2}
  */
 export class OAuthError extends Error {
+  /** The name of the class. */
   override name = "OAuthError";
   /** The error code of the standard, such as `invalid_grant`. */
   readonly code: string;
   /** The HTTP status. */
-  readonly status: NonNullable<OAuthErrorOptions["status"]>;
+  readonly status: NonNullable<OAuthErrorDetails["status"]>;
   /** HTTP headers of the answer. */
   readonly headers: Record<string, string>;
-  /** Why it was refused, for the owner only. */
-  readonly reason: string | undefined;
-  /** The event to raise when this is answered. */
-  readonly event: AuthEvent["type"] | undefined;
-  /** The name the client gives itself. */
-  readonly clientName: string | undefined;
+  /** What else belongs to the answer, or to the owner's log. */
+  readonly details: OAuthErrorDetails;
 
   /** Makes an error with a code of the standard and a description for the client's developer. */
-  constructor(code: string, description: string, options: OAuthErrorOptions = {}) {
-    super(description, { cause: options.cause });
+  constructor(code: string, description: string, details: OAuthErrorDetails = {}) {
+    super(description, { cause: details.cause });
     this.code = code;
-    this.status = options.status ?? 400;
-    this.headers = options.headers ?? {};
-    this.reason = options.reason;
-    this.event = options.event;
-    this.clientName = options.clientName;
+    this.status = details.status ?? 400;
+    this.headers = details.headers ?? {};
+    this.details = details;
   }
 }
 
@@ -4871,9 +4751,9 @@ function asOAuthError({ emit }: Server, error: unknown): OAuthError {
 }
 
 /** Answers an error as JSON. */
-function errorResponse(server: Server, c: Context, thrown: unknown): Response {
-  const { code, message, status, headers } = asOAuthError(server, thrown);
-  const all: Record<string, string> = { ...headers, "Cache-Control": "no-store", ...NOSNIFF };
+function errorResponse(server: Server, c: Context, thrown: unknown, headers?: Record<string, string>): Response {
+  const { code, message, status, headers: own } = asOAuthError(server, thrown);
+  const all: Record<string, string> = { ...own, ...headers, "Cache-Control": "no-store", ...NOSNIFF };
   // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own answers say it by themselves.
   if (status === 401) all["WWW-Authenticate"] ??= 'Basic realm="token"';
   return c.json({ error: code, error_description: errorDescription(message) }, status, all);
@@ -4935,9 +4815,11 @@ export interface SetupFinding {
 
 /** The result of {@linkcode checkSetup}. */
 export interface SetupReport {
+  /** The URL that was checked. */
   url: string;
   /** `unreachable`: no answer came at all, and the last finding says why. */
   verdict: "ready" | "broken" | "unreachable";
+  /** Everything that was looked at, in order. */
   findings: SetupFinding[];
   /** What to do now, line by line: what to type into Claude, or the one thing to repair first. */
   next: string[];
@@ -5233,7 +5115,7 @@ function show(value: unknown, token?: string): string {
 
 /** Parses an http or https URL without credentials, which fetch() refuses. Undefined if it is none. */
 function webUrl(value: unknown, base?: URL): URL | undefined {
-  const url = typeof value === "string" && value.length < 8192 ? URL.parse(value, base) : undefined;
+  const url = typeof value === "string" && value.length < 8192 ? URL.parse(value, base?.href) : undefined;
   return url && /^https?:$/.test(url.protocol) && !url.username && !url.password ? url : undefined;
 }
 
@@ -5624,7 +5506,7 @@ async function checkDenial(checkup: Checkup, page: URL, shown: Answer): Promise<
   if (!should(action?.origin === page.origin, "The form posts to its own origin", form.action)) return;
   const { name = "", value = "" } = form.fields.find(isDenial)!;
   const hidden = form.fields.filter(({ type }) => type?.toLowerCase() === "hidden");
-  const fields = [...hidden.map(({ name = "", value = "" }) => [name, value]), [name, value]];
+  const fields = [...hidden, { name, value }].map(({ name = "", value = "" }): [string, string] => [name, value]);
   // As a browser keeps them, but for this host alone whatever Domain says.
   const cookies = shown.headers.getSetCookie().map((cookie) => cookie.split(";")[0]!.trim());
   const headers = {

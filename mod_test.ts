@@ -30,6 +30,7 @@ import { serve } from "@hono/node-server";
 import type { OAuthClientProvider } from "@modelcontextprotocol/sdk/client/auth.js";
 import { Client } from "@modelcontextprotocol/sdk/client/index.js";
 import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/streamableHttp.js";
+import type { AuthInfo as SdkAuthInfo } from "@modelcontextprotocol/sdk/server/auth/types"; // with .js it would be any
 import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 import { WebStandardStreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/webStandardStreamableHttp.js";
 import * as schemas from "@modelcontextprotocol/sdk/shared/auth.js";
@@ -39,6 +40,7 @@ import { storeContract } from "./.ci/stores/contract.ts";
 import {
   type AuthEnv,
   type AuthEvent,
+  type AuthInfo,
   checkSetup,
   fileStore,
   internals,
@@ -1445,31 +1447,31 @@ test("a client that registered before registration was turned off stays connecte
 
 /** Answers the names that mod.ts looks up, once for both families; `undefined` is a name server that stays silent. */
 function patchResolver(t: TestContext, answer: (name: string) => string[] | undefined): { waiting: number } {
-  const { Resolver } = dns;
+  const { Resolver } = dns.promises;
   const state = { waiting: 0 };
   class Patched {
     #found = new Map<string, string[] | undefined>();
     #waiting = new Set<() => void>();
-    #resolve(name: string, family: 4 | 6, callback: (error: Error | null, found?: string[]) => void): void {
+    #resolve(name: string, family: 4 | 6): Promise<string[]> {
       if (!this.#found.has(name)) this.#found.set(name, answer(name));
       const found = this.#found.get(name);
-      if (found) return callback(null, found.filter((address) => address.includes(":") === (family === 6)));
+      if (found) return Promise.resolve(found.filter((address) => address.includes(":") === (family === 6)));
       state.waiting++;
-      this.#waiting.add(() => (state.waiting--, callback(new Error("ECANCELLED"))));
+      return new Promise((_, reject) => this.#waiting.add(() => (state.waiting--, reject(new Error("ECANCELLED")))));
     }
-    resolve4(name: string, callback: () => void): void {
-      this.#resolve(name, 4, callback);
+    resolve4(name: string): Promise<string[]> {
+      return this.#resolve(name, 4);
     }
-    resolve6(name: string, callback: () => void): void {
-      this.#resolve(name, 6, callback);
+    resolve6(name: string): Promise<string[]> {
+      return this.#resolve(name, 6);
     }
     cancel(): void {
       this.#waiting.forEach((end) => end());
       this.#waiting.clear();
     }
   }
-  Object.assign(dns, { Resolver: Patched });
-  t.after(() => Object.assign(dns, { Resolver }));
+  Object.assign(dns.promises, { Resolver: Patched });
+  t.after(() => Object.assign(dns.promises, { Resolver }));
   return state;
 }
 
@@ -3564,6 +3566,13 @@ test("the guard gives the handler the SDK's AuthInfo", async () => {
   }
 });
 
+test("AuthInfo and the SDK's may stand for each other", () => {
+  // Checked by the compiler: both are assignable to each other, and ours has every member of the SDK's.
+  type Same<Ours, Theirs> = [Ours, Theirs, keyof Theirs] extends [Theirs, Ours, keyof Ours] ? true : false;
+  const isSame: Same<AuthInfo, SdkAuthInfo> = true;
+  assert(isSame);
+});
+
 test("the guard answers a browser's preflight and opens its answers to it", async () => {
   const { app } = world();
   const { access_token } = await connect(app);
@@ -4047,7 +4056,7 @@ test("fileStore() says what to do about a folder that cannot be written", (t) =>
   assertThrows(() => fileStore(join(parent, "file")), Error, "make it writable");
   assertThrows(() => fileStore(join(parent, "file", "below")), Error, "make it writable");
   assertThrows(() => fileStore(""), TypeError, "folder");
-  for (const dir of ["~", "~/state", "~\\state"]) assertThrows(() => fileStore(dir), TypeError, 'called "~"');
+  for (const dir of ["~", "~/state", "~\\state"]) assertThrows(() => fileStore(dir), TypeError, "only a shell");
   const readOnly = join(parent, "read-only");
   const store = fileStore(readOnly);
   store.close!();
@@ -4124,6 +4133,20 @@ test("fileStore() accepts nothing when its files are no longer those in the fold
     assertEquals((await callMcp(app, access_token)).status, undo ? 200 : 503, what);
     assertEquals((await refreshing(app, client.client_id, refresh_token)).status, undo ? 200 : 503, what);
   }
+});
+
+test("fileStore() does not take a fault of a file for a lock, whatever its path is called", async (t) => {
+  const dir = join(temporaryFolder(t), "busybox");
+  const store = fileStore(dir);
+  t.after(() => store.close!());
+  rmSync(join(dir, "oauth.sqlite-wal"));
+  await pause(15);
+  const start = performance.now();
+  for (const call of [() => store.get("x"), () => store.update("x", () => 1)]) {
+    const { message } = await call().then(() => new Error("it was answered"), (error: Error) => error);
+    assertMatch(message, /busybox.* was removed or replaced/);
+  }
+  assert(performance.now() - start < 2000); // a lock is waited for 5 seconds
 });
 
 test("fileStore() starts without hard links, and under a virus scanner that holds what it wants to remove", async (t) => {

@@ -7,11 +7,16 @@ import { deepStrictEqual as equal, ok } from "node:assert/strict";
 import { test } from "node:test";
 import { Client, StreamableHTTPClientTransport } from "npm:@modelcontextprotocol/client@2.4.0";
 import * as core from "npm:@modelcontextprotocol/core@2.4.0";
-import { createMcpHandler, McpServer, requireBearerAuth } from "npm:@modelcontextprotocol/server@2.4.0";
+import {
+  type AuthInfo as SdkAuthInfo,
+  createMcpHandler,
+  McpServer,
+  requireBearerAuth,
+} from "npm:@modelcontextprotocol/server@2.4.0";
 import { Hono } from "npm:hono@^4.13.19";
 import * as oauth from "npm:oauth4webapi@3";
 import { z } from "npm:zod@4";
-import { type AuthEnv, memoryStore, personalAuth } from "../mod.ts";
+import { type AuthInfo, memoryStore, personalAuth } from "../mod.ts";
 
 const BASE = "https://mcp.example.com";
 const REDIRECT = "https://claude.ai/api/mcp/auth_callback";
@@ -23,7 +28,7 @@ const auth = personalAuth({
   onEvent: () => {},
   clients: [{ client_id: "resource-server", client_secret: "a secret of some length", redirect_uris: [REDIRECT] }],
 });
-const app = new Hono<AuthEnv>();
+const app = new Hono();
 app.route("/", auth);
 const handler = createMcpHandler(() => {
   const server = new McpServer({ name: "two", version: "1" });
@@ -32,7 +37,7 @@ const handler = createMcpHandler(() => {
   }));
   return server;
 });
-app.all("/mcp", (c) => handler.fetch(c.req.raw, { authInfo: c.var.auth }));
+app.all("/mcp", auth.guard, (c) => handler.fetch(c.req.raw, { authInfo: c.var.auth }));
 const fetchApp = (input: string | URL | Request, init?: RequestInit) =>
   Promise.resolve(app.request(new Request(input, init)));
 
@@ -64,6 +69,15 @@ test("createMcpHandler gets its AuthInfo from the guard, in both protocol eras",
   }
   const refused = await app.request(`${BASE}/mcp`, { method: "POST", headers: { "Mcp-Method": "server/discover" } });
   equal(refused.status, 401); // before the handler could answer 406
+});
+
+test("AuthInfo and the SDK's may stand for each other", () => {
+  // Checked by the compiler: both are assignable to each other, and have the same members.
+  type Same<Ours, Theirs> = [Ours, Theirs, keyof Ours, keyof Theirs] extends [Theirs, Ours, keyof Theirs, keyof Ours]
+    ? true
+    : false;
+  const isSame: Same<AuthInfo, SdkAuthInfo> = true;
+  ok(isSame);
 });
 
 test("requireBearerAuth of the SDK takes our verifyAccessToken", async () => {

@@ -256,7 +256,9 @@ const peers: Record<string, () => Promise<Peer>> = {
     const { mod, world: make }: typeof import("./world.ts") = await load(world);
     const { getRequestListener } = await load("@hono/node-server");
     const w = make(dir ? mod.fileStore(dir) : mod.memoryStore());
-    w.app.all("/mcp", (c) => c.text("hello"));
+    // A version that BENCH_MOD names may have no `auth.guard`: then its guard stands at the path alone.
+    if ("guard" in w.auth) w.app.all("/mcp", w.auth.guard, (c) => c.text("hello"));
+    else w.app.all("/mcp", (c: Any) => c.text("hello"));
     const client = w.client();
     const client_id = await client.id();
     return {

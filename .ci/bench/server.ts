@@ -1,5 +1,5 @@
 /**
- * A server to be measured, on any of the three runtimes: `server.ts KIND [DIR]`. It prints one line of JSON when it
+ * A server to be measured, on any of the three runtimes: `server.ts KIND [STORE]`. It prints one line of JSON when it
  * listens, and another with a token if there is one; answers each line on its standard input with the processor time
  * and memory it has used; and ends when its standard input does, so that none is ever left over.
  *
@@ -7,7 +7,7 @@
  *     mcp    one with the MCP server of example.ts
  *
  * The handler is at /unguarded, at /middleware behind a middleware that reads the Authorization header and does nothing,
- * and at /mcp: behind the guard, on the state folder DIR, if there is one. Without it the program never hears of mod.ts.
+ * and at /mcp behind `auth.guard`. STORE is the guard's state folder, or "memory"; without it, mod.ts is not imported.
  *
  * @module
  */
@@ -18,7 +18,7 @@ import { serve } from "@hono/node-server";
 import { type Handler, Hono, type MiddlewareHandler } from "hono";
 import type { AuthEnv, PersonalAuth } from "../../mod.ts";
 
-const [kind = "hono", dir = ""] = process.argv.slice(2);
+const [kind = "hono", place = ""] = process.argv.slice(2);
 
 /** The least that any guard does. */
 const readsHeader: MiddlewareHandler<AuthEnv> = async (c, next) => {
@@ -28,11 +28,11 @@ const readsHeader: MiddlewareHandler<AuthEnv> = async (c, next) => {
 
 const app = new Hono<AuthEnv>();
 let auth: PersonalAuth | undefined;
-if (dir) {
-  const { fileStore, personalAuth }: typeof import("../../mod.ts") = await import(
+if (place) {
+  const { fileStore, memoryStore, personalAuth }: typeof import("../../mod.ts") = await import(
     process.env.BENCH_MOD ?? "../../mod.ts"
   );
-  const store = fileStore(dir);
+  const store = place === "memory" ? memoryStore() : fileStore(place);
   auth = personalAuth({ baseUrl: "http://localhost:8050", store, authenticateOwner: () => true, onEvent: () => {} });
   app.route("/", auth);
 }
@@ -42,6 +42,8 @@ if (kind === "mcp") {
   const { handleMcp } = await import("./mcp.ts");
   handler = (c) => handleMcp(c.req.raw);
 }
+// A version that BENCH_MOD names may have no `auth.guard`: then its guard stands at the path alone.
+if (auth && "guard" in auth) app.all("/mcp", auth.guard, handler);
 for (const path of ["/mcp", "/middleware", "/unguarded"]) app.all(path, handler);
 
 const write = (answer: unknown) => console.log(JSON.stringify(answer));

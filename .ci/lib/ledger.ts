@@ -12,9 +12,10 @@ type Revoked = "no" | "asked" | "yes";
 
 /**
  * What a 503 means for the write that was asked for. `undone`: it did not happen. `open`: it may have, as when a disk
- * fails while it takes the last bytes of it; nobody can tell until the disk is read again.
+ * fails while it takes the last bytes of it; nobody can tell until the disk is read again. `away`: so for writes, and
+ * reads are refused as well, because a database server is away.
  */
-export type Refusals = "undone" | "open";
+export type Refusals = "undone" | "open" | "away";
 
 interface Connection {
   access: string[];
@@ -52,6 +53,10 @@ export class Ledger {
   readonly alive: string[] = [];
   readonly wrong: string[] = [];
   acknowledged = 0;
+  /** Refreshes with one token by several at once. */
+  storms = 0;
+  /** Changes that were asked for, and whose answers never came. */
+  unanswered = 0;
   /** While this is set, a success is no promise: what was asked for may have happened or not. */
   doubtful = false;
   #client_id: string | undefined;
@@ -79,6 +84,7 @@ export class Ledger {
         try {
           await this.#step(client, tolerate);
         } catch {
+          this.unanswered++;
           return; // the server is gone, and with it this answer
         }
       }
@@ -100,17 +106,25 @@ export class Ledger {
     else if (dice < 0.3 && this.codes.size > 0) await this.#redeem(client, pick([...this.codes])!, tolerate);
     else if (dice < 0.6) {
       const several = Math.random() < 0.3 ? 3 : 1;
-      if (connection.refreshes < MAX_REFRESHES) await this.#refresh(client, connection, several, tolerate);
+      if (dice < 0.33) await this.#loseAnswer(client, connection, tolerate);
+      else if (connection.refreshes < MAX_REFRESHES) await this.#refresh(client, connection, several, tolerate);
       else await this.#end(client, connection, tolerate);
     } else if (dice < 0.66 && live.length > 5) await this.#end(client, connection, tolerate);
     else if (dice < 0.74 && scripts.length < MAX_LIVE) await this.#createToken(client, tolerate);
     else if (dice < 0.78 && script && scripts.length > 5) await this.#endScript(client, script, tolerate);
-    else if (dice < 0.9) await this.#call(client, connection, connection.access.at(-1)!, "access token");
-    else if (script) await this.#call(client, script, script.token, "personal access token");
+    else if (dice < 0.9) await this.#call(client, connection, connection.access.at(-1)!, "access token", tolerate);
+    else if (script) await this.#call(client, script, script.token, "personal access token", tolerate);
   }
 
-  async #call(client: Client, holder: { revoked: Revoked }, token: string, what: string): Promise<void> {
+  async #call(
+    client: Client,
+    holder: { revoked: Revoked },
+    token: string,
+    what: string,
+    tolerate?: Refusals,
+  ): Promise<void> {
     const answer = await client.call(token);
+    if (tolerate === "away" && answer.status === 503) return;
     // Another worker may have asked for its end meanwhile.
     if (holder.revoked === "no") this.#expect(answer, 200, this.lost, what);
   }
@@ -153,6 +167,7 @@ export class Ledger {
   async #refresh(client: Client, connection: Connection, several: number, tolerate?: Refusals): Promise<void> {
     Object.assign(connection, { busy: true, touched: true, unanswered: true });
     const presented = connection.refresh;
+    if (several > 1) this.storms++;
     const answers = await Promise.allSettled(Array.from({ length: several }, async () => {
       const answer = await client.refresh(presented);
       if (!this.#succeeded(answer, tolerate, "refresh")) return;
@@ -169,6 +184,14 @@ export class Ledger {
     }));
     connection.busy = false;
     if (answers.some(({ status }) => status === "rejected")) throw new Error("unanswered");
+  }
+
+  /** As when a connection breaks off: the server has rotated the token, and the client goes on with the old one. */
+  async #loseAnswer(client: Client, connection: Connection, tolerate?: Refusals): Promise<void> {
+    Object.assign(connection, { busy: true, touched: true, unanswered: true });
+    this.#succeeded(await client.refresh(connection.refresh), tolerate, "refresh");
+    this.unanswered++;
+    connection.busy = false;
   }
 
   async #end(client: Client, connection: Connection, tolerate?: Refusals): Promise<void> {

@@ -5,13 +5,13 @@ import { memoryStore, personalAuth } from "../../mod.ts";
 
 /** The first is public by its form, and belongs to nobody: 3ffe::/16 went back to IANA in 2006, and has no route. */
 const ADDRESSES: Record<string, string> = { "public.example": "3ffe::1", "localhost": "::1" };
-Object.assign(dns, {
+Object.assign(dns.promises, {
   Resolver: class {
-    resolve4(_name: string, callback: (error: null, found: string[]) => void): void {
-      callback(null, []);
+    resolve4(): Promise<string[]> {
+      return Promise.resolve([]);
     }
-    resolve6(name: string, callback: (error: null, found: string[]) => void): void {
-      callback(null, [ADDRESSES[name]!]);
+    resolve6(name: string): Promise<string[]> {
+      return Promise.resolve([ADDRESSES[name]!]);
     }
     cancel(): void {}
   },

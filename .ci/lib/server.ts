@@ -16,7 +16,7 @@ import { join } from "node:path";
 import process from "node:process";
 import { serve } from "@hono/node-server";
 import { Hono } from "hono";
-import { type AuthEnv, fileStore, OAuthError, personalAuth, type Store } from "../../mod.ts";
+import { fileStore, OAuthError, personalAuth, type Store } from "../../mod.ts";
 import { BASE } from "./client.ts";
 
 const [mode, dir = ""] = process.argv.slice(2);
@@ -57,9 +57,9 @@ async function start(): Promise<void> {
     last = now;
   }, 20);
 
-  const app = new Hono<AuthEnv>();
+  const app = new Hono();
   app.route("/", auth);
-  app.all("/mcp", (c) => c.json(c.var.auth.extra));
+  app.all("/mcp", auth.guard, (c) => c.json(c.var.auth.extra));
   app.post("/test/token", async (c) => c.json(await auth.createToken(await c.req.json())));
   app.post("/test/revoke", async (c) => c.json({ revoked: await auth.revoke((await c.req.json()).id) }));
   app.post("/test/clock", async (c) => {
