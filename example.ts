@@ -3,8 +3,8 @@
  *
  *     npx -y deno run -A example.ts        (or: bun example.ts, node example.ts)
  *
- * Environment: `PORT` (8050), `BASE_URL` (http://localhost:PORT), `OWNER_PASSWORD` (absent: one is generated and
- * printed at the first start) and `STATE_DIR` (.oauth-state).
+ * Environment: `HOST` (127.0.0.1; 0.0.0.0 in a container), `PORT` (8050), `BASE_URL` (http://localhost:PORT),
+ * `OWNER_PASSWORD` (absent: one is generated, and printed until the first sign-in) and `STATE_DIR` (.oauth-state).
  *
  * @module
  */
@@ -13,13 +13,9 @@ import process from "node:process";
 import { serve } from "@hono/node-server";
 import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 import { WebStandardStreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/webStandardStreamableHttp.js";
-import type { AuthInfo } from "@modelcontextprotocol/sdk/server/auth/types.js";
 import { Hono } from "hono";
 import { z } from "zod";
-import { type AuthEnv, fileStore, personalAuth } from "./mod.ts";
-
-const { PORT = "8050", OWNER_PASSWORD, STATE_DIR = ".oauth-state" } = process.env;
-const { BASE_URL = `http://localhost:${PORT}` } = process.env;
+import { type AuthInfo, fileStore, personalAuth } from "./mod.ts";
 
 /** Your server: change the tools to your own. One is made for each request, so no state is shared between clients. */
 function mcpServer(): McpServer {
@@ -51,29 +47,80 @@ async function handleMcp(request: Request, authInfo: AuthInfo): Promise<Response
   return await transport.handleRequest(request, { authInfo });
 }
 
-const store = fileStore(STATE_DIR);
-const auth = personalAuth({ baseUrl: BASE_URL, store, ...(OWNER_PASSWORD && { password: OWNER_PASSWORD }) });
+/** Reads the environment and serves. */
+function main(): void {
+  const { HOST = "127.0.0.1", PORT = "8050", OWNER_PASSWORD, STATE_DIR = ".oauth-state" } = process.env;
+  const { BASE_URL = `http://localhost:${PORT}` } = process.env;
+  const port = Number(PORT);
+  if (!(Number.isInteger(port) && port > 0 && port < 65536)) throw new Error(`PORT must be 1 to 65535, not "${PORT}"`);
 
-const app = new Hono<AuthEnv>();
-app.route("/", auth); // the OAuth endpoints, the owner's pages, and the guard in front of the next line
-app.post(auth.mcpPath, (c) => handleMcp(c.req.raw, c.var.auth)); // reached only with a valid token
-app.all(auth.mcpPath, (c) => c.text("This server speaks over POST only", 405, { Allow: "POST" }));
+  const store = fileStore(STATE_DIR);
+  const auth = personalAuth({ baseUrl: BASE_URL, store, ...(OWNER_PASSWORD && { password: OWNER_PASSWORD }) });
 
-const server = serve({ fetch: app.fetch, port: Number(PORT) }, () => {
-  console.log(`Listening on port ${PORT}`);
-  console.log(`Type this into Claude: ${BASE_URL}/mcp`);
-  console.log(`State is kept in:      ${STATE_DIR}`);
-});
+  const app = new Hono();
+  app.route("/", auth); // the OAuth endpoints and the owner's pages
+  app.post(auth.mcpPath, auth.guard, (c) => handleMcp(c.req.raw, c.var.auth)); // only with a valid token
+  app.all(auth.mcpPath, auth.guard, (c) => c.text("This server speaks over POST only", 405, { Allow: "POST" }));
 
-for (const signal of ["SIGINT", "SIGTERM"]) {
-  process.once(signal, () => {
-    server.close(async () => {
-      await store.close?.();
-      process.exit(0);
-    });
-    if ("closeAllConnections" in server) {
-      server.closeIdleConnections();
-      setTimeout(() => server.closeAllConnections(), 2000).unref(); // whoever is being answered gets two seconds
-    }
+  const server = serve({ fetch: app.fetch, hostname: HOST, port }, () => {
+    process.off("uncaughtException", stop); // from here on an error is a fault in the code, and is shown in full
+    server.off("error", stop);
+    const password = OWNER_PASSWORD ? "set by OWNER_PASSWORD" : "printed here at every start until you first sign in";
+    console.log(`Listening on port ${PORT} of ${HOST}
+
+  Claude Code:      claude mcp add --transport http personal ${BASE_URL}/mcp
+                    claude mcp login personal
+  claude.ai:        ${whatToTypeAtClaude(BASE_URL)}
+  Connections:      ${BASE_URL}/connections
+  Password:         ${password}
+                    forgotten? start once with OWNER_PASSWORD=…
+  State is kept in: ${STATE_DIR}
+`);
   });
+  server.on("error", stop);
+
+  for (const signal of ["SIGINT", "SIGTERM"]) {
+    process.once(signal, () => {
+      server.close(async () => {
+        await store.close?.();
+        process.exit(0);
+      });
+      if ("closeAllConnections" in server) {
+        server.closeIdleConnections();
+        setTimeout(() => server.closeAllConnections(), 2000).unref(); // whoever is being answered gets two seconds
+      }
+    });
+  }
+}
+
+function whatToTypeAtClaude(baseUrl: string): string {
+  return baseUrl.startsWith("https:")
+    ? `Customize → Connectors → Add, and type ${baseUrl}/mcp`
+    : "cannot reach this address; set BASE_URL to an https address, as README.md says under Deploy";
+}
+
+/** Ends the program with one sentence, which names what to change in the environment and not in the code. */
+function stop(error: unknown): never {
+  const { code = "", name, message } = error as Error & { code?: string };
+  const wrongHost = "HOST is no address of this computer: leave it out, or set it to 0.0.0.0";
+  const advice: Record<string, string> = {
+    EADDRINUSE: "The port is in use: set PORT to another one, or end the program that uses it",
+    EACCES: "This user may not use the port: set PORT to one above 1023",
+    EADDRNOTAVAIL: wrongHost,
+    EINVAL: wrongHost,
+    ENOTFOUND: wrongHost,
+    NotCapable: "Deno was started without a permission; README.md lists what is needed",
+  };
+  const inEnvironment = message.replace("baseUrl", "BASE_URL").replace(/^password/, "OWNER_PASSWORD")
+    .replace(/fileStore(\(\)|: dir)?/, "STATE_DIR");
+  const known = advice[code] ?? advice[name];
+  console.error(known ? `${known}. (${message})` : inEnvironment);
+  process.exit(1);
+}
+
+process.once("uncaughtException", stop); // Deno throws where nobody can catch it if it may not listen
+try {
+  main();
+} catch (error) {
+  stop(error);
 }

@@ -6290,7 +6290,8 @@ test("example.ts serves its tools, and what it has answered survives kill -9 and
   const BASE_URL = `http://localhost:${PORT}`;
   const env = { PORT: PORT!, STATE_DIR, OWNER_PASSWORD: PASSWORD };
   const one = await runExample(t, env);
-  assert(one.output().includes(`${BASE_URL}/mcp`) && one.output().includes(STATE_DIR), one.output());
+  const shown = [`http personal ${BASE_URL}/mcp`, `${BASE_URL}/connections`, "set by OWNER_PASSWORD", STATE_DIR];
+  for (const text of shown) assert(one.output().includes(text), one.output());
   const client = new Connector(`${BASE_URL}/mcp`, ownerWith(PASSWORD));
   const other = new Connector(`${BASE_URL}/mcp`, ownerWith(PASSWORD));
   assertEquals([await client.add(1, 2), await other.add(1, 2)], ["3", "3"]);
@@ -6335,17 +6336,25 @@ test("example.ts serves its tools, and what it has answered survives kill -9 and
   }
 });
 
-test("example.ts prints a generated password once, and it opens the door", async (t) => {
+test("example.ts prints a generated password until the owner has signed in, and it opens the door", async (t) => {
   const STATE_DIR = join(temporaryFolder(t), "state");
   const [PORT] = await freePorts(1);
   const passwords = /[a-z1-9]{5}(-[a-z1-9]{5}){3}/;
-  const first = await runExample(t, { PORT: PORT!, STATE_DIR, OWNER_PASSWORD: "" });
-  while (!passwords.test(first.output())) await new Promise((resolve) => setTimeout(resolve, 20)); // or the test hangs
+  const env = { PORT: PORT!, STATE_DIR, OWNER_PASSWORD: "" };
+  const start = async () => {
+    const started = await runExample(t, env);
+    while (!passwords.test(started.output())) await new Promise((resolve) => setTimeout(resolve, 20)); // or the test hangs
+    return started;
+  };
+  const unread = await start();
+  process.kill(unread.child.pid!, "SIGINT");
+  assertEquals(await unread.exited, 0);
+  const first = await start();
   const client = new Connector(`http://localhost:${PORT}/mcp`, ownerWith(first.output().match(passwords)![0]));
   assertEquals(await client.add(1, 1), "2");
   process.kill(first.child.pid!, "SIGINT");
   assertEquals(await first.exited, 0);
-  const second = await runExample(t, { PORT: PORT!, STATE_DIR, OWNER_PASSWORD: "" });
+  const second = await runExample(t, env);
   assertEquals([await client.add(2, 2), client.asked], ["4", 1]);
   process.kill(second.child.pid!, "SIGINT");
   assertEquals(await second.exited, 0);
@@ -6358,20 +6367,55 @@ test("example.ts stops at once with a sentence about what is wrong", async (t) =
   fileStore(damaged).close!();
   writeFileSync(join(damaged, "oauth.sqlite"), "not a database");
   writeFileSync(join(folder, "file"), "");
+  const busy = createServer().listen(0, "127.0.0.1");
+  t.after(() => busy.close());
+  await new Promise((resolve) => busy.once("listening", resolve));
+  const taken = String((busy.address() as { port: number }).port);
+  const [PORT] = await freePorts(1);
   const wrong: [Record<string, string>, string][] = [
-    [{ BASE_URL: "http://your-domain.com" }, "https"],
+    [{ BASE_URL: "http://your-domain.com" }, "BASE_URL must be https"],
     [{ BASE_URL: "https://your-domain.com/" }, '"https://your-domain.com"'],
     [{ STATE_DIR: join(folder, "file") }, "make it writable"],
     [{ STATE_DIR: damaged }, "left as it is"],
+    [{ STATE_DIR: "~/state" }, "STATE_DIR: only a shell replaces ~"],
+    [{ OWNER_PASSWORD: " " }, "OWNER_PASSWORD must be a non-empty string"],
+    [{ PORT: taken }, "The port is in use: set PORT to another one"],
+    [{ PORT: "70000" }, "PORT must be 1 to 65535"],
+    [{ HOST: "192.0.2.1" }, "HOST is no address of this computer"], // RFC 5737: nobody has it
   ];
   for (const [env, says] of wrong) {
     const { exited, output } = await runExample(t, {
       STATE_DIR: join(folder, "state"),
-      PORT: "0",
+      PORT: PORT!,
       OWNER_PASSWORD: PASSWORD,
       ...env,
     });
     assertEquals(await exited, 1);
     assert(output().includes(says), output());
+    const lines = output().split("\n").filter((line) => line && !line.startsWith("personal-auth |"));
+    assertEquals(lines.length, 1, output());
+  }
+});
+
+test("example.ts names the permission that Deno was not given", { skip: !("Deno" in globalThis) }, async (t) => {
+  const env = {
+    STATE_DIR: join(temporaryFolder(t), "state"),
+    PORT: (await freePorts(1))[0]!,
+    OWNER_PASSWORD: PASSWORD,
+  };
+  const all = ["net", "env", "read", "write", "sys"];
+  for (const missing of all) {
+    const permissions = all.filter((name) => name !== missing).map((name) => `--allow-${name}`);
+    const child = spawn(process.execPath, ["run", "--no-prompt", ...permissions, "example.ts"], {
+      cwd: import.meta.dirname,
+      env: { ...process.env, ...env } as Record<string, string>,
+      stdio: ["ignore", "ignore", "pipe"],
+    });
+    t.after(() => void child.kill("SIGKILL"));
+    let output = "";
+    child.stderr!.on("data", (chunk) => output += chunk);
+    assertEquals(await new Promise((resolve) => child.once("close", resolve)), 1, output);
+    assert(/^[^\n]*Deno was started without a permission[^\n]*\n$/.test(output), output);
+    assert(output.includes(`--allow-${missing}`), output);
   }
 });

@@ -1,11 +1,15 @@
 /**
- * Holds README.md to its word: every block of code type-checks and runs, every option is in the type and the other way
- * round, every test that is named exists, and the commands of its first screen work as pasted. Run with
- * `deno test -A .ci/readme.ts`.
+ * Holds README.md to its word: every block of code type-checks and runs, its first program serves from an empty folder on
+ * each runtime, every option is in the type and the other way round, every test, file and picture that is named exists,
+ * and the first command works as pasted. Run with `deno test -A .ci/readme.ts`.
  */
 
 import { deepStrictEqual as equal, ok } from "node:assert/strict";
-import { test } from "node:test";
+import { test, type TestContext } from "node:test";
+import { Client as McpClient } from "@modelcontextprotocol/sdk/client/index.js";
+import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/streamableHttp.js";
+import { type Carrier, Client, overHttp } from "./lib/client.ts";
+import { runtimes } from "./lib/runtimes.ts";
 
 const root = new URL("../", import.meta.url);
 const read = (path: string) => Deno.readTextFileSync(new URL(path, root));
@@ -33,42 +37,133 @@ async function run(
   return { code, output: text.decode(stdout) + text.decode(stderr), late };
 }
 
-async function inTemporaryFolder(use: (dir: string) => Promise<void>): Promise<void> {
+function temporaryFolder(t: TestContext): string {
   const dir = Deno.makeTempDirSync();
+  t.after(() => Deno.removeSync(dir, { recursive: true }));
+  return dir;
+}
+
+function freePort(): number {
+  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  listener.close();
+  return (listener.addr as Deno.NetAddr).port;
+}
+
+/** Starts a command in a process group of its own, because launchers leave their children behind when they are killed. */
+function start(t: TestContext, command: string, cwd: string, env: Record<string, string>): () => string {
+  const args = ["bash", "-c", command];
+  const child = new Deno.Command("setsid", { args, cwd, env, stdout: "piped", stderr: "piped" }).spawn();
+  let output = "";
+  const reading = [child.stdout, child.stderr].map(async (stream) => {
+    for await (const text of stream.pipeThrough(new TextDecoderStream())) output += text;
+  });
+  t.after(async () => {
+    await new Deno.Command("bash", { args: ["-c", `kill -9 -- -${child.pid}`], stderr: "null" }).output();
+    await Promise.all([child.status, ...reading]);
+  });
+  return () => output;
+}
+
+/** Waits a minute at most until there is something to return. */
+async function until<T>(look: () => T | undefined | Promise<T | undefined>, what: () => string): Promise<T> {
+  const begin = performance.now();
+  while (performance.now() - begin < 60_000) {
+    const found = await look();
+    if (found !== undefined) return found;
+    await new Promise((resolve) => setTimeout(resolve, 100));
+  }
+  throw new Error(what());
+}
+
+/** Answers the status of `/mcp` without a token, as soon as there is one. */
+async function statusOf(port: number): Promise<number | undefined> {
+  const response = await fetch(`http://localhost:${port}/mcp`).catch(() => undefined);
+  await response?.body?.cancel();
+  return response?.status;
+}
+
+test("every ts block of the README type-checks and runs", async (t) => {
+  const codes = blocks("ts");
+  ok(codes.length >= 8, "the README has lost its blocks");
+  const dir = temporaryFolder(t);
+  const { imports, compilerOptions, unstable } = JSON.parse(read("deno.json"));
+  const all = {
+    ...imports,
+    "@modelcontextprotocol/server": "npm:@modelcontextprotocol/server@2.4.0",
+    "@personal-auth/mcp": new URL("mod.ts", root).href,
+    "redis": "npm:redis@5",
+  };
+  Deno.writeTextFileSync(`${dir}/deno.json`, JSON.stringify({ imports: all, compilerOptions, unstable, lock: false }));
+  Deno.copyFileSync(new URL("mod.ts", root), `${dir}/mod.ts`);
+  const files = codes.map((code, index) => {
+    const file = `block-${index + 1}.ts`;
+    Deno.writeTextFileSync(`${dir}/${file}`, code);
+    return file;
+  });
+  const checked = await run([Deno.execPath(), "check", ...files], dir, 120);
+  equal(checked.code, 0, checked.output);
+  for (const [index, file] of files.entries()) {
+    if (index === 0) continue; // the program, which serves until it is stopped: the next test runs it
+    const { code, output, late } = await run([Deno.execPath(), "run", "-A", file], dir, 30);
+    ok(code === 0 && !late, `${file}: ${output}\n${codes[index]}`);
+  }
+});
+
+test("the README's program serves its tool on each runtime, from an empty folder and with its commands", async (t) => {
+  const table = readme.match(/^\|\s*\| install[^]*?\n\n/m)![0];
+  const rows = [...table.matchAll(/^\| (\w+)\s*\| `([^`]*)`\s*\| `([^`]*)`/gm)].map(([, ...cells]) => cells);
+  equal(rows.map(([name]) => name), ["Deno", "Bun", "Node"]);
+  const { found } = await runtimes();
+  for (const [name, install, serve] of rows) {
+    const runtime = found.find((runtime) => runtime.name === name);
+    await t.test(name!, { skip: runtime ? false : "not on this machine" }, async (t) => {
+      const bin = temporaryFolder(t);
+      Deno.symlinkSync(runtime!.command[0]!, `${bin}/${name!.toLowerCase()}`);
+      const env = { PATH: `${bin}:${Deno.env.get("PATH")}` };
+      const dir = temporaryFolder(t);
+      const installed = await run(["env", `PATH=${env.PATH}`, "bash", "-ec", install!], dir, 120);
+      equal(installed.code, 0, installed.output);
+      Deno.copyFileSync(new URL("mod.ts", root), `${dir}/mod.ts`);
+      const port = freePort();
+      Deno.writeTextFileSync(`${dir}/server.ts`, blocks("ts")[0]!.replaceAll("8050", String(port)));
+      const output = start(t, serve!, dir, env);
+      equal(await until(() => statusOf(port), output), 401);
+      const password = await until(() => output().match(/[a-z1-9]{5}(-[a-z1-9]{5}){3}/)?.[0], output);
+      const { access_token } = await new Client(ownerKnows(password, overHttp(port))).connect();
+      equal(await addByTool(port, access_token), "3");
+    });
+  }
+});
+
+/** Types the password wherever the page is sent. */
+function ownerKnows(password: string, carry: Carrier): Carrier {
+  return (path, init) =>
+    carry(path, path === "/authorize" ? { ...init, body: `${init?.body}&password=${password}` } : init);
+}
+
+async function addByTool(port: number, token: string): Promise<string> {
+  const client = new McpClient({ name: "readme", version: "1" });
+  const requestInit = { headers: { Authorization: `Bearer ${token}` } };
+  await client.connect(new StreamableHTTPClientTransport(new URL(`http://127.0.0.1:${port}/mcp`), { requestInit }));
   try {
-    await use(dir);
+    const { content } = await client.callTool({ name: "add", arguments: { a: 1, b: 2 } });
+    return (content as { text: string }[])[0]!.text;
   } finally {
-    Deno.removeSync(dir, { recursive: true });
+    await client.close();
   }
 }
 
-test("every ts block of the README type-checks and runs", async () => {
-  const codes = blocks("ts");
-  ok(codes.length >= 8, "the README has lost its blocks");
-  await inTemporaryFolder(async (dir) => {
-    const { imports, compilerOptions, unstable } = JSON.parse(read("deno.json"));
-    const all = {
-      ...imports,
-      "@modelcontextprotocol/server": "npm:@modelcontextprotocol/server@2.4.0",
-      "@personal-auth/mcp": new URL("mod.ts", root).href,
-      "redis": "npm:redis@5",
-    };
-    Deno.writeTextFileSync(
-      `${dir}/deno.json`,
-      JSON.stringify({ imports: all, compilerOptions, unstable, lock: false }),
-    );
-    const files = codes.map((code, index) => {
-      const file = `block-${index + 1}.ts`;
-      Deno.writeTextFileSync(`${dir}/${file}`, code);
-      return file;
-    });
-    const checked = await run([Deno.execPath(), "check", ...files], dir, 120);
-    equal(checked.code, 0, checked.output);
-    for (const file of files) {
-      const { code, output, late } = await run([Deno.execPath(), "run", "-A", file], dir, 30);
-      ok(code === 0 && !late, `${file}: ${output}\n${Deno.readTextFileSync(`${dir}/${file}`)}`);
-    }
-  });
+test("the permissions that the README lists are enough for its example", async (t) => {
+  const [command] = blocks("sh").flatMap((block) => block.split("\n")).filter((line) => line.includes("--allow-net"));
+  const dir = temporaryFolder(t);
+  for (const file of ["mod.ts", "example.ts", "deno.json"]) Deno.copyFileSync(new URL(file, root), `${dir}/${file}`);
+  const port = freePort();
+  const serve = command!.replace("deno run", `'${Deno.execPath()}' run --no-prompt`).replace("server.ts", "example.ts");
+  const output = start(t, serve, dir, { PORT: String(port) });
+  equal(await until(() => statusOf(port), output), 401);
+  const password = await until(() => output().match(/[a-z1-9]{5}(-[a-z1-9]{5}){3}/)?.[0], output);
+  await new Client(ownerKnows(password, overHttp(port))).connect();
+  ok(!output().includes("error"), output());
 });
 
 test("the README names every option, and no other", () => {
@@ -80,43 +175,28 @@ test("the README names every option, and no other", () => {
 });
 
 test("the README names tests that exist", () => {
-  const table = readme.match(/^## How it keeps strangers out\n\n([^]*?)\n\n/m)![1]!;
+  const table = readme.match(/^<summary>Each threat.*<\/summary>\n\n([^]*?)\n\n/m)![1]!;
   const tests = [...read("mod_test.ts").matchAll(/^test\(\s*"((?:[^"\\]|\\.)*)"/gm)].map(([, name]) => name!);
   const named = [...table.matchAll(/"([^"]+)"/g)].map(([, name]) => name!);
   ok(named.length >= 13 && tests.length > 100);
   for (const name of named) ok(tests.some((test) => test.includes(name)), `no test begins with "${name}"`);
 });
 
-test("the README's first command serves within a minute, as pasted", async () => {
+test("what the README links to is there", () => {
+  const links = [...readme.matchAll(/\]\(([^)]+)\)/g)].map(([, link]) => link!);
+  ok(links.length > 5);
+  for (const link of links.filter((link) => !link.startsWith("https:"))) {
+    if (link.startsWith("#")) ok(readme.includes(`\n## ${link[1]!.toUpperCase()}${link.slice(2)}\n`), link);
+    else ok(Deno.statSync(new URL(link, root)).isFile, link);
+  }
+});
+
+test("the README's first command serves within a minute, as pasted", async (t) => {
   const [first] = blocks("sh")[0]!.split("\n");
   equal(first, "npx -y deno run -A example.ts");
-  await inTemporaryFolder(async (dir) => {
-    for (const file of ["mod.ts", "example.ts", "deno.json"]) Deno.copyFileSync(new URL(file, root), `${dir}/${file}`);
-    const listener = Deno.listen({ port: 0 });
-    const { port } = listener.addr as Deno.NetAddr;
-    listener.close();
-    const env = { PORT: String(port) };
-    // In a process group of its own: npx leaves its child behind when it is killed.
-    const child = new Deno.Command("setsid", {
-      args: ["bash", "-c", first!],
-      cwd: dir,
-      env,
-      stdout: "null",
-      stderr: "null",
-    }).spawn();
-    try {
-      const start = performance.now();
-      let status = 0;
-      while (status === 0 && performance.now() - start < 60_000) {
-        await new Promise((resolve) => setTimeout(resolve, 200));
-        const response = await fetch(`http://localhost:${port}/mcp`).catch(() => undefined);
-        status = response?.status ?? 0;
-        await response?.body?.cancel();
-      }
-      equal(status, 401);
-    } finally {
-      await new Deno.Command("bash", { args: ["-c", `kill -9 -- -${child.pid}`] }).output();
-      await child.status;
-    }
-  });
+  const dir = temporaryFolder(t);
+  for (const file of ["mod.ts", "example.ts", "deno.json"]) Deno.copyFileSync(new URL(file, root), `${dir}/${file}`);
+  const port = freePort();
+  const output = start(t, first!, dir, { PORT: String(port) });
+  equal(await until(() => statusOf(port), output), 401);
 });

@@ -4,12 +4,12 @@
  *
  *     --quick           a smaller version, in under 90 seconds, without the peers
  *     --only PART,…     some of guard, journeys, growth, start, peers
- *     --readme          puts what matters most of it into README.md, in place of what stands there
+ *     --readme          puts what matters most of it into .ci/bench/README.md, in place of what stands there
  *
  * @module
  */
 
-import { readFileSync, writeFileSync } from "node:fs";
+import { writeFileSync } from "node:fs";
 import { availableParallelism, cpus, totalmem } from "node:os";
 import process from "node:process";
 import { parseArgs } from "node:util";
@@ -69,13 +69,10 @@ async function main(): Promise<void> {
   if (readme) await rewriteReadme(section(about, tables));
 }
 
-async function rewriteReadme(section: string): Promise<void> {
-  const file = `${ROOT}README.md`;
-  const text = readFileSync(file, "utf8");
-  const old = text.match(/^## Performance\n[^]*?(?=^## )/m)?.[0];
-  if (old === undefined) throw new Error("README.md has no section on performance");
-  writeFileSync(file, text.replace(old, () => section));
-  await startCommand(["npx", "-y", "deno", "fmt", "README.md"], { cwd: ROOT }).ended;
+async function rewriteReadme(text: string): Promise<void> {
+  const file = `${ROOT}.ci/bench/README.md`;
+  writeFileSync(file, text);
+  await startCommand(["npx", "-y", "deno", "fmt", file], { cwd: ROOT }).ended;
 }
 
 function section(about: string, tables: Table[]): string {
@@ -83,7 +80,7 @@ function section(about: string, tables: Table[]): string {
     markdown({ ...rest, rows: rows.filter(([name = ""]) => essential.test(name)) })
   );
   return [
-    "## Performance",
+    "# Performance",
     "",
     `Measured on ${about}. Ratios are medians of alternating rounds, with the middle half of the rounds in brackets. ` +
     "To repeat it, with more rows: `deno task bench`.",

@@ -166,5 +166,5 @@ export function markdown({ title, note, head, rows }: Table): string {
   );
   const line = (cells: string[]) => `| ${width.map((w, i) => (cells[i] ?? "").padEnd(w)).join(" | ")} |`;
   const rule = `| ${width.map((w) => "-".repeat(w)).join(" | ")} |`;
-  return [`### ${title}`, "", note, "", line(head), rule, ...rows.map(line)].join("\n");
+  return [`## ${title}`, "", note, "", line(head), rule, ...rows.map(line)].join("\n");
 }
