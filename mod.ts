@@ -1371,7 +1371,8 @@ function authorizeEndpoint(
     return consentPage(c, settings, request, { who, encoded, csrf, vouched, ...(again && { problem: again.problem }) });
   }
 
-  function answered(c: Context, request: AuthorizationRequest, { code }: { code?: string | undefined }) {
+  function answered(c: Context, request: AuthorizationRequest, code: string | undefined, elsewhere: boolean) {
+    if (code && elsewhere) return elsewherePage(c, settings, answerUri(request, { code }));
     return answeredPage(c, settings, request.client.name, code && answerUri(request, { code }));
   }
 
@@ -1399,7 +1400,8 @@ function authorizeEndpoint(
         // Of two clicks, the first may have been answered before the second: that signed the owner in, and the browser's
         // secret is no longer the form's. The form proves nothing then, but the session does: only the owner is told.
         const answer = visit.who === "owner" ? await grants.answered(csrf, request) : undefined;
-        if (answer) return answered(c, request, answer);
+        const elsewhere = decision === "approve_elsewhere" && isLocal(new URL(request.redirect_uri));
+        if (answer) return answered(c, request, answer.code, elsewhere);
         // A form left open too long, or in a second tab while the first one signed in: asked again, and nothing lost.
         return await ask(c, request, encoded, visit, {
           csrf: await owner.seal(visit.browser, encoded),
@@ -1423,8 +1425,7 @@ function authorizeEndpoint(
       if (problem) return await ask(c, request, encoded, visit, { csrf, problem });
       const { code, repeated } = await grants.approve(csrf, request);
       if (!repeated) emit("connection_approved", `approved for ${redirect_uri}`, { clientName: client.name });
-      if (elsewhere && code) return elsewherePage(c, settings, answerUri(request, { code }));
-      if (repeated) return answered(c, request, { code });
+      if (repeated || elsewhere) return answered(c, request, code, elsewhere);
       return redirectBack(c, request, { code: code! });
     });
   };
@@ -2586,10 +2587,8 @@ async function changeConnections(server: OwnersPage, c: Context): Promise<Respon
   }
   const problem = await owner.prove(c, visit, form.get("password") ?? "");
   if (problem) return await renderConnections(server, c, visit, problem);
-  if (form.get("action") === "create_token") {
-    const made = await createToken(server, c, form, csrf);
-    if (made) return made;
-  }
+  const made = form.get("action") === "create_token" && await createToken(server, c, form, csrf);
+  if (made) return made;
   const done = await act(server, visit, form);
   // 303: a reload of the page that follows must not do it again.
   return c.redirect(done ? `${path}?done=${done}` : path, 303);
@@ -2606,13 +2605,9 @@ async function turnedAway({ settings }: OwnersPage, c: Context, { who, answer }:
 }
 
 async function renderConnections(server: OwnersPage, c: Context, visit: Visit, problem?: Problem): Promise<Response> {
-  const { settings, grants, owner, events, path } = server;
-  const csrf = await owner.seal(visit.browser, path);
-  const key = c.req.query("done") ?? "";
-  const done = Object.hasOwn(DONE, key) ? DONE[key as keyof typeof DONE] : undefined;
-  if (visit.who !== "owner") return await signInPage(c, settings, path, csrf, problem);
-  const known = { connections: await grants.connections(), events: await events.latest(), attempts: [] };
-  return await connectionsPage(c, settings, { action: path, csrf, ...known, ...defined({ done, problem }) });
+  const csrf = await server.owner.seal(visit.browser, server.path);
+  if (visit.who !== "owner") return await signInPage(c, server.settings, server.path, csrf, problem);
+  return await connectionsPage(server, c, csrf, problem);
 }
 
 /** Does what a button says, and returns how to tell of it. */
@@ -2765,7 +2760,7 @@ const STYLE = `
 --good-paper:#16301f;--bad:#ff9d94}}@media(prefers-contrast:more){:root{--soft:var(--ink);--line:var(--ink)}}
 *{box-sizing:border-box}
 body{margin:0;min-height:100vh;display:grid;grid-template-columns:100%;place-items:center;padding:1rem;
-background:var(--paper);color:var(--ink);font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere}
+background:var(--paper);color:var(--ink);font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere;text-wrap:pretty}
 main{width:100%;max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);
 border-radius:1.1rem}main.wide{max-width:44rem;align-self:start}
 header,.row,.pair,fieldset label{display:flex;gap:.7rem;align-items:center}
@@ -2778,10 +2773,10 @@ font-weight:600;text-align:left}.card,.flash,.warn,.chip,.av{border:1px solid tr
 .card,.flash,.warn{margin:1rem 0;padding:.8rem}.card{border-color:var(--line)}
 .flash,.chip{background:var(--good-paper);color:var(--good)}.warn{background:var(--warn-paper);color:var(--warn)}
 .warn,.chip{font-weight:600}.chip{padding:0 .5rem;font-size:.8rem;white-space:nowrap}.row{padding:.7rem 0}
-.row p{margin:0}.row p::first-letter{text-transform:uppercase}.row>div{flex:1;min-width:0}
+.row p{margin:0}.row p::first-letter{text-transform:uppercase}.row>div{flex:1;min-width:0}.card>.row{padding:0 0 .7rem}
 .av{flex:none;width:2.5rem;height:2.5rem;display:grid;place-items:center;overflow:clip;color:#fff;background:#5c574f;
 font-weight:700}.c0{background:#b0492a}.c1{background:#2d66a8}.c2{background:#6a53c0}.c3{background:#1f7350}
-.c4{background:#a23b72}.to{margin:.2rem 0 0;padding-top:.8rem;border-top:1px solid var(--line)}.to b{font-size:1.2rem}
+.c4{background:#a23b72}.to{margin:0;padding-top:.7rem;border-top:1px solid var(--line)}.to b{font-size:1.2rem}
 .marks li{padding:.2rem 0 .2rem 1.6rem;position:relative}
 .marks li::before{content:"✓";position:absolute;left:.2rem;color:var(--good);font-weight:700}
 .marks .more::before{content:"!";left:.45rem;color:var(--warn)}.marks .bad::before{content:"✗";color:var(--bad)}
@@ -2791,21 +2786,22 @@ input,select,button,.button{width:100%;min-height:3rem;margin-top:.5rem;padding:
 border:1px solid var(--soft);border-radius:.7rem;color:inherit;background:var(--card)}
 input[type=checkbox]{width:1.35rem;min-height:1.35rem;margin:0;accent-color:var(--accent)}
 button,.button,summary{font-weight:600;cursor:pointer}.button{display:block;text-align:center;text-decoration:none}
-.approve{margin-top:1.25rem;background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
+.approve{margin-top:1rem;background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
 .plain{width:auto;min-height:2.75rem;margin:0;padding:0;border:0;background:none;color:var(--link)}
-.danger{color:var(--bad)}.pair button,.row>small{flex:none;width:auto}
-summary{min-height:2.75rem;padding:.6rem 0;color:var(--link)}
+.danger{color:var(--bad)}.pair{margin-top:.75rem}.pair>*{margin:0}.pair button{flex:none;width:auto}
+.pair .approve{flex:1}summary{min-height:2.75rem;padding:.6rem 0;color:var(--link)}
 summary.row{padding:.7rem .3rem .7rem 0;color:inherit;font-weight:400;list-style:none}
 summary.row::-webkit-details-marker{display:none}
 summary.row::after{content:"";padding:.2rem;border:solid var(--soft);border-width:0 2px 2px 0;rotate:45deg}
 [open]>summary.row::after{rotate:225deg}.row+.card{margin:0 0 .8rem}
-code{display:block;padding:.8rem;border:1px solid var(--line);border-radius:.7rem;background:var(--paper);
-white-space:pre-wrap;user-select:all;font-size:.875rem}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+code{display:block;margin:.5rem 0;padding:.8rem;border:1px solid var(--line);border-radius:.7rem;
+background:var(--paper);white-space:pre-wrap;user-select:all;font-size:.875rem}
+:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 `;
 
 /** What the owner calls this server. */
 function serverName({ pages, issuer }: Settings): string {
-  return pages.title || issuer.replace(/^https?:\/\//, "");
+  return pages.title || issuer.replace("https://", "");
 }
 
 /** Where an answer goes: a web site by its host, anything else with its scheme. Never shortened: the end counts. */
@@ -2905,8 +2901,10 @@ function consentPage(
       <input type="hidden" name="request" value="${form.encoded}">
       <input type="hidden" name="csrf" value="${form.csrf}">
       ${passwordField(form.who, form.problem)}
-      <button class="approve" name="decision" value="approve">Approve</button>
-      <button name="decision" value="deny" formnovalidate>Deny</button>
+      <div class="pair">
+        <button class="approve" name="decision" value="approve">Approve</button>
+        <button name="decision" value="deny" formnovalidate>Deny</button>
+      </div>
       ${isLocal(target) && html`<details><summary>The app is on another computer</summary>
         <p>This browser cannot reach it there. Approve here, then copy the address that is shown into the app.</p>
         <button name="decision" value="approve_elsewhere">Approve and show the address</button></details>`}
@@ -2929,7 +2927,7 @@ function openAppPage(c: Context, settings: Settings, uri: string, name: string, 
 /** The address of the callback, to be carried by hand to the computer that the app runs on. */
 function elsewherePage(c: Context, settings: Settings, uri: string) {
   const what = "Paste this address where the app on the other computer asks for it, or into a browser there:";
-  const warning = html`<strong>Give it only to the app that you started yourself, and to nobody else.</strong>`;
+  const warning = html`<p class="warn">Give it only to the app that you started yourself, and to nobody else.</p>`;
   const limit = `It works once, within ${CODE_TTL / MINUTE} minutes.`;
   return messagePage(c, settings, 200, "Approved", what, copyable(uri), warning, limit);
 }
@@ -2937,8 +2935,8 @@ function elsewherePage(c: Context, settings: Settings, uri: string) {
 /** The answer to a form that was sent before, and the way on if the first answer did not get through. */
 function answeredPage(c: Context, settings: Settings, client: string, uri?: string) {
   const text = "You approved this request before. If the app is not connected, go back to it and connect again.";
-  const way = uri ? link(uri, `Go on to ${client || "the app"}`) : "";
-  return messagePage(c, settings, 409, "Already answered", text, way);
+  const way = uri ? [link(uri, `Go on to ${client || "the app"}`)] : [];
+  return messagePage(c, settings, 409, "Already answered", text, ...way);
 }
 
 function link(uri: string, text: string): Html {
@@ -2946,16 +2944,12 @@ function link(uri: string, text: string): Html {
 }
 
 function signInPage(c: Context, settings: Settings, action: string, csrf: string, problem?: Problem) {
-  const body = html`
-    <h1>Sign in</h1>
-    <p>This page is for the owner of this server.</p>
-    <form method="post" action="${action}">
-      <input type="hidden" name="csrf" value="${csrf}">
-      ${passwordField("anybody", problem, true)}
-      <button class="approve">Sign in</button>
-    </form>
-  `;
-  return page(c, settings, "Sign in", body, { status: problem?.status });
+  const form = html`<form method="post" action="${action}">
+    <input type="hidden" name="csrf" value="${csrf}">
+    ${passwordField("anybody", problem, true)}
+    <button class="approve">Sign in</button></form>`;
+  const text = "This page is for the owner of this server.";
+  return messagePage(c, settings, problem?.status ?? 200, "Sign in", text, form);
 }
 
 /** An attempt to connect, as far as it came; `advice` says whose turn it is, and what to do. */
@@ -2965,33 +2959,27 @@ interface Attempt {
   advice: string;
 }
 
-/** A form of the owner's page; its buttons name the action. */
-type Form = (content: Html) => Html;
-
-function connectionsPage(
+async function connectionsPage(
+  { settings, grants, events, path }: OwnersPage,
   c: Context,
-  settings: Settings,
-  { action, csrf, connections, attempts, events, done, problem }: {
-    action: string;
-    csrf: string;
-    connections: Connection[];
-    attempts: Attempt[];
-    events: LoggedEvents;
-    done?: string;
-    problem?: Problem;
-  },
+  csrf: string,
+  problem?: Problem,
 ) {
-  const form: Form = (content) =>
-    html`<form method="post" action="${action}"><input type="hidden" name="csrf" value="${csrf}">${content}</form>`;
-  const signOut = (name: string, text: string) =>
-    !settings.authenticateOwner && form(html`<button class="plain" name="action" value="${name}">${text}</button>`);
+  const connections = await grants.connections();
+  const attempts: Attempt[] = [];
+  const told = onceEach(await events.latest());
+  const key = c.req.query("done") ?? "";
+  const done = Object.hasOwn(DONE, key) && DONE[key as keyof typeof DONE];
+  const form = (content: Html): Html =>
+    html`<form method="post" action="${path}"><input type="hidden" name="csrf" value="${csrf}">${content}</form>`;
+  const button = (style: string, action: string, text: string) =>
+    form(html`<button class="${style}" name="action" value="${action}">${text}</button>`);
   const section = (title: string, items: Html[]) =>
     items.length > 0 && html`
       <h2>${title}</h2>
       <ul class="list">${items}</ul>
     `;
-  const isNew = ({ type, at }: LoggedEvents[number]) => !ROUTINE.test(type) && seconds() - at < 30 * DAY;
-  const told = onceEach(events);
+  const isOpen = ({ type, at }: LoggedEvents[number]) => !ROUTINE.test(type) && seconds() - at < 30 * DAY;
   const body = html`
     <h1>Connections</h1>
     ${done && html`<p class="flash" role="status">${done}</p>`}
@@ -3003,25 +2991,25 @@ function connectionsPage(
       <p class="soft">For scripts, and for clients without a browser.</p>${form(tokenFields(settings))}</details>
     ${connections.length > 1 && html`<details><summary>Disconnect all</summary>
       <p>Every app and every token has to be connected again.</p>
-      ${form(html`<button class="danger" name="action" value="revoke_all">Disconnect all</button>`)}</details>`}
+      ${button("danger", "revoke_all", "Disconnect all")}</details>`}
     ${section("Attempts to connect", attempts.map(attemptItem))}
-    ${section("Needs a look", told.filter(isNew).map(eventItem))}
-    ${section("Recent activity", told.filter((event) => !isNew(event)).map(eventItem))}
+    ${section("Needs a look", told.filter(isOpen).map(eventItem))}
+    ${section("Recent activity", told.filter((event) => !isOpen(event)).map(eventItem))}
     ${told.length === 0 && html`<p class="soft">No activity yet.</p>`}
-    ${signOut("sign_out_everywhere", "Sign out everywhere")}
+    ${!settings.authenticateOwner && button("plain", "sign_out_everywhere", "Sign out everywhere")}
   `;
-  const aside = signOut("sign_out", "Sign out");
+  const aside = !settings.authenticateOwner && button("plain", "sign_out", "Sign out");
   return page(c, settings, "Connections", body, { status: problem?.status, wide: true, aside });
 }
 
 /** A row with what is most asked for; opened, the rest, and what can be done with the connection. */
-function connectionItem(settings: Settings, connection: Connection, form: Form): Html {
+function connectionItem(settings: Settings, connection: Connection, form: (content: Html) => Html): Html {
   const { id, kind, clientName, label, redirectUri, scopes, createdAt, lastUsedAt, expiresAt } = connection;
   const name = label || clientName || UNNAMED;
   const where = redirectUri ? hostOf(new URL(redirectUri)) : "token";
   const short = scopes.filter((scope) => scope !== OFFLINE_ACCESS).join(" · ");
   const expires = kind === "token" && html`<span> · expires ${timeOf(expiresAt)}</span>`;
-  const used = lastUsedAt ? html`last used ${timeOf(lastUsedAt)}` : "never used";
+  const used = lastUsedAt ? html`used ${timeOf(lastUsedAt)}` : "never used";
   const actions = html`
     <input type="hidden" name="id" value="${id}">
     <label for="label-${id}">Your name for it</label>
@@ -3090,8 +3078,12 @@ function onceEach(events: LoggedEvents): LoggedEvents {
 }
 
 function eventItem({ at, message, clientName, count }: LoggedEvents[number]): Html {
-  return html`<li class="row"><div>${clientName && nameOf(clientName)}<p>${message}</p>
-    ${count > 1 && html`<small>${count} times in all</small>`}</div><small>${timeOf(at)}</small></li>`;
+  return html`
+    <li class="row">
+      <div>${clientName && nameOf(clientName)}<p>${message}</p>
+        <small>${timeOf(at)}${count > 1 && ` · ${count} times in all`}</small></div>
+    </li>
+  `;
 }
 
 function tokenFields({ scopes }: Settings): Html {
@@ -3114,19 +3106,19 @@ function tokenFields({ scopes }: Settings): Html {
 function tokenPage(c: Context, settings: Settings, token: string, name: string) {
   const command = `${addCommand(name, settings.resource)} --header "Authorization: Bearer ${token}"`;
   const back = html`<a href="${settings.basePath}/connections">Back to your connections</a>`;
-  const once = html`<strong>Copy it now: it is not shown again.</strong>`;
+  const once = html`<p class="warn">Copy it now: it is not shown again.</p>`;
   const texts = [once, copyable(token), "In Claude Code, for example:", copyable(command), back];
   return messagePage(c, settings, 200, "Your new token", ...texts);
 }
 
 function messagePage(c: Context, settings: Settings, status: PageStatus, title: string, ...texts: (string | Html)[]) {
-  const body = html`<h1>${title}</h1>${texts.map((text) => text && html`<p>${text}</p>`)}`;
+  const body = html`<h1>${title}</h1>${texts.map((text) => typeof text === "string" ? html`<p>${text}</p>` : text)}`;
   return page(c, settings, title, body, { status });
 }
 
 const OPEN_TOO_LONG: Problem = {
   status: 403,
-  message: "This page was open for too long. Please check it and answer again.",
+  message: "This page was open for too long. Please check and answer again.",
 };
 
 function expiredPage(c: Context, settings: Settings) {
@@ -3164,7 +3156,7 @@ function page(
   c.header("Referrer-Policy", "same-origin"); // not no-referrer: the form would then be sent with Origin: null
   c.header("Cache-Control", "no-store");
   const { issuer, pages } = settings;
-  const name = serverName(settings);
+  const [name, address] = [serverName(settings), pages.title && html`<span>${issuer.replace("https://", "")}</span>`];
   const accent = pages.accent ? `:root{--accent:${pages.accent};--on-accent:${readableOn(pages.accent)}}` : "";
   return c.html(
     html`
@@ -3178,8 +3170,7 @@ function page(
           <style nonce="${nonce}">${raw(STYLE + accent)}</style>
         </head>
         <body>
-          <main class="${wide ? "wide" : ""}"><header><b>${name}</b>${pages.title &&
-            html`<span>${hostOf(new URL(issuer))}</span>`}${aside}</header>${body}</main>
+          <main class="${wide && "wide"}"><header><b>${name}</b>${address}${aside}</header>${body}</main>
         </body>
       </html>
     `,
