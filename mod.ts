@@ -1,35 +1,50 @@
 /**
  * One file that makes a [Hono](https://hono.dev) app its own OAuth 2.1 authorization server, for **one person's** MCP
- * server: Claude on the web, on the phone, on the desktop and in the terminal connects to it, and only its owner can
+ * server. Claude on the web, on the phone, on the desktop and in the terminal connects to it, and only the owner can
  * let a client in.
  *
  * ```ts ignore
  * import { Hono } from "hono";
- * import { type AuthEnv, personalAuth } from "@personal-auth/mcp";
+ * import { personalAuth } from "@personal-auth/mcp";
  *
- * const app = new Hono<AuthEnv>();
- * app.route("/", personalAuth({ baseUrl: "https://your-domain.com" }));
- * app.all("/mcp", (c) => c.json({ hello: c.var.auth.clientId })); // reached only with a valid token
+ * const auth = personalAuth({ baseUrl: "https://your-domain.com" });
+ *
+ * const app = new Hono();
+ * app.route("/", auth); // the OAuth endpoints and the owner's pages
+ * app.all("/mcp", auth.guard, (c) => c.json({ hello: c.var.auth.clientId })); // only with a valid token
  *
  * export default app;
  * ```
  *
- * What it serves, below `baseUrl`:
+ * What it serves below `baseUrl`, and the function that does it:
  *
- * | path | what | standard |
+ * | path | function | standard |
  * |---|---|---|
- * | `/.well-known/oauth-authorization-server` | authorization server metadata | RFC 8414 |
- * | `/.well-known/oauth-protected-resource/mcp` | protected resource metadata | RFC 9728 |
- * | `/register` | open dynamic client registration, which stores nothing | RFC 7591 |
- * | `/authorize` | the owner signs in and approves or denies | OAuth 2.1 §4.1, RFC 7636, 8707, 9207 |
- * | `/connections` | the owner's page: who is connected, revoke, tokens for scripts | |
- * | `/token` | code exchange and refresh | OAuth 2.1 §4.1.3, §4.3 |
- * | `/revoke` | ends a connection | RFC 7009 |
- * | `/introspect` | tells a resource server elsewhere about a token | RFC 7662 |
- * | `/mcp` | the guard in front of your handler | RFC 6750, RFC 9728 |
+ * | `/.well-known/oauth-authorization-server` | `authorizationServerMetadata` | RFC 8414 §2 |
+ * | `/.well-known/oauth-protected-resource/mcp` | `protectedResourceMetadata` | RFC 9728 §2 |
+ * | `/register` | `registerClient` | RFC 7591 §3 |
+ * | `/authorize` | `showConsent`, `decideConsent` | OAuth 2.1 §4.1, RFC 8707, RFC 9207 |
+ * | `/token` | `tokenEndpoint` | OAuth 2.1 §3.2 |
+ * | `/revoke` | `revocationEndpoint` | RFC 7009 §2.1 |
+ * | `/introspect` | `introspectionEndpoint` | RFC 7662 §2 |
+ * | `/connections` | `showConnections`, `changeConnections` | |
+ * | `/mcp` | `guard` | RFC 6750 §2.1 |
  *
- * The file reads from top to bottom in the order a client meets it: options, discovery, clients, redirects,
- * authorization, tokens, grants, guard; then what they stand on: owner, pages, stores, primitives, errors.
+ * Where the rules are kept:
+ *
+ * | rule | function | standard |
+ * |---|---|---|
+ * | which redirect URIs are allowed | `redirectRefusal`, `sameRedirect` | OAuth 2.1 §4.1.1, RFC 8252 §7.3 |
+ * | client metadata documents | `fetchDocument`, `fetchPublicly` | draft-ietf-oauth-client-id-metadata-document |
+ * | the PKCE challenge is checked | `redeemGrant` | RFC 7636 §4.6 |
+ * | a code works once | `redeemGrant` | OAuth 2.1 §4.1.3 |
+ * | refresh tokens rotate; reuse ends the connection | `refreshGrant` | OAuth 2.1 §4.3.1 |
+ * | the audience of a token | `checkResource`, `verifyGrant` | RFC 8707 §2 |
+ * | the 401 and 403 challenges | `challenge` | RFC 9728 §5.1, RFC 6750 §3 |
+ * | the owner's password and session | `signIn`, `readSession` | |
+ *
+ * Sections, in the order a client meets them: options, server, discovery, clients, metadata documents, redirects,
+ * authorization, tokens, grants, guard, owner, pages, stores, primitives, errors, setup check.
  *
  * @module
  */
@@ -38,66 +53,64 @@ import { type Context, Hono, type MiddlewareHandler } from "hono";
 import { getCookie, setCookie } from "hono/cookie";
 import { cors } from "hono/cors";
 import { html, raw } from "hono/html";
-import type { AuthInfo } from "@modelcontextprotocol/sdk/server/auth/types.js";
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // Options and public types
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** What {@linkcode personalAuth} is configured with. Only `baseUrl` is required. */
+/** Options of {@linkcode personalAuth}. Only `baseUrl` is required. */
 export interface PersonalAuthOptions {
   /**
-   * The public URL of the server, which is also the issuer (RFC 8414 §2), byte for byte: no trailing slash. `https`,
-   * or `http` on loopback. A path is allowed (`https://host/vault`): the endpoints then live below it.
+   * The public URL of the server, without a trailing slash: `https`, or `http` on loopback. It is the issuer
+   * (RFC 8414 §2), and clients compare it byte for byte. With a path (`https://host/vault`), the endpoints are below it.
    */
   baseUrl: string;
   /**
-   * The owner's password. Absent: one is generated at the first start, printed once, and kept hashed in the store.
-   * `false`: nobody is asked for anything, so that **anybody with an account at an allowed client gets in**.
+   * The owner's password. Default: one is generated, printed until the first sign-in, and stored as a hash.
+   * `false` turns the password check off: **anybody with an account at an allowed client gets in**.
    */
   password?: string | false | undefined;
   /**
-   * Which redirect targets may be registered: `example.com` (https), `*.example.com` (its subdomains), `localhost`
-   * (any loopback address and port), `scheme://host` (a private-use scheme). `null`: all. This names the apps that may
-   * ask, never the owner. Default: claude.ai, claude.com, localhost and Claude Desktop's `claude://claude.ai`.
+   * Which redirect URIs clients may register: `example.com` (https), `*.example.com` (its subdomains), `localhost`
+   * (any loopback address and port), `scheme://host` (a private-use scheme). `null`: all. This decides which apps may
+   * ask, not who gets in. Default: claude.ai, claude.com, localhost and Claude Desktop's `claude://claude.ai`.
    */
   allowedRedirectDomains?: string[] | null | undefined;
   /** Lifetime of an access token, in seconds. Default: 30 days. */
   accessTokenTtl?: number | undefined;
-  /** How long a connection outlives its last refresh, in seconds. Default: 365 days. */
+  /** Lifetime of a connection after its last refresh, in seconds. Default: 365 days. */
   refreshTokenTtl?: number | undefined;
-  /** Where state lives. Default: `fileStore(".oauth-state")`. */
+  /** Where state is kept. Default: `fileStore(".oauth-state")`. */
   store?: Store | undefined;
-  /** The path that is guarded, relative to `baseUrl`; both together are the resource identifier. Default: `/mcp`. */
+  /** `false`: no dynamic client registration, only clients with a metadata document and those of `clients`. */
+  registration?: boolean | undefined;
+  /** The path of the MCP endpoint below `baseUrl`. Both together are the resource identifier. Default: `/mcp`. */
   mcpPath?: string | undefined;
-  /**
-   * The scopes on offer: names, or names with what they allow in words or as a {@linkcode ScopeOption}. Default: `mcp`,
-   * every tool of the server.
-   */
+  /** The scopes on offer: a list of names, or an object from name to description. Default: `mcp`, every tool. */
   scopes?: string[] | Record<string, string | ScopeOption> | undefined;
-  /** Clients registered by hand, for hosts where a person types in an id and a secret. */
+  /** Clients registered by hand, for apps where a person types in an id and a secret. */
   clients?: PreregisteredClient[] | undefined;
   /**
-   * Replaces the password: whether this request comes from the owner, as told by a proxy, a passkey, an upstream
-   * login. Only `true` counts. A `Response` is answered in place of the page, such as a redirect to that login.
+   * Replaces the password: returns `true` if the request comes from the owner, for example by a header that a proxy
+   * sets. A `Response`, such as a redirect to a login, is sent in place of the page.
    */
   authenticateOwner?: ((c: Context) => boolean | Response | Promise<boolean | Response>) | undefined;
   /**
-   * Fetches a Client ID Metadata Document in place of the built-in way, which goes to public addresses only: for a
-   * runtime without `node:https`, or a network where everything passes a proxy. It must follow no redirects.
+   * Fetches a Client ID Metadata Document in place of the built-in function, which connects to public addresses only.
+   * For runtimes without `node:https`, and networks with a mandatory proxy. It must not follow redirects.
    */
   fetchClientMetadata?: ((url: string, signal: AbortSignal) => Promise<Response>) | undefined;
   /** How the owner's pages look. */
   pages?: PageOptions | undefined;
-  /** Called with everything worth a log line or an alarm. Default: one line each on the console. */
+  /** Receives every security-relevant event. Default: one line each on the console. */
   onEvent?: ((event: AuthEvent) => void) | undefined;
 }
 
-/** A scope that is more than a name. */
+/** A scope with a description and rules. */
 export interface ScopeOption {
-  /** What it allows, in words that go after "It may …". */
+  /** What the scope allows, as words that follow "It may …". */
   description?: string;
-  /** Scopes that whoever has this one has as well. */
+  /** Scopes that a client with this scope has as well. */
   includes?: string[];
   /** `true`: granted only to a client that asks for it by name, as after a step-up challenge. Default: `false`. */
   onRequest?: boolean;
@@ -105,17 +118,23 @@ export interface ScopeOption {
 
 /** A client registered by hand, in the member names of RFC 7591 §2. Without a secret it is a public client. */
 export interface PreregisteredClient {
+  /** The identifier that a person types into the app. */
   client_id: string;
+  /** The secret that a person types into the app; at least 16 characters. */
   client_secret?: string;
+  /** The name on the consent page. Default: `client_id`. */
   client_name?: string;
+  /** Where the app may be sent back to. */
   redirect_uris: string[];
 }
 
-/** Something security-relevant that happened. `type` is stable; `message` is for people and may change. */
+/** A security-relevant event. `type` is stable; `message` is for people and may change. */
 export interface AuthEvent {
+  /** The kind of event. */
   type:
     | "client_registered"
     | "client_document_refused"
+    | "client_assertion_refused"
     | "redirect_refused"
     | "owner_signed_in"
     | "sign_in_failed"
@@ -123,80 +142,130 @@ export interface AuthEvent {
     | "connection_approved"
     | "connection_denied"
     | "connection_revoked"
+    | "code_redeemed"
+    | "first_call"
+    | "token_refused"
     | "code_replayed"
     | "refresh_token_reused"
+    | "refresh_token_repeated"
     | "token_created"
     | "owner_unprotected"
     | "password_weak"
+    | "store_shared"
     | "server_error";
   /** Seconds since the epoch. */
   at: number;
+  /** What happened, for people. */
   message: string;
   /** The id of the connection concerned, as in {@linkcode Connection}. */
   connection?: string;
-  /** The client's own name for itself: not verified by anybody. */
+  /** The name the client gives itself; nobody has verified it. */
   clientName?: string;
-  /** What was thrown, for `server_error` and `client_document_refused`. */
+  /** What was thrown, for `server_error`, `client_document_refused` and `client_assertion_refused`. */
   cause?: unknown;
 }
 
-/** A client the owner has let in, or a personal access token. Times are in seconds since the epoch. */
+/** A client that the owner approved, or a personal access token. Times are in seconds since the epoch. */
 export interface Connection {
+  /** Identifies the connection, for {@linkcode PersonalAuth.revoke}. */
   id: string;
+  /** `client`: an app that the owner approved. `token`: a personal access token. */
   kind: "client" | "token";
+  /** The OAuth client identifier. */
   clientId: string;
+  /** The name the client gives itself, or the owner's name for the token. */
   clientName: string;
-  /** What the owner calls it. */
+  /** The owner's own name for it. */
   label?: string;
+  /**
+   * `pending`: approved, and the app has not fetched its token yet. `unused`: it has a token and never called.
+   * `active`: it calls. `silent`: its access token has run out, or it was refused, and it did not come back.
+   */
+  state: "pending" | "unused" | "active" | "silent";
+  /** Where the client was sent back to; absent for a token. */
   redirectUri?: string;
+  /** The granted scopes. */
   scopes: string[];
+  /** When the owner approved it. */
   createdAt: number;
+  /** When it was last used, to the minute; absent if never. */
   lastUsedAt?: number;
+  /** When it ends unless it is refreshed. */
   expiresAt: number;
 }
 
-/** What a personal access token is made of. */
+/** What {@linkcode PersonalAuth.createToken} needs. */
 export interface TokenRequest {
-  /** What the owner calls it, shown in the list of connections. */
+  /** The owner's name for the token, shown in the list of connections. */
   name: string;
   /** Default: every scope on offer. */
   scopes?: string[];
-  /** Seconds. Default: 365 days. */
+  /** Lifetime in seconds. Default: 365 days. */
   expiresIn?: number;
 }
 
-/** A personal access token that was just made. */
+/** A new personal access token. */
 export interface NewToken {
   /** The id of its {@linkcode Connection}. */
   id: string;
+  /** The token itself, which is shown only here. */
   token: string;
   /** Seconds since the epoch. */
   expiresAt: number;
 }
 
-/** The Hono environment of a guarded route: `c.var.auth` is the MCP SDK's `AuthInfo`. */
+/** What the guard knows about a request: the `AuthInfo` of both generations of the MCP SDK. It is frozen. */
+export interface AuthInfo {
+  /** The access token. */
+  token: string;
+  /** The OAuth client identifier. */
+  clientId: string;
+  /** The granted scopes, with all the scopes they include. */
+  scopes: string[];
+  /** Seconds since the epoch. */
+  expiresAt?: number;
+  /** The resource that the token is for (RFC 8707). */
+  resource?: URL;
+  /** Where the metadata of the resource is (RFC 9728 §3). */
+  resourceMetadataUrl?: string;
+  /** `connection`: the id of the connection. `clientName`: the name the client gives itself. */
+  extra?: Record<string, unknown>;
+}
+
+/** The Hono environment of a guarded route. */
 export interface AuthEnv {
+  /** `c.var.auth` is there in every handler behind the guard. */
   Variables: { auth: AuthInfo };
 }
 
-/** The Hono app that {@linkcode personalAuth} returns, with the few things a program needs besides the routes. */
+/** The Hono app that {@linkcode personalAuth} returns, with what a program needs besides the routes. */
 export interface PersonalAuth extends Hono<AuthEnv> {
-  /** The guarded path, with the path of `baseUrl`: the route for your handler. */
+  /** The path of the MCP endpoint, with the path of `baseUrl`: the route for your handler. */
   readonly mcpPath: string;
   /**
-   * Checks an access token: the MCP SDK's `OAuthTokenVerifier`.
+   * Middleware that lets a request pass only with a valid access token and sets `c.var.auth`. It works at any route,
+   * with or without the other routes: `app.all("/mcp", auth.guard, handler)`.
+   */
+  readonly guard: MiddlewareHandler<AuthEnv>;
+  /**
+   * Checks an access token. This is the MCP SDK's `OAuthTokenVerifier`.
    *
    * @throws {OAuthError} `invalid_token` if it is unknown, expired, revoked or meant for another resource.
    */
   verifyAccessToken(token: string): Promise<AuthInfo>;
-  /** Middleware that answers 403 with a step-up challenge (RFC 6750 §3.1) unless the token has all these scopes. */
+  /**
+   * Returns a guard that also requires all these scopes, and answers 403 with a step-up challenge if one is missing.
+   *
+   * @throws {TypeError} if a scope is not on offer.
+   * @see {@link https://www.rfc-editor.org/rfc/rfc6750#section-3.1 | RFC 6750 §3.1}
+   */
   requireScopes(...scopes: string[]): MiddlewareHandler<AuthEnv>;
-  /** Every live connection and personal access token, newest first. */
+  /** Returns every live connection and personal access token, newest first. */
   connections(): Promise<Connection[]>;
-  /** Ends a connection: its code, access and refresh tokens at once. `false`: there is none of that id. */
+  /** Ends a connection with its code, access and refresh tokens. Returns `false` if there is none with this id. */
   revoke(id: string): Promise<boolean>;
   /**
-   * Makes a personal access token for scripts and headless clients. The token is in this answer and nowhere else.
+   * Makes a personal access token for scripts and headless clients.
    *
    * @throws {TypeError} if the name is empty, a scope is not on offer, or the lifetime is not a positive number.
    */
@@ -204,33 +273,34 @@ export interface PersonalAuth extends Hono<AuthEnv> {
 }
 
 /**
- * Where state lives. Keys are short ASCII strings, values are plain JSON, times are seconds since the epoch.
- * One primitive, `update`, carries all atomicity, so that any engine with compare-and-set can be a store.
+ * Where state is kept. Keys are short ASCII strings, values are plain JSON, times are seconds since the epoch.
+ * `update` alone carries all atomicity, so any engine with compare-and-set can be a store.
  */
 export interface Store {
-  /** The value of a key, or `undefined` if there is none or it has expired. */
+  /** Returns the value of a key, or `undefined` if there is none or it has expired. */
   get(key: string): Promise<unknown>;
   /**
    * Reads, changes and writes one key, atomically against every other process on the same store, and durably before
-   * it resolves. `change` must be pure: it may be called again after a lost race. Returning `undefined` deletes;
-   * returning `current` itself writes nothing. Without `expiresAt` a key keeps the expiry it had (a new one: none).
+   * it resolves. `change` must be pure: it is called again after a lost race. If it returns `undefined` the key is
+   * deleted; if it returns `current` itself nothing is written. Without `expiresAt` a key keeps its expiry.
    *
    * @returns what `change` returned.
    */
   update(key: string, change: (current: unknown) => unknown, options?: { expiresAt?: number }): Promise<unknown>;
-  /** All live entries whose keys start with `prefix`, in the order of their keys. */
+  /** Yields all live entries whose keys start with `prefix`, in the order of their keys. */
   list(prefix: string): AsyncIterable<[key: string, value: unknown]>;
   /**
-   * A stamp, cheap to read, that is another one after any change by any process: what was read under one stamp need not
-   * be read again while it lasts. `undefined`, or without this method: cannot tell.
+   * Returns a stamp that differs after any change by any process, and costs little to read. While it stays the same,
+   * the guard does not read again; a change by another process may show a millisecond later. `undefined`, or a store
+   * without this method: the guard always reads.
    */
   version?(): number | undefined;
-  /** Lets go of files and sockets. */
+  /** Closes files and sockets. */
   close?(): void | Promise<void>;
 }
 
 /**
- * Entries of `allowedRedirectDomains` for the apps that many people connect:
+ * Entries of `allowedRedirectDomains` for common apps:
  * `allowedRedirectDomains: [...redirects.claude, ...redirects.cursor]`.
  */
 export const redirects: Record<
@@ -248,9 +318,9 @@ export const redirects: Record<
   | "vscode",
   string[]
 > = {
-  /** The web, the phone and the desktop, with Claude Desktop's own scheme for its Code tab. */
+  /** Claude on the web, the phone and the desktop; the scheme is for the Code tab of Claude Desktop. */
   claude: ["claude.ai", "claude.com", "claude://claude.ai"],
-  /** Whatever runs on the computer in front of you: Claude Code, Codex, Gemini CLI, Inspector, mcp-remote, opencode. */
+  /** Programs on the owner's computer: Claude Code, Codex, Gemini CLI, Inspector, mcp-remote, opencode. */
   local: ["localhost"],
   antigravity: ["antigravity.google"],
   chatgpt: ["chatgpt.com"],
@@ -268,160 +338,173 @@ const MINUTE = 60;
 const HOUR = 60 * MINUTE;
 const DAY = 24 * HOUR;
 
-/** What the options come to, checked and completed. */
-interface Settings {
-  issuer: string;
-  origin: string;
-  /** https, as opposed to http on loopback. */
-  secure: boolean;
-  /** `baseUrl`'s path, or "". */
-  basePath: string;
-  /** The guarded path as a route, `baseUrl`'s path included. */
-  mcpPath: string;
-  /** The one resource identifier (RFC 8707) that tokens are issued for, and its URL form for `AuthInfo`. */
-  resource: string;
-  /** What a client may ask for instead, in the form that `normalizeResource` gives them. */
-  resourceNames: (string | undefined)[];
-  /** Where its metadata is (RFC 9728 §3.1). */
-  resourceMetadataUrl: string;
-  scopes: Scopes;
-  accessTokenTtl: number;
-  refreshTokenTtl: number;
-  allowed: string[] | null;
-  clients: PreregisteredClient[];
-  password: string | false | undefined;
-  authenticateOwner: PersonalAuthOptions["authenticateOwner"];
-  fetchClientMetadata: MetadataFetcher;
-  pages: PageOptions;
-  emit: Emit;
-}
+const isString = (it: unknown) => typeof it === "string";
+const isFunction = (it: unknown) => typeof it === "function";
+const isLifetime = (it: unknown) => typeof it === "number" && it >= 1 && it <= 100 * 365 * DAY;
+const LIFETIME = "must be a number of seconds, from 1 to 100 years";
 
-/** The scopes on offer. */
-interface Scopes {
-  all: string[];
-  /** What a client gets that does not ask, or asks for nothing that is known here. */
-  byDefault: string[];
-  /** What a scope allows, in words; its name if there are none. */
-  words(scope: string): string;
-  /** These and all they include. */
-  withIncluded(scopes: string[]): string[];
-}
+/** A path whose segments do not begin with a dot: neither `/..` nor `/.well-known`. */
+const PATH = /^(\/(?!\.)[A-Za-z0-9._~-]+)+$/;
+const OUR_PATHS = new Set(["/authorize", "/token", "/register", "/revoke", "/introspect", "/connections"]);
 
+/** For every option: what a good value is, and what to say of a bad one. These are also all the names there are. */
+// deno-lint-ignore no-explicit-any
+const OPTIONS: Record<keyof PersonalAuthOptions, [isGood: (it: any) => unknown, must: string]> = {
+  baseUrl: [isString, `must be a URL such as "https://your-domain.com"`],
+  password: [
+    (it) => it === false || (isString(it) && normalizePassword(it) !== ""),
+    "must be a non-empty string; leave it out to have one generated",
+  ],
+  allowedRedirectDomains: [
+    (it) => it === null || isStringList(it),
+    `must be a list of domains such as ["example.com"], or null to allow all`,
+  ],
+  accessTokenTtl: [isLifetime, LIFETIME],
+  refreshTokenTtl: [isLifetime, LIFETIME],
+  store: [
+    (it) => [it?.get, it?.update, it?.list].every(isFunction),
+    `must be a store, such as fileStore(".oauth-state")`,
+  ],
+  registration: [(it) => typeof it === "boolean", "must be true or false"],
+  mcpPath: [
+    (it) => isString(it) && PATH.test(it) && !OUR_PATHS.has(it),
+    `must be a path of its own without a trailing slash, such as "/mcp"`,
+  ],
+  scopes: [
+    (it) => isStringList(it) || isObject(it),
+    `must be a list of names, such as ["mcp"], or an object from name to description`,
+  ],
+  clients: [
+    (it) => Array.isArray(it) && it.every(isObject),
+    "must be a list of { client_id, client_secret?, redirect_uris }",
+  ],
+  authenticateOwner: [isFunction, "must be a function (c) => boolean"],
+  fetchClientMetadata: [isFunction, "must be a function (url, signal) => Promise<Response>"],
+  pages: [isObject, `must be an object, such as { title: "My notes" }`],
+  onEvent: [isFunction, "must be a function (event) => void"],
+};
+
+type Settings = ReturnType<typeof readOptions>;
 type Emit = (type: AuthEvent["type"], message: string, more?: Partial<AuthEvent>) => void;
 
+/** Everything the endpoints share: the checked options, and what the server keeps besides. */
+interface Server extends Settings {
+  emit: Emit;
+  /** The store, with failures reported as events and answered as 503. */
+  store: Store;
+  /** HMAC under the server's key, as 64 hex digits, and its long form of 128. */
+  mac: Mac;
+  longMac: Mac;
+  events: EventLog;
+  documents: DocumentCache;
+  /** Access tokens that the store confirmed, by the Authorization header they came in. */
+  verified: Map<string, VerifiedToken>;
+  /** The AuthInfo of requests whose token was just checked, so that two guards on one route check it once. */
+  checked: WeakMap<Request, AuthInfo>;
+  /** Attempts to connect that are not approved yet, by client_id, the latest last. */
+  attempts: Map<string, Attempt>;
+  /** When somebody last called without a token: how a client finds the server. */
+  found: { at?: number };
+  /** Resolves when the owner's password is in the store. */
+  passwordReady: () => Promise<OwnerRecord>;
+}
+
+/** Throws a TypeError with this message unless the condition holds. */
 function assert(condition: unknown, message: string): asserts condition {
   if (!condition) throw new TypeError(message);
 }
 
-function readOptions(options: PersonalAuthOptions): Omit<Settings, "emit"> {
-  const url = readBaseUrl(options?.baseUrl);
-  // A misspelt password would be no password, and a misspelt list the default one.
+/** Returns the options, checked and completed. */
+function readOptions(options: PersonalAuthOptions) {
+  assert(isObject(options), `personalAuth() needs { baseUrl: "https://your-domain.com" }`);
   for (const name of Object.keys(options)) {
-    assert(OPTIONS.has(name), `${quote(name)} is not an option of personalAuth()`);
+    // Reject unknown names: a typo would silently fall back to the default.
+    assert(Object.hasOwn(OPTIONS, name), `${quote(name)} is not an option of personalAuth()${didYouMean(name)}`);
   }
-  const { store } = options;
+  for (const name of Object.keys(OPTIONS) as (keyof PersonalAuthOptions)[]) {
+    const value = options[name];
+    const [isGood, must] = OPTIONS[name];
+    const found = name === "password" ? "" : `, not ${quote(value)}`;
+    assert((value === undefined && name !== "baseUrl") || isGood(value), `${name} ${must}${found}`);
+  }
+  const { baseUrl, mcpPath = "/mcp", password, authenticateOwner } = options;
   assert(
-    store === undefined || [store?.get, store?.update, store?.list].every((method) => typeof method === "function"),
-    `store must be a store, such as fileStore(".oauth-state"), not ${quote(store)}`,
+    authenticateOwner === undefined || password === undefined,
+    "authenticateOwner is used instead of password: give one of the two",
   );
-  const mcpPath = options.mcpPath ?? "/mcp";
-  assert(
-    typeof mcpPath === "string" && PATH.test(mcpPath) && !OUR_PATHS.has(mcpPath),
-    `mcpPath must be a path of its own without a trailing slash, such as "/mcp", not ${quote(mcpPath)}`,
-  );
-  const { password, authenticateOwner, onEvent } = options;
-  assert(
-    password === undefined || password === false ||
-      (typeof password === "string" && normalize(password) !== ""),
-    `password must be a non-empty string; leave it out to have one generated`,
-  );
-  assert(
-    authenticateOwner === undefined || (typeof authenticateOwner === "function" && password === undefined),
-    "authenticateOwner must be a function, and stands instead of password: give one of the two",
-  );
-  const { fetchClientMetadata } = options;
-  assert(
-    fetchClientMetadata === undefined || typeof fetchClientMetadata === "function",
-    "fetchClientMetadata must be a function (url, signal) => Promise<Response>",
-  );
-  assert(onEvent === undefined || typeof onEvent === "function", "onEvent must be a function");
-  const basePath = url.pathname === "/" ? "" : url.pathname;
+  const { origin, protocol, pathname } = readBaseUrl(baseUrl);
+  const basePath = pathname === "/" ? "" : pathname;
   assert(
     !basePath.endsWith(mcpPath),
-    `baseUrl must not hold mcpPath as well: write "${options.baseUrl.slice(0, -mcpPath.length)}"`,
+    `baseUrl must not contain mcpPath as well: write "${baseUrl.slice(0, -mcpPath.length)}"`,
   );
   return {
-    issuer: options.baseUrl,
-    origin: url.origin,
-    secure: url.protocol === "https:",
+    issuer: baseUrl,
+    origin,
+    /** Whether the server is on https, as opposed to http on loopback. */
+    secure: protocol === "https:",
+    /** The path of `baseUrl`, or "". */
     basePath,
+    /** The path of the MCP endpoint, with the path of `baseUrl`. */
     mcpPath: basePath + mcpPath,
-    resource: options.baseUrl + mcpPath,
-    resourceNames: [options.baseUrl + mcpPath, options.baseUrl].map(normalizeResource),
-    resourceMetadataUrl: `${url.origin}/.well-known/oauth-protected-resource${basePath}${mcpPath}`,
+    /** The one resource identifier that tokens are issued for (RFC 8707). */
+    resource: baseUrl + mcpPath,
+    /** What clients may ask for instead, normalized. */
+    resourceNames: [baseUrl + mcpPath, baseUrl].map(normalizeResource),
+    resourceMetadataUrl: `${origin}/.well-known/oauth-protected-resource${basePath}${mcpPath}`,
     scopes: readScopes(options.scopes ?? { mcp: "use every tool of this server" }),
-    accessTokenTtl: readSeconds("accessTokenTtl", options.accessTokenTtl ?? 30 * DAY),
-    refreshTokenTtl: readSeconds("refreshTokenTtl", options.refreshTokenTtl ?? 365 * DAY),
+    accessTokenTtl: options.accessTokenTtl ?? 30 * DAY,
+    refreshTokenTtl: options.refreshTokenTtl ?? 365 * DAY,
     allowed: readAllowed(options.allowedRedirectDomains),
+    registration: options.registration ?? true,
     clients: readClients(options.clients ?? []),
-    password: typeof password === "string" ? normalize(password) : password,
+    password: typeof password === "string" ? normalizePassword(password) : password,
     authenticateOwner,
-    fetchClientMetadata: fetchClientMetadata ?? fetchPublicly,
+    fetchClientMetadata: options.fetchClientMetadata ?? fetchPublicly,
     pages: readPages(options.pages ?? {}),
+    onEvent: options.onEvent ?? logEvent,
   };
 }
 
-const PATH = /^(\/(?!\.)[A-Za-z0-9._~-]+)+$/; // no segment begins with a dot: neither /.. nor /.well-known
-const OPTIONS = new Set<string>(
-  [
-    "baseUrl",
-    "password",
-    "allowedRedirectDomains",
-    "accessTokenTtl",
-    "refreshTokenTtl",
-    "store",
-    "mcpPath",
-    "scopes",
-    "clients",
-    "authenticateOwner",
-    "fetchClientMetadata",
-    "pages",
-    "onEvent",
-  ] satisfies (keyof PersonalAuthOptions)[],
-);
-const OUR_PATHS = new Set(["/authorize", "/token", "/register", "/revoke", "/introspect", "/connections"]);
+/** Names the known option that shares the most pairs of letters with an unknown one, if it shares half of them. */
+function didYouMean(name: string): string {
+  const pairs = (text: string) => new Set([...text.toLowerCase()].map((letter, i, all) => letter + (all[i + 1] ?? "")));
+  const wanted = pairs(name.slice(0, 100));
+  const likeness = (option: string) => {
+    const known = pairs(option);
+    return 2 * [...wanted].filter((pair) => known.has(pair)).length / (wanted.size + known.size);
+  };
+  const [nearest = ""] = Object.keys(OPTIONS).sort((a, b) => likeness(b) - likeness(a));
+  return likeness(nearest) >= 0.5 ? `; did you mean ${nearest}?` : "";
+}
 
-function readBaseUrl(baseUrl: unknown): URL {
-  const url = typeof baseUrl === "string" ? URL.parse(baseUrl) : null;
+function readBaseUrl(baseUrl: string): URL {
+  const url = URL.parse(baseUrl);
   assert(url, `baseUrl must be a URL such as "https://your-domain.com", not ${quote(baseUrl)}`);
   assert(
     url.protocol === "https:" || (url.protocol === "http:" && isLoopback(url.hostname)),
-    `baseUrl must be https, or http on localhost: tokens would travel readable; write "https://${url.host}"`,
+    "baseUrl must be https, or http on localhost, because tokens would be sent unencrypted; " +
+      (isPrivateHost(url.hostname)
+        ? "put a tunnel or a proxy with https in front of a server on a local network"
+        : `write "https://${url.host}"`),
   );
-  // Clients compare the issuer byte for byte (RFC 8414 §3.3), so whatever a URL parser would change is refused here.
+  // Clients compare the issuer byte for byte (RFC 8414 §3.3), so only the one way to write a URL is accepted.
   const canonical = url.origin + (url.pathname === "/" ? "" : url.pathname.replace(/\/+$/, ""));
-  assert(baseUrl === canonical, `baseUrl must be written without a trailing slash or extras: "${canonical}"`);
+  assert(baseUrl === canonical, `baseUrl is ${quote(baseUrl)}; write it exactly like this: "${canonical}"`);
   assert(
     url.pathname === "/" || PATH.test(url.pathname),
-    `baseUrl's path may hold letters, digits and ._~- only, not ${quote(url.pathname)}`,
+    `the path of baseUrl may contain letters, digits and ._~- only, not ${quote(url.pathname)}`,
   );
   return url;
 }
 
-function readSeconds(name: string, value: unknown): number {
-  assert(
-    typeof value === "number" && value >= 1 && value <= 100 * 365 * DAY,
-    `${name} must be a number of seconds, from 1 to 100 years, not ${quote(value)}`,
-  );
-  return value;
+/** Whether a host is on a local network, where nobody can get a certificate. */
+function isPrivateHost(hostname: string): boolean {
+  return !hostname.includes(".") ||
+    /\.(local|lan|home|internal)$|^(10|192\.168|172\.(1[6-9]|2\d|3[01]))\./.test(hostname);
 }
 
-function readScopes(scopes: string[] | Record<string, string | ScopeOption>): Scopes {
-  const names = Array.isArray(scopes) && scopes.every((name) => typeof name === "string");
-  assert(
-    names || isObject(scopes),
-    `scopes must be a list of names or an object, such as ["mcp"], not ${quote(scopes)}`,
-  );
+function readScopes(scopes: string[] | Record<string, string | ScopeOption>) {
   const options = new Map<string, ScopeOption>(
     Array.isArray(scopes)
       ? scopes.map((name) => [name, {}])
@@ -433,28 +516,35 @@ function readScopes(scopes: string[] | Record<string, string | ScopeOption>): Sc
   for (const [name, { description = "", includes = [] }] of options) {
     assert(
       SCOPE.test(name) && name !== OFFLINE_ACCESS && name !== "openid",
-      `scopes holds ${quote(name)}: a scope is printable ASCII without spaces and quotes; ` +
-        "openid and offline_access are not for the owner to offer",
+      `scopes contains ${quote(name)}: a scope is printable ASCII without spaces and quotes; ` +
+        "openid and offline_access cannot be offered",
     );
     assert(typeof description === "string", `scopes: the description of ${quote(name)} must be a string`);
     const unknown = includes.filter((scope) => !options.has(scope));
     assert(unknown.length === 0, `scopes: ${quote(name)} includes ${quote(unknown[0])}, which is not on offer`);
   }
-  const withIncluded = (scopes: string[]) => {
-    const reached = new Set(scopes);
-    for (const scope of reached) { // a Set visits what is added meanwhile, so this follows chains, and circles once
-      for (const included of options.get(scope)?.includes ?? []) reached.add(included);
-    }
-    return [...reached];
+  return {
+    /** All scopes on offer. */
+    all,
+    /** What a client gets that asks for nothing, or for nothing that is known here. */
+    byDefault,
+    /** Describes a scope in words. */
+    words: (scope: string): string => options.get(scope)?.description || scope,
+    /** Adds all included scopes. */
+    withIncluded(scopes: string[]): string[] {
+      const reached = new Set(scopes);
+      for (const scope of reached) { // a Set visits what is added meanwhile, so this follows chains and ends in circles
+        for (const included of options.get(scope)?.includes ?? []) reached.add(included);
+      }
+      return [...reached];
+    },
   };
-  const words = (scope: string) => options.get(scope)?.description || scope;
-  return { all, byDefault, words, withIncluded };
 }
 
 /** The scope by which clients ask for a refresh token. */
 const OFFLINE_ACCESS = "offline_access";
 
-/** One scope-token of RFC 6749 §3.3. */
+/** One scope-token (RFC 6749 §3.3). */
 const SCOPE = /^[\x21\x23-\x5b\x5d-\x7e]+$/;
 
 function readAllowed(allowed: string[] | null | undefined): string[] | null {
@@ -462,18 +552,13 @@ function readAllowed(allowed: string[] | null | undefined): string[] | null {
   const entries = allowed ?? [...redirects.claude, ...redirects.local];
   assert(Array.isArray(entries), "allowedRedirectDomains must be a list of domains, or null to allow all");
   for (const entry of entries) {
+    const url = URL.parse(String(entry).includes("://") ? entry : `https://${entry}`);
+    const better = url && (/^https?:$/.test(url.protocol) && !isLoopback(url.hostname) ? url.host : allowEntry(url));
     assert(
-      entry !== "127.0.0.1" && entry !== "[::1]",
-      `allowedRedirectDomains: write "localhost" for every loopback address`,
-    );
-    assert(
-      !String(entry).endsWith(":443"),
-      `allowedRedirectDomains holds ${quote(entry)}: leave out the port, it is the default`,
-    );
-    assert(
-      typeof entry === "string" && ALLOW_ENTRY.test(entry),
-      `allowedRedirectDomains holds ${quote(entry)}: write "example.com", "*.example.com", "localhost" or, for an ` +
-        `app's own scheme, "scheme://host"`,
+      entry === better && ALLOW_ENTRY.test(entry),
+      `allowedRedirectDomains holds ${quote(entry)}: write ${better ? `${quote(better)}. An entry is ` : ""}` +
+        `"example.com", "*.example.com", "localhost" for every loopback address and port, or "scheme://host" for an ` +
+        "app's own scheme",
     );
   }
   return entries;
@@ -520,119 +605,131 @@ function readPages(pages: PageOptions): PageOptions {
   return pages;
 }
 
-/** An unknown value for a message: short, on one line, and in plain ASCII, so that it can neither forge nor garble it. */
-function quote(value: unknown): string {
-  const json = JSON.stringify(value) ?? String(value);
-  return json.slice(0, 200).replace(
-    /[^\x20-\x7e]/g,
-    (char) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`,
-  );
-}
-
-/** The characters that RFC 6749 §5.2 allows in an error_description. */
-function errorDescription(message: string): string {
-  return message.replaceAll('"', "'").replace(/[^\x20-\x21\x23-\x5b\x5d-\x7e]/g, "?");
-}
-
-/** Registrations are anybody's to make: they are told to `onEvent`, but the console is spared them. */
-function logEvent({ type, message, connection, clientName, cause }: AuthEvent): void {
-  if (type === "client_registered") return;
-  // quote() keeps what a client controls on its own line, so that no name can forge a second log entry.
-  const why = cause instanceof Error ? quote(cause.message) : undefined;
-  const parts = [clientName && `client ${quote(clientName)}`, connection && `connection ${connection}`, why];
-  console.log(["personal-auth", type, message, ...parts.filter(Boolean)].join(" | "));
-  if (type === "server_error") console.error(cause); // in full only what no stranger can cause at will
-}
-
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // The server
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+/** An endpoint. */
+type Handler = (server: Server, c: Context) => Response | Promise<Response>;
+
 /**
- * A complete OAuth 2.1 authorization server and the guard of one person's MCP server, as a Hono app. Mount it first,
- * at "/": `app.route("/", personalAuth({ baseUrl }))`.
+ * Makes a complete OAuth 2.1 authorization server and the guard of one person's MCP server, as a Hono app. Mount it at
+ * "/" and put its guard before your handler: `app.route("/", auth); app.all("/mcp", auth.guard, handler)`.
  *
- * @throws {TypeError} if an option is wrong, saying what to write instead.
- * @throws {Error} if the state folder cannot be used, saying which file and what to do.
+ * @throws {TypeError} if an option is wrong; the message says what to write instead.
+ * @throws {Error} if the state folder cannot be used; the message says which file and what to do.
  */
 export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
-  const checked = readOptions(options);
-  const rawStore = options.store ?? fileStore(".oauth-state");
-  const events = eventLog(rawStore, options.onEvent ?? logEvent);
-  const settings: Settings = { ...checked, emit: events.emit };
-  const store = reporting(rawStore, settings.emit);
-  const mac = serverMac(store);
-  const redirects = redirectPolicy(settings.allowed);
-  const clients = clientRegistry(settings, mac, redirects);
-  const grants = grantKeeper(settings, store, mac);
-  const owner = ownerDesk(settings, store, mac);
-  const guard = resourceGuard(settings, grants.verify);
-
+  const server = createServer(options);
+  const guard = createGuard(server);
+  const { basePath, mcpPath } = server;
   const app = new Hono<AuthEnv>();
-  const { basePath, mcpPath } = settings;
 
-  for (const [place, document] of discoveryDocuments(settings)) {
+  for (const [place, document] of discoveryDocuments(server)) {
     for (const path of [place, `${place}/`]) {
       app.use(path, CORS);
-      app.get(path, (c) => c.json(document, 200, { "Cache-Control": "public, max-age=300" }));
-      app.all(path, answering(() => methodNotAllowed("GET, HEAD"), settings));
+      app.get(path, (c) => c.json(document, 200, { ...NOSNIFF, "Cache-Control": "public, max-age=300" }));
+      app.all(path, withErrors(server, () => methodNotAllowed("GET, HEAD")));
     }
   }
-  // A partial document breaks clients that parse it strictly, and an app's catch-all page would be taken for one.
-  for (const path of openidPaths(settings)) app.all(path, (c) => c.json({ error: "not_found" }, 404));
+  // Answer 404 explicitly: OpenID clients fail on partial documents and on an app's catch-all page.
+  for (const path of openidPaths(server)) app.all(path, (c) => c.json({ error: "not_found" }, 404, NOSNIFF));
 
+  const endpoints: [path: string, handler: Handler][] = [
+    ["/register", registerClient],
+    ["/token", tokenEndpoint],
+    ["/revoke", revocationEndpoint],
+    ["/introspect", introspectionEndpoint],
+  ];
+  const pages: [path: string, show: Handler, change: Handler][] = [
+    ["/authorize", showConsent, decideConsent],
+    ["/connections", showConnections, changeConnections],
+  ];
   const withSlash = (path: string) => [basePath + path, `${basePath}${path}/`];
-  const post = (path: string, handler: Handler) => {
-    const onlyPost: Handler = (c) => c.req.method === "POST" ? handler(c) : methodNotAllowed("POST");
-    const endpoint = withCors(answering(onlyPost, settings));
-    for (const route of withSlash(path)) app.all(route, endpoint);
-  };
-  const pages = (path: string, { show, decide }: { show: Handler; decide: Handler }) => {
+  for (const [path, handler] of endpoints) {
+    if (path === "/register" && !server.registration) continue;
+    const onlyPost: Handler = (server, c) => c.req.method === "POST" ? handler(server, c) : methodNotAllowed("POST");
+    for (const route of withSlash(path)) app.all(route, withCors(withErrors(server, onlyPost)));
+  }
+  for (const [path, show, change] of pages) {
     for (const route of withSlash(path)) {
-      app.get(route, answering(show, settings, errorPage));
-      app.post(route, answering(decide, settings, errorPage));
-      app.all(route, answering(() => methodNotAllowed("GET, HEAD, POST"), settings));
+      app.get(route, withErrors(server, show, errorPage));
+      app.post(route, withErrors(server, (server, c) => assertOwnSite(server, c) ?? change(server, c), errorPage));
+      app.all(route, withErrors(server, () => methodNotAllowed("GET, HEAD, POST"), errorPage));
     }
-  };
-  post("/register", clients.register);
-  post("/token", (c) => tokenEndpoint(c, clients, grants, settings));
-  post("/revoke", (c) => revocationEndpoint(c, clients, grants));
-  post("/introspect", (c) => introspectionEndpoint(c, clients, grants, settings));
-  pages("/authorize", authorizeEndpoint(settings, clients, redirects, grants, owner));
-  pages("/connections", connectionsEndpoint(settings, grants, owner, events));
+  }
 
-  for (const path of new Set([basePath || "/", `${basePath}/`])) app.get(path, homePage(settings));
+  for (const path of new Set([basePath || "/", `${basePath}/`])) app.get(path, homePage(server));
 
-  // Without the path of baseUrl too: a handler that was put there by mistake must not stand open.
-  for (const path of new Set([mcpPath, mcpPath.slice(basePath.length)])) app.use(`${path}/*`, guard.middleware);
+  // A second line behind `auth.guard`, also without the path of baseUrl: a handler at the wrong path is not open.
+  for (const path of new Set([mcpPath, mcpPath.slice(basePath.length)])) app.use(`${path}/*`, guard);
 
   return Object.assign(app, {
     mcpPath,
-    verifyAccessToken: async (token: string) => await grants.verify(token),
-    requireScopes: guard.requireScopes,
-    connections: grants.connections,
-    revoke: grants.revoke,
-    createToken: async (request: TokenRequest) => (await grants.createToken(request))!,
+    guard,
+    verifyAccessToken: (token: string) => verifyAccessToken(server, token),
+    requireScopes: (...scopes: string[]) => createScopeGuard(server, scopes),
+    connections: () => listConnections(server),
+    revoke: (id: string) => revoke(server, id),
+    createToken: async (request: TokenRequest) => (await createToken(server, request))!,
   });
+}
+
+/** Reads the options and puts together what the endpoints share. */
+function createServer(options: PersonalAuthOptions): Server {
+  const settings = readOptions(options);
+  const emit: Emit = (type, message, more) => recordEvent(events, settings.onEvent, { type, message, ...more });
+  const store = guardStore(options.store ?? fileStore(".oauth-state"), emit);
+  const events: EventLog = { store, key: `events/${settings.issuer}`, waiting: [], writing: Promise.resolve() };
+  const longMac = serverMac(store, settings.issuer, emit);
+  const server: Server = {
+    ...settings,
+    emit,
+    events,
+    store,
+    mac: async (...parts) => (await longMac(...parts)).slice(0, 64),
+    longMac,
+    documents: { copies: new Map(), underWay: new Map(), asked: new Map() },
+    verified: new Map(),
+    checked: new WeakMap(),
+    attempts: new Map(),
+    found: {},
+    passwordReady: once(() => ensurePassword(server)),
+  };
+  // At start, so that a store that another server uses is noticed. A failure is reported, and tried again when needed.
+  longMac("start").catch(() => {});
+  if (settings.password === false) {
+    emit("owner_unprotected", "password is false: anybody with an account at an allowed client can connect");
+  } else if (!settings.authenticateOwner) {
+    if (settings.password !== undefined && settings.password.length < 12) {
+      emit("password_weak", "the owner's password is short: take 12 characters or more");
+    }
+    // Likewise, so that a generated password is printed.
+    server.passwordReady().catch(() => {});
+  }
+  return server;
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // Discovery
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+/** Keeps browsers from guessing that an answer is a page. */
+const NOSNIFF = { "X-Content-Type-Options": "nosniff" };
+
 /**
- * Browser-based clients (MCP Inspector, playgrounds) read these endpoints from another origin. `*` is safe: nothing
- * here looks at a cookie. The owner's pages, which do, are never opened this way.
+ * Lets browser-based clients, such as MCP Inspector, read an answer from another origin. `*` is safe, because nothing
+ * behind it looks at a cookie. The owner's pages, which do, are never opened this way.
  */
 const CORS = cors({ origin: "*", exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"] });
 
 /**
- * The same around what is never cached, so that only browsers, which alone send Origin, have to be told. A preflight
- * carries no token by design: it is answered before the handler is asked.
+ * Adds CORS to a handler. Only browsers send Origin, and only they need it. A preflight carries no token by design, so
+ * it is answered before the handler is called.
  */
 function withCors(handler: MiddlewareHandler<AuthEnv>): MiddlewareHandler<AuthEnv> {
   return (c, next) => {
-    if (c.req.header("Origin") === undefined) return handler(c, next);
+    if (!c.req.raw.headers.has("Origin")) return handler(c, next);
     return CORS(c, async () => {
       const answer = await handler(c, next);
       if (answer) c.res = answer;
@@ -641,39 +738,46 @@ function withCors(handler: MiddlewareHandler<AuthEnv>): MiddlewareHandler<AuthEn
 }
 
 /**
- * Both metadata documents at every place a client looks for them. They are built from `baseUrl` and never from the
- * request: behind a proxy that ends TLS, a request claims to be http, and a forged Host header would be believed.
+ * Returns both metadata documents at every place where clients look. They are built from `baseUrl`, never from the
+ * request: behind a proxy that ends TLS a request claims to be http, and a forged Host header would be believed.
  */
-function discoveryDocuments(settings: Settings): Map<string, Record<string, unknown>> {
-  const { basePath, mcpPath } = settings;
-  const server = authorizationServerMetadata(settings);
-  const resource = protectedResourceMetadata(settings);
+function discoveryDocuments(server: Server): Map<string, Record<string, unknown>> {
+  const { basePath, mcpPath } = server;
+  const metadata = authorizationServerMetadata(server);
+  const resource = protectedResourceMetadata(server);
   return new Map([
-    [`/.well-known/oauth-authorization-server${basePath}`, server], // RFC 8414 §3.1: the path goes behind
-    [`/.well-known/oauth-authorization-server${mcpPath}`, server], // clients that take the MCP URL for the issuer
-    [`${basePath}/.well-known/oauth-authorization-server`, server],
+    [`/.well-known/oauth-authorization-server${basePath}`, metadata], // RFC 8414 §3.1: the path goes behind
+    [`/.well-known/oauth-authorization-server${mcpPath}`, metadata], // clients that take the MCP URL for the issuer
+    [`${basePath}/.well-known/oauth-authorization-server`, metadata],
     [`/.well-known/oauth-protected-resource${mcpPath}`, resource], // RFC 9728 §3.1
     [`/.well-known/oauth-protected-resource${basePath}`, resource], // clients that ask the root only
     [`${mcpPath}/.well-known/oauth-protected-resource`, resource],
   ]);
 }
 
-/** RFC 8414 §2. */
-function authorizationServerMetadata({ issuer, scopes, clients }: Settings): Record<string, unknown> {
-  const authMethods = ["none", "client_secret_post", "client_secret_basic"]; // Claude looks for "none"
+/**
+ * Returns the metadata of the authorization server.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc8414#section-2 | RFC 8414 §2}
+ */
+function authorizationServerMetadata({ issuer, scopes, clients, registration }: Server): Record<string, unknown> {
+  const authMethods = ["none", "client_secret_post", "client_secret_basic", "private_key_jwt"]; // Claude looks for "none"
+  const algorithms = Object.keys(ASSERTION_ALGORITHMS);
   return {
     issuer,
     authorization_endpoint: `${issuer}/authorize`,
     token_endpoint: `${issuer}/token`,
-    registration_endpoint: `${issuer}/register`,
+    ...(registration && { registration_endpoint: `${issuer}/register` }),
     revocation_endpoint: `${issuer}/revoke`,
-    // Clients ask for a refresh token only where this list holds offline_access (MCP 2026-07-28, refresh tokens).
+    // Clients ask for a refresh token only where this list has offline_access (MCP 2026-07-28, refresh tokens).
     scopes_supported: [...scopes.all, OFFLINE_ACCESS],
     response_types_supported: ["code"],
     response_modes_supported: ["query"],
     grant_types_supported: ["authorization_code", "refresh_token"],
     token_endpoint_auth_methods_supported: authMethods,
+    token_endpoint_auth_signing_alg_values_supported: algorithms,
     revocation_endpoint_auth_methods_supported: authMethods,
+    revocation_endpoint_auth_signing_alg_values_supported: algorithms,
     ...(clients.some(({ client_secret }) => client_secret !== undefined) && {
       introspection_endpoint: `${issuer}/introspect`,
       introspection_endpoint_auth_methods_supported: ["client_secret_post", "client_secret_basic"],
@@ -684,17 +788,23 @@ function authorizationServerMetadata({ issuer, scopes, clients }: Settings): Rec
   };
 }
 
-/** RFC 9728 §2. What a client needs to begin with, and no `offline_access`: that is the authorization server's affair. */
-function protectedResourceMetadata({ issuer, resource, scopes }: Settings): Record<string, unknown> {
+/**
+ * Returns the metadata of the resource: what a client needs to begin with. Omits `offline_access`, which concerns only
+ * the authorization server.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc9728#section-2 | RFC 9728 §2}
+ */
+function protectedResourceMetadata({ issuer, resource, scopes, pages }: Server): Record<string, unknown> {
   return {
     resource,
+    resource_name: pages.title ?? new URL(issuer).host,
     authorization_servers: [issuer],
     scopes_supported: scopes.byDefault,
     bearer_methods_supported: ["header"],
   };
 }
 
-function openidPaths({ basePath, mcpPath }: Settings): Set<string> {
+function openidPaths({ basePath, mcpPath }: Server): Set<string> {
   const document = "/.well-known/openid-configuration";
   return new Set([document + basePath, document + mcpPath, basePath + document, mcpPath + document]);
 }
@@ -714,6 +824,10 @@ interface Client {
   refreshes: boolean;
   /** Typed in by the owner, signed by this server, or a document that the client publishes. */
   source: "preregistered" | "registered" | "document";
+  /** Its document offers no other way of authentication. */
+  auth?: "private_key_jwt";
+  /** Its public keys, or where they are. */
+  keys?: { jwks: unknown; jwks_uri?: undefined } | { jwks_uri: string };
 }
 
 /** What a signed client_id carries: no more than is needed to recognise the client again. Short names keep it short. */
@@ -726,141 +840,283 @@ interface SignedClient {
   o?: 1;
 }
 
-interface Clients {
-  register(c: Context): Promise<Response>;
-  resolve(client_id: string): Promise<Client | undefined>;
-  authenticate(c: Context, form: URLSearchParams): Promise<Client>;
-}
-
 const MAX_BODY_BYTES = 64 * 1024;
 const MAX_REDIRECT_URIS = 16;
+const MAX_URI_LENGTH = 4096;
 const MAX_CLIENT_ID_LENGTH = 2048;
 
 /**
- * Registration stores nothing: a `client_id` is the client's metadata and a MAC under the server's key, and a client
- * secret is a MAC of the client_id (RFC 7591 appendix A.5.2). So a flood of registrations leaves no trace, a restart
- * forgets no client, and registering twice gives the same client.
+ * Registers a client and stores nothing: a `client_id` is the client's metadata and a MAC under the server's key, and a
+ * client secret is a MAC of the client_id. So a flood of registrations leaves no trace, a restart forgets no client,
+ * and registering twice gives the same client.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 | RFC 7591 appendix A.5.2}
  */
-function clientRegistry(settings: Settings, mac: Mac, policy: RedirectPolicy): Clients {
-  const { clients, scopes, emit } = settings;
-  const documents = documentReader(settings.fetchClientMetadata);
-  const preregistered = new Map(clients.map((client) => [client.client_id, client]));
+async function registerClient(server: Server, c: Context): Promise<Response> {
+  const metadata = readClientMetadata(await readJson(c));
+  const { client_name, grant_types, token_endpoint_auth_method: method = "none" } = metadata;
+  const redirect_uris = keptRedirects(server, metadata);
+  const confidential = method === "client_secret_post" || method === "client_secret_basic";
+  const refreshes = grant_types?.includes("refresh_token") ?? true;
+  const client_id = await signClient(server, {
+    n: client_name,
+    r: redirect_uris,
+    ...(confidential && { s: 1 }),
+    ...(!refreshes && { o: 1 }),
+  });
+  server.emit("client_registered", "a client registered", { clientName: client_name });
+  noteAttempt(server, { id: client_id, name: client_name }, { introduced: seconds() });
+  const { client_uri, software_id, software_version, application_type } = metadata;
+  const answer = {
+    client_id,
+    client_id_issued_at: Math.floor(seconds()),
+    ...(confidential && { client_secret: await server.mac("client_secret", client_id), client_secret_expires_at: 0 }),
+    ...defined({ client_name: client_name || undefined, client_uri, software_id, software_version, application_type }),
+    redirect_uris,
+    // The server decides, and may grant something else than was requested (RFC 7591 §3.2.1): clients read this answer.
+    token_endpoint_auth_method: confidential ? method : "none",
+    grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
+    response_types: ["code"],
+    scope: grantedScopes(metadata.scope, server.scopes).join(" "),
+  };
+  return c.json(answer, 201, { "Cache-Control": "no-store" });
+}
 
-  async function register(c: Context): Promise<Response> {
-    const metadata = readClientMetadata(await readJson(c));
-    const { client_name, grant_types, token_endpoint_auth_method: method = "none" } = metadata;
-    const report = (message: string) => emit("redirect_refused", message, { clientName: client_name });
-    const redirect_uris = keptRedirects(metadata.redirect_uris, policy, report);
-    const confidential = method === "client_secret_post" || method === "client_secret_basic";
-    const refreshes = grant_types?.includes("refresh_token") ?? true;
-    const client_id = await sign({
-      n: client_name,
-      r: redirect_uris,
-      ...(confidential && { s: 1 }),
-      ...(!refreshes && { o: 1 }),
-    });
-    emit("client_registered", "a client registered", { clientName: client_name });
-    const { client_uri, software_id, software_version, application_type } = metadata;
-    const answer = {
-      client_id,
-      client_id_issued_at: Math.floor(seconds()),
-      ...(confidential && { client_secret: await mac("client_secret", client_id), client_secret_expires_at: 0 }),
-      ...defined({
-        client_name: client_name || undefined,
-        client_uri,
-        software_id,
-        software_version,
-        application_type,
-      }),
-      redirect_uris,
-      // What was asked need not be what is given (RFC 7591 §3.2.1): clients read this, not what they sent.
-      token_endpoint_auth_method: confidential ? method : "none",
-      grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
-      response_types: ["code"],
-      scope: grantedScopes(metadata.scope, scopes).join(" "),
-    };
-    return c.json(answer, 201, { "Cache-Control": "no-store" });
+async function signClient({ mac }: Server, client: SignedClient): Promise<string> {
+  const payload = base64url(utf8.encode(JSON.stringify(client)));
+  const client_id = `${payload}.${await mac("client_id", payload)}`;
+  if (client_id.length <= MAX_CLIENT_ID_LENGTH) return client_id;
+  throw new OAuthError(
+    "invalid_client_metadata",
+    `The metadata is too long: client_name and redirect_uris come to a client_id of ${client_id.length} characters, ` +
+      `and ${MAX_CLIENT_ID_LENGTH} are possible`,
+  );
+}
+
+/** Finds the client that a client_id names, whatever its origin. */
+async function resolveClient(server: Server, client_id: string): Promise<Client | undefined> {
+  const known = preregistered(server, client_id);
+  if (known) {
+    const { client_secret: secret, redirect_uris, client_name } = known;
+    const name = client_name ?? client_id;
+    return { id: client_id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
   }
+  if (isDocumentUrl(client_id)) return await documentClient(server, client_id);
+  if (client_id.length > MAX_CLIENT_ID_LENGTH) return undefined;
+  const [payload = "", signature = ""] = client_id.split(".");
+  if (!equal(signature, await server.mac("client_id", payload)) || client_id !== `${payload}.${signature}`) {
+    return undefined;
+  }
+  const { n, r, s, o } = JSON.parse(decodeBase64(payload)!) as SignedClient;
+  const secret = s ? await server.mac("client_secret", client_id) : undefined;
+  return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, source: "registered" };
+}
 
-  async function sign(client: SignedClient): Promise<string> {
-    const payload = base64url(utf8.encode(JSON.stringify(client)));
-    const client_id = `${payload}.${await mac("client_id", payload)}`;
-    if (client_id.length <= MAX_CLIENT_ID_LENGTH) return client_id;
-    throw new OAuthError(
-      "invalid_client_metadata",
-      `The metadata is too long: client_name and redirect_uris come to a client_id of ${client_id.length} characters, ` +
-        `and ${MAX_CLIENT_ID_LENGTH} are possible`,
+function preregistered({ clients }: Server, id: string): PreregisteredClient | undefined {
+  return clients.find(({ client_id }) => client_id === id);
+}
+
+/**
+ * Authenticates the client of a request to /token, /revoke or /introspect: none, client_secret_post,
+ * client_secret_basic or private_key_jwt.
+ *
+ * @throws {OAuthError} 401 `invalid_client`, which makes clients that kept an old registration register again.
+ * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-2.3 | RFC 6749 §2.3}
+ */
+async function authenticateClient(server: Server, c: Context, form: URLSearchParams): Promise<Client> {
+  const { id, secrets } = clientCredentials(server, c.req.header("Authorization"), form);
+  if (isDocumentUrl(id) && !preregistered(server, id)) return await authenticatePublished(server, id, form);
+  const client = await resolveClient(server, id);
+  if (!client) throw unauthenticated("This client is unknown here: register again");
+  if (client.secret === undefined) return client;
+  // Both sides are hashed, so that neither length nor content of the secret shows in the time this takes.
+  const expected = await hashToken(client.secret);
+  for (const secret of secrets) if (equal(await hashToken(secret), expected)) return client;
+  throw unauthenticated("The client_secret is missing or wrong");
+}
+
+function unauthenticated(description: string, cause?: unknown): OAuthError {
+  return new OAuthError("invalid_client", description, { status: 401, cause });
+}
+
+/**
+ * Reads client_id and secret from the header or the form. RFC 6749 §2.3.1 has both halves of Basic form-encoded, and many
+ * clients send them as they are: the secret is taken either way, and the id in whichever way is known.
+ */
+function clientCredentials(server: Server, authorization: string | undefined, form: URLSearchParams) {
+  const assertion = form.get("client_assertion");
+  const id = form.get("client_id") ?? (assertion && readAssertion(assertion).claims.sub);
+  const isBasic = authorization?.slice(0, 6).toLowerCase() === "basic ";
+  if ([isBasic, form.has("client_secret"), assertion !== null].filter(Boolean).length > 1) {
+    throw new OAuthError("invalid_request", "The client authenticates in more than one way (RFC 6749 §2.3)");
+  }
+  if (!isBasic) {
+    if (typeof id !== "string") throw unauthenticated("client_id is missing");
+    return { id, secrets: form.getAll("client_secret") };
+  }
+  const credentials = authorization.length > MAX_CREDENTIALS_LENGTH ? "" : decodeBase64(authorization.slice(6).trim());
+  const colon = credentials?.indexOf(":") ?? -1;
+  if (!credentials || colon < 0) throw unauthenticated("The Basic credentials cannot be read");
+  const [name, password] = [credentials.slice(0, colon), credentials.slice(colon + 1)];
+  const known = preregistered(server, name) ? name : decodeForm(name);
+  if (id !== null && id !== known) throw unauthenticated("client_id differs between header and body");
+  return { id: known, secrets: [password, decodeForm(password)] };
+}
+
+/** Room for the longest client_id and its secret, form-encoded and in base64. */
+const MAX_CREDENTIALS_LENGTH = 16 * 1024;
+
+function decodeForm(value: string): string {
+  return new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
+}
+
+/**
+ * Authenticates a client that publishes its metadata: by an assertion, or by none where it may. Its grant is bound to the
+ * client_id itself and says whether only assertions will do, so a connection that may go without goes on whether or
+ * not the client's site is up: what may be left out need not be verifiable.
+ */
+async function authenticatePublished(server: Server, id: string, form: URLSearchParams): Promise<Client> {
+  const ids = ["code", "refresh_token", "token"].map((name) => form.get(name) ?? "").map((token) =>
+    grantId("pac", token) ?? grantId("prt", token) ?? grantId("pat", token)
+  );
+  const records = await Promise.all(ids.map((id) => id && server.store.get(`grant/${id}`))) as (Grant | undefined)[];
+  const grants = records.filter((grant) => grant?.client.id === id);
+  const isHeld = grants.some((grant) => grant?.client.auth);
+  const assertion = form.get("client_assertion");
+  try {
+    if (assertion !== null) {
+      if (form.get("client_assertion_type") !== ASSERTION_TYPE) throw unauthenticated("client_assertion_type is wrong");
+      const { jti, exp } = await verifyAssertion(server, id, assertion);
+      // Only for a connection that there is, or strangers with keys of their own could fill the store.
+      if (grants.length > 0) await spendAssertion(server, id, jti, exp);
+    } else if (isHeld && (await publishedClient(server, id)).auth) { // what it asks for now counts, not what it asked for
+      throw unauthenticated("This client must authenticate by private_key_jwt, as its metadata says");
+    }
+  } catch (error) {
+    const { message, cause } = error as Error;
+    if (grants.length > 0) server.emit("client_assertion_refused", `${id}: ${message}`, defined({ cause }));
+    if (!isTemporary(error)) {
+      throw unauthenticated(error instanceof OAuthError ? error.message : "The client's keys cannot be used", error);
+    }
+    if (isHeld) throw tryLater("The client's keys cannot be fetched at the moment", error);
+  }
+  return publicClient(id);
+}
+
+const ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
+const MAX_ASSERTION_LENGTH = 8 * 1024;
+const MAX_ASSERTION_AGE = HOUR;
+const MAX_CLOCK_SKEW = MINUTE;
+const MAX_KEYS = 20;
+
+/** What each `alg` means, with the one type of key it takes: so a public key is never the secret of an HMAC. */
+const ASSERTION_ALGORITHMS: Record<
+  string,
+  { kty: string; crv?: string; name: string; hash?: string; saltLength?: number }
+> = {
+  ES256: { kty: "EC", crv: "P-256", name: "ECDSA", hash: "SHA-256" },
+  RS256: { kty: "RSA", name: "RSASSA-PKCS1-v1_5", hash: "SHA-256" },
+  PS256: { kty: "RSA", name: "RSA-PSS", hash: "SHA-256", saltLength: 32 },
+  EdDSA: { kty: "OKP", crv: "Ed25519", name: "Ed25519" },
+};
+
+/** Decodes an assertion (a JWT, RFC 7519) without believing any of it. */
+function readAssertion(assertion: string) {
+  const parts = assertion.length > MAX_ASSERTION_LENGTH ? [] : assertion.split(".");
+  try {
+    const [header, claims] = parts.slice(0, 2).map((part) => JSON.parse(decodeBase64(part)!));
+    const signature = Uint8Array.from(
+      atob(parts[2]!.replace(/[-_]/g, (c) => c === "-" ? "+" : "/")),
+      (c) => c.charCodeAt(0),
     );
-  }
-
-  async function resolve(client_id: string): Promise<Client | undefined> {
-    const known = preregistered.get(client_id);
-    if (known) {
-      const { client_secret: secret, redirect_uris, client_name } = known;
-      const name = client_name ?? client_id;
-      return { id: client_id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
+    if (parts.length === 3 && isObject(header) && isObject(claims)) {
+      return { header, claims, signature, signed: utf8.encode(parts.slice(0, 2).join(".")) };
     }
-    if (isDocumentUrl(client_id)) return await documents(client_id);
-    if (client_id.length > MAX_CLIENT_ID_LENGTH) return undefined;
-    const [payload = "", signature = ""] = client_id.split(".");
-    if (!equal(signature, await mac("client_id", payload)) || client_id !== `${payload}.${signature}`) {
-      return undefined;
-    }
-    const { n, r, s, o } = JSON.parse(decodeBase64(payload)!) as SignedClient;
-    const secret = s ? await mac("client_secret", client_id) : undefined;
-    return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, source: "registered" };
-  }
-
-  /** Client authentication at /token and /revoke: none, client_secret_post or client_secret_basic (RFC 6749 §2.3). */
-  async function authenticate(c: Context, form: URLSearchParams): Promise<Client> {
-    const { id, secrets } = clientCredentials(c.req.header("Authorization"), form, (id) => preregistered.has(id));
-    const refused = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
-    // A published document is read where it decides where to redirect to. Here the grant is bound to the id itself, and
-    // a connection must go on whether or not the client's site is up.
-    const client = isDocumentUrl(id) && !preregistered.has(id) ? publicClient(id) : await resolve(id);
-    // 401 invalid_client is what makes clients that cached a registration register again.
-    if (!client) throw refused("This client is unknown here: register again");
-    if (client.secret === undefined) return client;
-    // Both sides are hashed, so that neither length nor content of the secret shows in the time this takes.
-    const expected = await sha256(client.secret);
-    for (const secret of secrets) if (equal(await sha256(secret), expected)) return client;
-    throw refused("The client_secret is missing or wrong");
-  }
-
-  return { register, resolve, authenticate };
+  } catch { /* no JWT */ }
+  throw unauthenticated("The client_assertion is not a JWT");
 }
 
-/** The members of RFC 7591 §2 that are read; every other one is ignored. */
-interface ClientMetadata {
-  redirect_uris: string[];
-  client_name: string;
-  token_endpoint_auth_method?: string;
-  grant_types?: string[];
-  scope?: string;
-  client_uri?: string;
-  software_id?: string;
-  software_version?: string;
-  application_type?: string;
+/**
+ * Verifies an assertion with the keys that the client publishes. They are fetched again, once, where none of them fits:
+ * the client may have changed them a moment ago.
+ *
+ * @throws {OAuthError} 401 `invalid_client`, or 503 if the keys cannot be fetched.
+ * @see {@link https://www.rfc-editor.org/rfc/rfc7523#section-3 | RFC 7523 §3}
+ */
+async function verifyAssertion(server: Server, id: string, assertion: string): Promise<{ jti: string; exp: number }> {
+  const { header, claims, signature, signed } = readAssertion(assertion);
+  const { iss, sub, aud, exp, nbf = 0, iat = 0, jti } = claims;
+  const must = (good: unknown, what: string) => {
+    if (!good) throw unauthenticated(`The client_assertion must ${what}`);
+  };
+  const now = seconds();
+  const algorithm = Object.hasOwn(ASSERTION_ALGORITHMS, header.alg) ? ASSERTION_ALGORITHMS[header.alg] : undefined;
+  must(algorithm, `be signed by one of ${Object.keys(ASSERTION_ALGORITHMS).join(", ")}`);
+  must(header.crit === undefined, "have no critical extensions");
+  // Not a token that the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
+  must(/^(application\/)?(client-authentication\+)?jwt$/i.test(header.typ ?? "JWT"), "be of the type JWT");
+  must(iss === id && sub === id, "have the client_id as iss and sub");
+  must(
+    [aud].flat().some((to) => to === server.issuer || to === `${server.issuer}/token`),
+    `have aud "${server.issuer}"`,
+  );
+  must(typeof exp === "number" && exp > now - MAX_CLOCK_SKEW, "have an exp in the future");
+  must(exp < now + MAX_ASSERTION_AGE + MAX_CLOCK_SKEW, `expire within ${MAX_ASSERTION_AGE} seconds`);
+  must([nbf, iat].every((at) => typeof at === "number" && at < now + MAX_CLOCK_SKEW), "have nbf and iat in the past");
+  must(typeof jti === "string" && jti !== "" && jti.length <= 256, "have a jti of 256 characters at the most");
+  for (const since of [0, now]) {
+    const keys = (await publishedKeys(server, id, since)).filter(({ kid, kty, crv, alg, use }) =>
+      kty === algorithm!.kty && crv === algorithm!.crv && (alg ?? header.alg) === header.alg &&
+      (use ?? "sig") === "sig" && (header.kid === undefined || kid === header.kid)
+    );
+    for (const key of keys) if (await isSignedBy(key, algorithm!, signature, signed)) return { jti, exp };
+    if (keys.length > 0 && header.kid !== undefined) break;
+  }
+  throw unauthenticated("The client_assertion is signed by none of the client's keys");
 }
 
-function readClientMetadata(body: unknown): ClientMetadata {
+type Jwk = Record<string, string | undefined>;
+
+/** Whether this key made this signature. A key that is none, or that takes long to compute with, made none. */
+async function isSignedBy(
+  key: Jwk,
+  algorithm: { name: string; crv?: string },
+  ...[signature, signed]: Uint8Array<ArrayBuffer>[]
+) {
+  const { kty = "", crv = "", x = "", y = "", n = "", e = "" } = key;
+  if (kty === "RSA" && (n.length < 342 || n.length > 1024 || e.length > 6)) return false; // 2,048 to 6,144 bits
+  try {
+    const parameters = { ...algorithm, namedCurve: crv };
+    const members = kty === "RSA" ? { kty, n, e } : { kty, crv, x, ...(y && { y }) };
+    const imported = await crypto.subtle.importKey("jwk", members, parameters, false, ["verify"]);
+    return await crypto.subtle.verify(parameters, imported, signature!, signed!);
+  } catch {
+    return false;
+  }
+}
+
+/** Spends an assertion: whoever reads one on its way cannot use it again, on any server of this store. */
+async function spendAssertion({ store }: Server, id: string, jti: string, exp: number): Promise<void> {
+  const user = random(16);
+  const key = `assertion/${await sha256(JSON.stringify([id, jti]))}`;
+  const first = await store.update(key, (current) => current ?? user, { expiresAt: exp + MAX_CLOCK_SKEW });
+  if (first !== user) throw unauthenticated("The client_assertion was used before");
+}
+
+/** Reads the members of RFC 7591 §2 that matter here; every other one is ignored. */
+function readClientMetadata(body: unknown) {
   const invalid = (description: string) => new OAuthError("invalid_client_metadata", description);
-  if (typeof body !== "object" || body === null || Array.isArray(body)) {
-    throw invalid("The body must be a JSON object");
-  }
-  const own = (name: string): unknown =>
-    Object.hasOwn(body, name) ? (body as Record<string, unknown>)[name] : undefined;
+  if (!isObject(body)) throw invalid("The body must be a JSON object");
+  const own = (name: string): unknown => Object.hasOwn(body, name) ? body[name] ?? undefined : undefined; // null: absent
   const text = (name: string): string | undefined => {
-    const value = own(name) ?? undefined; // null is what some serialisers write for "absent"
+    const value = own(name);
     if (value !== undefined && typeof value !== "string") throw invalid(`${name} must be a string`);
     return value || undefined;
   };
   const list = (name: string): string[] | undefined => {
-    const value = own(name) ?? undefined;
-    if (value !== undefined && !(Array.isArray(value) && value.every((item) => typeof item === "string"))) {
-      throw invalid(`${name} must be a list of strings`);
-    }
-    return value as string[] | undefined;
+    const value = own(name);
+    if (value === undefined || (Array.isArray(value) && value.every((item) => typeof item === "string"))) return value;
+    throw invalid(`${name} must be a list of strings`);
   };
   const redirect_uris = [...new Set(list("redirect_uris"))];
   if (redirect_uris.length === 0) {
@@ -875,70 +1131,48 @@ function readClientMetadata(body: unknown): ClientMetadata {
   }
   const response_types = list("response_types");
   if (response_types && !response_types.includes("code")) throw invalid("response_types must hold code");
-  const client_uri = text("client_uri");
+  const client_uri = text("client_uri")?.slice(0, MAX_URI_LENGTH);
   return {
     redirect_uris,
     client_name: printable(text("client_name") ?? ""),
-    ...defined({
-      grant_types,
-      token_endpoint_auth_method: text("token_endpoint_auth_method"),
-      scope: text("scope"),
-      client_uri: client_uri && URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
-      software_id: text("software_id"),
-      software_version: text("software_version"),
-      application_type: text("application_type"),
-    }),
+    grant_types,
+    token_endpoint_auth_method: text("token_endpoint_auth_method"),
+    scope: text("scope"),
+    client_uri: client_uri && URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
+    software_id: text("software_id"),
+    software_version: text("software_version"),
+    application_type: text("application_type"),
   };
 }
 
 /**
- * A client's name as it may stand on the owner's page: control characters, invisible ones and those that turn the
- * direction of writing are dropped, because with them a name can make the page read as something else.
+ * Returns a client's name as it may stand on the owner's page. Characters that are invisible or turn the direction of
+ * writing are dropped, because with them a name makes the page read as something else; without the zero-width joiner
+ * among them, an emoji is no larger than itself. More than two combining marks would draw over the lines around them,
+ * and wide spaces would push the rest of the line away.
  */
 function printable(name: string): string {
-  const visible = name.replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "");
+  const visible = name.slice(0, 2000)
+    .replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
+    .replace(/(\p{M}{2})\p{M}+/gu, "$1")
+    .replace(/\p{Zs}+/gu, " ");
   return [...visible.trim()].slice(0, 200).join(""); // by characters: half of one breaks other people's parsers
 }
 
-/** RFC 7591 §3.2.1 lets a server keep part of what was asked: Cursor and VS Code send lists no allow-list takes whole. */
-function keptRedirects(uris: string[], policy: RedirectPolicy, report: (message: string) => void): string[] {
+/** Returns the redirect URIs that are allowed: RFC 7591 §3.2.1 lets a server keep a part, and Cursor sends mixed lists. */
+function keptRedirects(server: Server, { redirect_uris, client_name }: ReturnType<typeof readClientMetadata>) {
   const kept = [];
   const refused = [];
-  for (const uri of uris) {
-    const reason = policy.refusal(uri);
+  for (const uri of redirect_uris) {
+    const reason = redirectRefusal(server.allowed, uri);
     if (reason) refused.push(reason);
     else kept.push(uri);
   }
-  if (refused.length > 0) report(refused.join("; ").slice(0, 1000));
+  const reasons = refused.join("; ");
+  if (reasons) server.emit("redirect_refused", reasons.slice(0, 1000), { clientName: client_name });
   // At once, and not later at /authorize: Claude Desktop then tries again with localhost.
-  if (kept.length === 0) throw new OAuthError("invalid_redirect_uri", refused.join("; "));
+  if (kept.length === 0) throw new OAuthError("invalid_redirect_uri", reasons);
   return kept;
-}
-
-/**
- * RFC 6749 §2.3.1 has both halves of Basic form-encoded, and many clients send them as they are: the secret is taken
- * either way, and the id in whichever way is known.
- */
-function clientCredentials(authorization: string | undefined, form: URLSearchParams, isKnown: (id: string) => boolean) {
-  const failed = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
-  const id = form.get("client_id");
-  const encoded = authorization?.match(/^Basic +(\S+) *$/i)?.[1];
-  if (encoded === undefined) {
-    if (id === null) throw failed("client_id is missing");
-    return { id, secrets: form.getAll("client_secret") };
-  }
-  if (form.has("client_secret")) {
-    throw new OAuthError("invalid_request", "The client authenticates both by header and by body (RFC 6749 §2.3)");
-  }
-  const [, name, password] = decodeBase64(encoded)?.match(/^([^:]*):(.*)$/s) ?? [];
-  if (name === undefined || password === undefined) throw failed("The Basic credentials cannot be read");
-  const known = isKnown(name) ? name : decodeForm(name);
-  if (id !== null && id !== known) throw failed("client_id differs between header and body");
-  return { id: known, secrets: [password, decodeForm(password)] };
-}
-
-function decodeForm(value: string): string {
-  return new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -948,14 +1182,43 @@ function decodeForm(value: string): string {
 const DOCUMENT_TIMEOUT_SECONDS = 5;
 const MAX_DOCUMENT_BYTES = 16 * 1024;
 const MAX_DOCUMENTS = 100;
-const MAX_DOCUMENT_REQUESTS = 8;
 /** Whatever a document's own headers say: it is not asked for more often than the one, nor trusted longer than the other. */
 const MIN_DOCUMENT_AGE = MINUTE;
 const MAX_DOCUMENT_AGE = DAY;
-/** How long an old copy stands in for a document that cannot be had. */
+/** How long an old copy stands in for a document that cannot be had at the moment. */
 const STALE_DOCUMENT_AGE = 30 * DAY;
+/**
+ * What strangers can make this server do at once. One that takes longer than a healthy one gives way to a newcomer, so
+ * that silent hosts cannot keep the first visit of another app out. Errors are not remembered; what bounds the
+ * requests to a host that keeps failing is the number a minute.
+ */
+const MAX_DOWNLOADS = 8;
+const MAX_DOWNLOADS_PER_HOST = 2;
+const MAX_DOWNLOADS_PER_HOST_AND_MINUTE = 60;
+const SLOW_DOWNLOAD_SECONDS = 1;
 
-/** A client_id that is the address of the client's own metadata: https with a path (draft-ietf-oauth-client-id-metadata-document §3). */
+/** What this server knows of other people's: nothing is stored, and what strangers can fill is bounded. */
+interface DocumentCache {
+  copies: Map<string, { body: unknown; at: number; fresh: number; until: number }>;
+  underWay: Map<string, Download>;
+  /** How often each host was asked within a minute. */
+  asked: Map<string, { times: number; since: number }>;
+}
+
+/** A request under way. It counts until it is really over, which may be after everybody has given up waiting. */
+interface Download {
+  host: string;
+  started: number;
+  answer: Promise<{ body: unknown; maxAge: number }>;
+  over: Promise<void>;
+  controller: AbortController;
+}
+
+/**
+ * Whether a client_id is the address of the client's own metadata: https with a path.
+ *
+ * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-client-id-metadata-document#section-3 | CIMD §3}
+ */
 function isDocumentUrl(client_id: string): boolean {
   if (!client_id.startsWith("https://") || client_id.length > MAX_CLIENT_ID_LENGTH) return false;
   const url = URL.parse(client_id);
@@ -965,64 +1228,127 @@ function isDocumentUrl(client_id: string): boolean {
 }
 
 function publicClient(id: string, more: Partial<Client> = {}): Client {
-  return {
-    id,
-    name: new URL(id).host,
-    redirect_uris: [],
-    secret: undefined,
-    refreshes: true,
-    source: "document",
-    ...more,
-  };
+  const name = new URL(id).host;
+  return { id, name, redirect_uris: [], secret: undefined, refreshes: true, source: "document", ...more };
 }
 
 /**
- * Reads client metadata documents, with a cache that follows their HTTP headers within bounds. Nothing is stored: what
- * anybody can make this server fetch lives in bounded memory. The address of a document is a stranger's choice, which
- * is why it is fetched with {@linkcode fetchPublicly}.
+ * Finds the client that publishes its metadata at this address. An outage at its site locks nobody out: an old copy
+ * stands in, or what is known of the clients that most people use. A document that was withdrawn or is wrong gets no
+ * stand-in, because its author may have meant that.
+ *
+ * @throws {OAuthError} `invalid_request` if the document cannot be used, 503 if too many are asked for at once.
  */
-function documentReader(fetcher: MetadataFetcher): (client_id: string) => Promise<Client> {
-  const cache = new Map<string, { client: Client; fresh: number; until: number }>();
-  // Apart from the good ones, so that a crowd of bad addresses cannot push these out.
-  const failures = new Map<string, { error: unknown; until: number }>();
-  const underWay = new Map<string, Promise<Client>>();
-
-  async function read(client_id: string): Promise<Client> {
-    try {
-      const { client, maxAge } = await fetchDocument(client_id, fetcher);
-      const now = seconds();
-      remember(cache, client_id, { client, fresh: now + maxAge, until: now + STALE_DOCUMENT_AGE });
-      return client;
-    } catch (error) {
-      remember(failures, client_id, { error, until: seconds() + MIN_DOCUMENT_AGE });
-      return standIn(client_id, error);
-    }
+async function documentClient(server: Server, client_id: string): Promise<Client> {
+  try {
+    return await publishedClient(server, client_id);
+  } catch (cause) {
+    const known = isTemporary(cause) && wellKnownClient(client_id);
+    if (known) return known;
+    if (cause instanceof OAuthError && cause.status === 503) throw cause;
+    const reason = cause instanceof OAuthError ? cause.message : "it cannot be read";
+    // Not invalid_client: the client would take its registration for dead and come back with the same address.
+    throw new OAuthError("invalid_request", `The app's metadata at ${client_id} cannot be used: ${reason}`, {
+      event: "client_document_refused",
+      cause,
+    });
   }
+}
 
-  /** The last good copy, or what is known of the big ones: an outage at the client's site must lock nobody out. */
-  function standIn(client_id: string, error: unknown): Client {
-    const cached = cache.get(client_id);
-    const client = cached && cached.until > seconds() ? cached.client : wellKnownClient(client_id);
-    if (!client) throw error;
-    return client;
+async function publishedClient(server: Server, client_id: string, since?: number): Promise<Client> {
+  return await fetchCached(server, client_id, (body) => readClientDocument(client_id, body), since);
+}
+
+function readClientDocument(client_id: string, body: unknown): Client {
+  const { client_name: name, redirect_uris, grant_types, token_endpoint_auth_method } = readClientMetadata(body);
+  const { token_endpoint_auth_methods_supported: more, jwks, jwks_uri, ...rest } = body as Record<string, unknown>;
+  const unusable = (reason: string) => new OAuthError("invalid_client_metadata", reason);
+  if (rest.client_id !== client_id) throw unusable("it names another client_id"); // a copy of somebody else's document
+  if (!name) throw unusable("it has no client_name");
+  const method = token_endpoint_auth_method ?? "none";
+  const offered = [method, ...(Array.isArray(more) ? more : [])];
+  // Everybody can read the document, so a secret in it is none.
+  if (rest.client_secret !== undefined || rest.client_secret_expires_at !== undefined) {
+    throw unusable("it must not have client_secret or client_secret_expires_at: a published document has no secret");
   }
+  if (method.startsWith("client_secret")) throw unusable("it relies on a shared secret");
+  const refreshes = grant_types?.includes("refresh_token") ?? true;
+  const client = publicClient(client_id, { name, redirect_uris, refreshes });
+  if (jwks !== undefined) readKeys(jwks);
+  const jwksUrl = typeof jwks_uri === "string" ? URL.parse(jwks_uri)?.href : undefined;
+  const keys = jwks !== undefined ? { jwks } : { jwks_uri: jwksUrl ?? "" };
+  if (offered.includes("none")) return { ...client, keys };
+  if (!offered.includes("private_key_jwt")) {
+    throw unusable(`it asks for ${quote(method)}, which this server does not offer`);
+  }
+  if (keys.jwks === undefined && !isDocumentUrl(keys.jwks_uri)) {
+    throw unusable("it has neither jwks nor a jwks_uri of https");
+  }
+  return { ...client, keys, auth: "private_key_jwt" };
+}
 
-  return async (client_id) => {
-    const cached = cache.get(client_id);
-    if (cached && cached.fresh > seconds()) return cached.client;
-    const failure = failures.get(client_id);
-    if (failure && failure.until > seconds()) return standIn(client_id, failure.error);
-    const running = underWay.get(client_id);
-    if (running) return await running;
-    if (underWay.size >= MAX_DOCUMENT_REQUESTS) {
-      const description = "Too many apps are asking at once; try again in a few seconds";
-      const busy = new OAuthError("server_error", description, { status: 503, headers: { "Retry-After": "5" } });
-      return standIn(client_id, busy);
-    }
-    const reading = read(client_id).finally(() => underWay.delete(client_id));
-    underWay.set(client_id, reading);
-    return await reading;
-  };
+/** Returns the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
+function readKeys(body: unknown): Jwk[] {
+  const keys: unknown = isObject(body) ? body.keys : undefined;
+  if (!Array.isArray(keys) || keys.length > MAX_KEYS || !keys.every(isObject)) {
+    throw new OAuthError("invalid_client_metadata", `jwks must be a JWK Set of ${MAX_KEYS} keys at the most`);
+  }
+  const secret = ["d", "p", "q", "dp", "dq", "qi", "oth", "k"].find((name) => keys.some((key) => name in key));
+  if (!secret) {
+    return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, it]) => typeof it === "string")));
+  }
+  throw new OAuthError(
+    "invalid_client_metadata",
+    `jwks holds a private key (${secret}): replace it, everybody can read it`,
+  );
+}
+
+/** Fetches the client's keys, as they were after `since`. */
+async function publishedKeys(server: Server, id: string, since: number): Promise<Jwk[]> {
+  const { keys } = await publishedClient(server, id, since);
+  if (keys?.jwks_uri === undefined) return readKeys(keys?.jwks);
+  if (!isDocumentUrl(keys.jwks_uri)) throw unauthenticated("The client publishes no keys");
+  return await fetchCached(server, keys.jwks_uri, readKeys, since);
+}
+
+/**
+ * Reads a JSON document of a client, from a cache that follows its HTTP headers within bounds, as it was after `since`.
+ * Only what `parse` takes is kept: errors are never cached, so that what its author repairs works at once.
+ */
+async function fetchCached<T>(server: Server, url: string, parse: (body: unknown) => T, since = 0): Promise<T> {
+  const { copies } = server.documents;
+  const copy = copies.get(url);
+  const isUsable = (until = 0) => copy !== undefined && copy.at >= since && seconds() < until;
+  if (isUsable(copy?.fresh)) return parse(copy!.body);
+  const at = seconds();
+  try {
+    const { body, maxAge } = await download(server, url);
+    const parsed = parse(body);
+    remember(copies, url, { body, at, fresh: at + maxAge, until: at + STALE_DOCUMENT_AGE });
+    return parsed;
+  } catch (error) {
+    if (isTemporary(error) && isUsable(copy?.until)) return parse(copy!.body);
+    if (!isTemporary(error)) copies.delete(url);
+    throw error;
+  }
+}
+
+/** Another server cannot be reached at the moment, as opposed to one that answers that there is nothing. */
+class Unreached extends Error {}
+
+/** What a stranger wants fetched is not on the public internet: no outage, but an attempt to look inside. */
+class InsideAddress extends Error {}
+
+function isTemporary(error: unknown): boolean {
+  return error instanceof Unreached || (error instanceof OAuthError && error.status === 503);
+}
+
+function tryLater(description: string, cause?: unknown): OAuthError {
+  return new OAuthError("temporarily_unavailable", description, {
+    status: 503,
+    headers: { "Retry-After": "5" },
+    cause,
+  });
 }
 
 /** Sets an entry of a map that forgets its oldest ones. */
@@ -1032,52 +1358,76 @@ function remember<T>(map: Map<string, T>, key: string, value: T): void {
   if (map.size > MAX_DOCUMENTS) map.delete(map.keys().next().value!);
 }
 
-/** Fetches and checks one document. Time and size are counted here, on the stream, whatever its headers promise. */
-async function fetchDocument(client_id: string, fetcher: MetadataFetcher): Promise<{ client: Client; maxAge: number }> {
-  const unusable = (reason: string, cause?: unknown) =>
-    // Not invalid_client: the client would take its registration for dead and come back with the same address.
-    new OAuthError("invalid_request", `The app's metadata at ${client_id} ${reason}`, {
-      event: "client_document_refused",
-      cause,
-    });
-  const signal = AbortSignal.timeout(DOCUMENT_TIMEOUT_SECONDS * 1000);
+/**
+ * Downloads a document, once for all who ask for it meanwhile.
+ *
+ * @throws {OAuthError} 503 if too many downloads are under way, or too many were made from this host.
+ */
+async function download(server: Server, url: string): Promise<Awaited<Download["answer"]>> {
+  const { underWay, asked } = server.documents;
+  const { hostname: host } = new URL(url);
+  const inTheWay = (): Download[] => {
+    const all = [...underWay.values()]; // the oldest first
+    const ofHost = all.filter((download) => download.host === host);
+    return ofHost.length >= MAX_DOWNLOADS_PER_HOST ? ofHost : all.length >= MAX_DOWNLOADS ? all : [];
+  };
+  const slow = inTheWay().find(({ started, controller }) =>
+    seconds() - started > SLOW_DOWNLOAD_SECONDS && !controller.signal.aborted
+  );
+  if (slow && !underWay.has(url)) {
+    slow.controller.abort();
+    await Promise.race([slow.over, delay(100)]);
+  }
+  const running = underWay.get(url);
+  if (running) return await running.answer;
+  const now = seconds();
+  const recent = asked.get(host);
+  const { times, since } = recent && Math.abs(now - recent.since) < MINUTE ? recent : { times: 0, since: now };
+  if (inTheWay().length > 0 || times >= MAX_DOWNLOADS_PER_HOST_AND_MINUTE) {
+    throw tryLater("Too many apps are asking at once; try again in a few seconds");
+  }
+  remember(asked, host, { times: times + 1, since });
+  return await startDownload(server, url, host).answer;
+}
+
+function startDownload({ documents: { underWay }, fetchClientMetadata }: Server, url: string, host: string): Download {
+  const controller = new AbortController();
+  const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(DOCUMENT_TIMEOUT_SECONDS * 1000)]);
+  const work = fetchJson(fetchClientMetadata, url, signal);
+  const over = work.then(() => {}, () => {}).finally(() => underWay.delete(url));
+  const answer = inTime(work, signal);
+  answer.catch(() => {}); // whoever asked may have been answered in another way
+  const started = { host, started: seconds(), answer, over, controller };
+  underWay.set(url, started);
+  return started;
+}
+
+/** Fetches one document. Time and size are counted here, on the stream, whatever its headers promise. */
+async function fetchJson(
+  fetcher: MetadataFetcher,
+  url: string,
+  signal: AbortSignal,
+): Promise<Awaited<Download["answer"]>> {
+  let response: Response;
   let text: string;
-  let maxAge: number;
   try {
-    const response = await inTime(fetcher(client_id, signal), signal);
-    if (response.status !== 200) throw new Error(`answered ${response.status}`); // no redirects: they could lead anywhere
-    text = await inTime(readLimited(response.body, MAX_DOCUMENT_BYTES), signal);
-    maxAge = cacheSeconds(response.headers);
+    response = await fetcher(url, signal);
+    const { status, body } = response;
+    // A refusal by a firewall, or too many requests, tell nothing about the document itself.
+    if (status >= 500 || status === 403 || status === 429) throw new Error(`answered ${status}`);
+    text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : "";
+    if (status !== 200) await body?.cancel();
   } catch (cause) {
-    throw unusable("cannot be read", cause);
+    if (cause instanceof TooLarge || cause instanceof InsideAddress) throw cause;
+    throw new Unreached(cause instanceof Error ? cause.message : String(cause), { cause });
   }
-  let body: unknown;
-  try {
-    body = JSON.parse(text);
-  } catch (cause) {
-    throw unusable("is not JSON", cause);
-  }
-  const metadata = readClientMetadata(body);
-  const { client_id: own, client_secret, token_endpoint_auth_methods_supported: offered } = body as Record<
-    string,
-    unknown
-  >;
-  if (own !== client_id) throw unusable("names another client_id"); // a copy of somebody else's document
-  if (!metadata.client_name) throw unusable("has no client_name");
-  const method = metadata.token_endpoint_auth_method ?? "none";
-  // A published document can hold no secret. One that can sign says so, and is taken as public if it offers that too.
-  if (client_secret !== undefined || method.startsWith("client_secret")) throw unusable("relies on a shared secret");
-  if (method !== "none" && !(Array.isArray(offered) && offered.includes("none"))) {
-    throw unusable(`asks for ${quote(method)}, which this server does not offer`);
-  }
-  const { client_name: name, redirect_uris, grant_types } = metadata;
-  const refreshes = grant_types?.includes("refresh_token") ?? true;
-  return { client: publicClient(client_id, { name, redirect_uris, refreshes }), maxAge };
+  if (response.status !== 200) throw new Error(`answered ${response.status}`); // no redirects: they could lead anywhere
+  return { body: JSON.parse(text), maxAge: cacheSeconds(response.headers) };
 }
 
 /** RFC 9111 §5.2.2, as much as matters for a small document. */
 function cacheSeconds(headers: Headers): number {
-  const control = headers.get("Cache-Control")?.toLowerCase() ?? "";
+  const control = headers.get("Cache-Control")?.slice(0, 1000).toLowerCase() ?? "";
   const age = /no-store|no-cache/.test(control) ? 0 : Number(control.match(/max-age=(\d+)/)?.[1] ?? HOUR);
   return Math.min(Math.max(age, MIN_DOCUMENT_AGE), MAX_DOCUMENT_AGE);
 }
@@ -1085,61 +1435,68 @@ function cacheSeconds(headers: Headers): number {
 /** Gives up on a promise when the signal says so, even if whoever made it does not listen. */
 function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
   return new Promise((resolve, reject) => {
-    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+    const giveUp = () => reject(new Unreached("did not answer in time"));
+    if (signal.aborted) giveUp();
+    signal.addEventListener("abort", giveUp, { once: true });
     promise.then(resolve, reject);
   });
 }
 
-/** Fetches a document at an address that a stranger chose. */
+/** Fetches a document at an address that a stranger chose. It must end when the signal is aborted. */
 type MetadataFetcher = (url: string, signal: AbortSignal) => Promise<Response>;
 
 /**
- * GET over TLS to a public address, and to no other: not to this machine, its network, or the metadata service of a
- * cloud. The name is resolved once; every address it has is checked, and the connection is made to one of those that
- * were checked, so a name that changes its answer in between gains nothing. Addresses in a URL are seen by the same
+ * Fetches over TLS from a public address, and from no other: not from this machine, its network, or the metadata service
+ * of a cloud. The name is resolved once; every address it has is checked, and the connection is made to one of those
+ * that were checked, so a name that changes its answer in between gains nothing. Addresses in a URL are seen by the same
  * check in whatever form they are written. Redirects are not followed.
  *
  * Deno, Bun and Node all connect through the `lookup` they are given, so all three guarantee this. Where `node:https`
- * is missing, nothing is fetched, and only the documents known beforehand are there. A proxy that the environment
- * prescribes is not used.
+ * is missing, nothing is fetched, and only the documents known beforehand are there.
  */
 async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response> {
   const { hostname } = new URL(url);
-  const { net, https, stream } = {
-    net: nodeModule("node:net"),
-    https: nodeModule("node:https"),
-    stream: nodeModule("node:stream"),
-  };
+  const https = nodeModule("node:https");
   const literal = hostname.replace(/^\[|\]$/g, "");
-  // An address is connected to without a lookup.
-  if (net.isIP(literal) && !isPublicAddress(literal)) throw new Error(`${hostname} is not a public address`);
+  const isAddress = nodeModule("node:net").isIP(literal) !== 0; // such a one is connected to without a lookup
+  const addresses = isAddress ? [{ address: literal, family: 0 }] : await resolveName(hostname, signal);
+  const inside = addresses.find(({ address }) => !isPublicAddress(address));
+  if (inside) throw new InsideAddress(`${hostname} resolves to ${inside.address}, which is not a public address`);
+  const [first] = addresses;
+  if (!first) throw new Error(`${hostname} has no address`);
+  // deno-lint-ignore no-explicit-any
+  const lookup = (_name: string, { all }: { all?: boolean }, callback: (...args: any[]) => void) =>
+    all ? callback(null, addresses) : callback(null, first.address, first.family);
+  // A proxy that the environment prescribes would look the name up again, and connect to whatever it finds.
+  const agent = new https.Agent({ proxyEnv: {} });
+  const headers = { Accept: "application/json", "User-Agent": "personal-auth" };
   // deno-lint-ignore no-explicit-any
   const message: any = await new Promise((resolve, reject) => {
-    const headers = { Accept: "application/json", "User-Agent": "personal-auth" };
-    https.get(url, { agent: false, lookup: publicLookup, signal, headers }, resolve).on("error", reject);
+    https.get(url, { agent, lookup, signal, headers }, resolve).on("error", reject);
   });
-  const headers = new Headers();
-  for (const name of ["content-type", "cache-control"]) {
-    if (message.headers[name]) headers.set(name, message.headers[name]);
-  }
-  return new Response(message.statusCode === 200 ? stream.Readable.toWeb(message) : null, {
-    status: message.statusCode === 200 ? 200 : 502,
-    headers,
-  });
+  const status: number = message.statusCode;
+  if (status !== 200) message.destroy(); // or the socket stays open for as long as the other side likes
+  const cacheControl = message.headers["cache-control"] ?? "";
+  const body = status === 200 ? nodeModule("node:stream").Readable.toWeb(message) : null;
+  return new Response(body, { status, headers: { "Cache-Control": cacheControl } });
 }
 
-// deno-lint-ignore no-explicit-any
-function publicLookup(hostname: string, options: { all?: boolean }, callback: (...args: any[]) => void): void {
-  const done = (error: Error | null, addresses: { address: string; family: number }[] = []) => {
-    const inside = addresses.find(({ address }) => !isPublicAddress(address));
-    if (error || inside || addresses.length === 0) {
-      callback(
-        error ?? new Error(`${hostname} resolves to ${inside?.address ?? "nothing"}, which is not a public address`),
-      );
-    } else if (options.all) callback(null, addresses);
-    else callback(null, addresses[0]!.address, addresses[0]!.family);
-  };
-  nodeModule("node:dns").lookup(hostname, { ...options, all: true }, done);
+/**
+ * Resolves a name by queries that end when the signal is aborted. getaddrinfo() would go on for as long as a silent name
+ * server likes, in one of the few threads that everything else in this process shares.
+ */
+async function resolveName(hostname: string, signal: AbortSignal): Promise<{ address: string; family: number }[]> {
+  const { Resolver } = nodeModule("node:dns");
+  const resolver = new Resolver({ timeout: 1000, tries: 2 });
+  signal.addEventListener("abort", () => resolver.cancel(), { once: true });
+  const ask = (family: 4 | 6) =>
+    new Promise<{ address: string; family: number }[]>((resolve) =>
+      resolver[`resolve${family}`](
+        hostname,
+        (_error: Error | null, found: string[] = []) => resolve(found.map((address) => ({ address, family }))),
+      )
+    );
+  return (await Promise.all([ask(4), ask(6)])).flat(); // a name may well have addresses of one family only
 }
 
 /** What is not the public internet, by the special-purpose address registries (RFC 6890) and their later entries. */
@@ -1166,10 +1523,8 @@ const addressLists = lazy(() => {
 
 /**
  * Whether an address may be connected to on a stranger's word.
- *
- * @internal
  */
-export function isPublicAddress(address: string): boolean {
+function isPublicAddress(address: string): boolean {
   const { inside, outside } = addressLists();
   if (/^[0-9.]+$/.test(address)) return nodeModule("node:net").isIPv4(address) && !inside.check(address, "ipv4");
   const plain = address.split("%")[0]!; // without the name of an interface
@@ -1214,35 +1569,29 @@ function wellKnownClient(client_id: string): Client | undefined {
 // Redirect policy
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-interface RedirectPolicy {
-  /** Why a redirect URI is refused, for the client and the owner alike; `undefined` if it is allowed. */
-  refusal(uri: string): string | undefined;
-  /** Whether the owner's list names the site of this URL. */
-  vouchesFor(url: URL): boolean;
+/**
+ * Returns why a redirect URI is refused, for the client and the owner alike; `undefined` if it is allowed. The allow-list
+ * names the apps that may ask, and so keeps strangers' clients off the owner's page. It is not what keeps strangers out:
+ * every Claude account has the same redirect URI.
+ */
+function redirectRefusal(allowed: string[] | null, uri: string): string | undefined {
+  const fault = unsafeRedirect(uri);
+  if (fault) return `redirect_uri ${quote(uri)} ${fault}`;
+  const url = new URL(uri);
+  if (allowed === null || isListed(allowed, url)) return undefined;
+  const entry = quote(allowEntry(url));
+  return `redirect_uri ${quote(uri)} is not allowed here; the owner can add ${entry} to allowedRedirectDomains`;
 }
 
-/**
- * The allow-list names the apps that may ask, and so keeps strangers' clients off the owner's page. It is not what
- * keeps strangers out: every Claude account has the same redirect URI.
- */
-function redirectPolicy(allowed: string[] | null): RedirectPolicy {
-  const exact = new Set(allowed);
-  const suffixes = (allowed ?? []).filter((entry) => entry.startsWith("*.")).map((entry) => entry.slice(1));
-  const listed = (url: URL) => {
-    const entry = allowEntry(url);
-    return exact.has(entry) || (url.protocol === "https:" && suffixes.some((suffix) => entry.endsWith(suffix)));
-  };
-  return {
-    refusal(uri) {
-      const fault = unsafeRedirect(uri);
-      if (fault) return `redirect_uri ${quote(uri)} ${fault}`;
-      const url = new URL(uri);
-      if (allowed === null || listed(url)) return undefined;
-      const entry = quote(allowEntry(url));
-      return `redirect_uri ${quote(uri)} is not allowed here; the owner can add ${entry} to allowedRedirectDomains`;
-    },
-    vouchesFor: (url) => url.protocol === "https:" && !isLoopback(url.hostname) && listed(url),
-  };
+function isListed(allowed: string[] | null, url: URL): boolean {
+  const entry = allowEntry(url);
+  const isBelow = (wildcard: string) => wildcard.startsWith("*.") && entry.endsWith(wildcard.slice(1));
+  return allowed?.some((item) => item === entry || (url.protocol === "https:" && isBelow(item))) ?? false;
+}
+
+/** Whether the owner's list names this site itself, and not just some program on some computer. */
+function isListedSite(allowed: string[] | null, url: URL): boolean {
+  return url.protocol === "https:" && !isLoopback(url.hostname) && isListed(allowed, url);
 }
 
 /** The entry of `allowedRedirectDomains` that lets a URL in. */
@@ -1256,7 +1605,10 @@ const NEVER_SCHEMES = /^(javascript|data|file|blob|filesystem|vbscript|about|vie
 
 /** What no list can allow. Each rule closes a known way to make a URI look like another one, or run as script. */
 function unsafeRedirect(uri: unknown): string | undefined {
-  if (typeof uri !== "string" || !/^[\x21-\x7e]+$/.test(uri)) return "must be printable ASCII without spaces";
+  if (typeof uri !== "string" || uri.length > MAX_URI_LENGTH) {
+    return `must be a string of ${MAX_URI_LENGTH} at the most`;
+  }
+  if (!/^[\x21-\x7e]+$/.test(uri)) return "must be printable ASCII without spaces";
   if (uri.includes("\\")) return "must not hold a backslash"; // https://claude.ai\@evil.example
   if (uri.includes("#")) return "must not have a fragment"; // RFC 6749 §3.1.2
   if (NEVER_SCHEMES.test(uri)) return "has a scheme that browsers run or open themselves";
@@ -1289,7 +1641,7 @@ function sameRedirect(registered: string, requested: string): boolean {
 // Authorization endpoint
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Where an answer may be sent: only what has passed `authorizationTarget` is ever redirected to. */
+/** Where an answer may be sent. Only what has passed `authorizationTarget` is ever redirected to. */
 interface Target {
   client: Client;
   redirect_uri: string;
@@ -1305,139 +1657,159 @@ interface AuthorizationRequest extends Target {
 const MAX_REQUEST_LENGTH = 16 * 1024;
 
 /**
- * GET shows what is asked and changes nothing, so that a prefetch, a preview or a crawler does no harm; POST decides.
- * The form carries the request word for word, and POST checks it again from the start.
+ * Shows the consent page and changes nothing, so that a prefetch, a preview or a crawler does no harm.
+ *
+ * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1 | OAuth 2.1 §4.1}
  */
-function authorizeEndpoint(
-  settings: Settings,
-  clients: Clients,
-  policy: RedirectPolicy,
-  grants: Grants,
-  owner: Owner,
-): { show: Handler; decide: Handler } {
-  const { issuer, emit } = settings;
-
-  /** Runs with a checked request; answers a faulty one where it has to be answered: to the client, or on a page. */
-  async function withRequest(
-    c: Context,
-    encoded: string,
-    then: (request: AuthorizationRequest) => Promise<Response>,
-  ): Promise<Response> {
-    let target: Target;
-    let params: URLSearchParams;
-    try {
-      if (encoded.length > MAX_REQUEST_LENGTH) throw new OAuthError("invalid_request", "The request is too long");
-      params = parameters(encoded);
-      target = await authorizationTarget(params, clients, policy);
-    } catch (error) {
-      return unanswerable(c, error, settings);
-    }
-    let request: AuthorizationRequest;
-    try {
-      request = authorizationRequest(params, target, settings);
-    } catch (error) {
-      if (!(error instanceof OAuthError)) throw error;
-      return redirectBack(c, target, { error: error.code, error_description: errorDescription(error.message) });
-    }
-    return then(request);
-  }
-
-  function answerUri({ redirect_uri, state }: Target, answer: Record<string, string>): string {
-    // iss on success and on error (RFC 9207 §2), so that a client of several servers cannot be confused about which
-    // one answered. Appended, never parsed and rebuilt: the rest of the URI stays byte for byte what was registered.
-    // Spaces as %20, which every decoder reads; some clients show a + as it is.
-    const params = new URLSearchParams({ ...answer, ...(state !== null && { state }), iss: issuer });
-    const query = params.toString().replaceAll("+", "%20");
-    return `${redirect_uri}${redirect_uri.includes("?") ? "&" : "?"}${query}`;
-  }
-
-  function redirectBack(c: Context, target: Target, answer: Record<string, string>): Response | Promise<Response> {
-    const uri = answerUri(target, answer);
-    if (!/^https?:/i.test(uri)) {
-      return openAppPage(c, settings, uri, target.client.name, "code" in answer);
-    }
-    c.header("Cache-Control", "no-store");
-    // 302, never 307: the browser would post the owner's password on to the client.
-    return c.redirect(uri, 302);
-  }
-
-  async function ask(c: Context, request: AuthorizationRequest, encoded: string, { browser, who }: Visit, again?: {
-    csrf: string;
-    problem: Problem;
-  }): Promise<Response> {
-    const { client, redirect_uri } = request;
-    const csrf = again?.csrf ?? await owner.seal(browser, encoded);
-    const vouched = policy.vouchesFor(new URL(client.source === "document" ? client.id : redirect_uri));
-    return consentPage(c, settings, request, { who, encoded, csrf, vouched, ...(again && { problem: again.problem }) });
-  }
-
-  function answered(c: Context, request: AuthorizationRequest, code: string | undefined, elsewhere: boolean) {
-    if (code && elsewhere) return elsewherePage(c, settings, answerUri(request, { code }));
-    return answeredPage(c, settings, request.client.name, code && answerUri(request, { code }));
-  }
-
-  const show: Handler = (c) => {
-    const encoded = c.req.url.split("?").slice(1).join("?").split("#")[0]!; // not by URL: a hostile Host is none
-    return withRequest(c, encoded, async (request) => {
-      const visit = await owner.visit(c);
-      if (visit.answer) return visit.answer;
-      if (visit.who === "stranger") return strangerPage(c, settings);
-      return await ask(c, request, encoded, visit);
-    });
-  };
-
-  const decide: Handler = async (c) => {
-    const form = await readForm(c);
-    const encoded = form.get("request") ?? "";
-    const csrf = form.get("csrf") ?? "";
-    const visit = await owner.visit(c);
-    if (visit.answer) return visit.answer;
-    const decision = form.get("decision");
-    const known = ["approve", "approve_elsewhere", "deny"].includes(decision ?? "");
-    if (!known || !await owner.sealed(visit.browser, encoded, csrf)) {
-      if (encoded === "" || !visit.known) return expiredPage(c, settings);
-      return withRequest(c, encoded, async (request) => {
-        // Of two clicks, the first may have been answered before the second: that signed the owner in, and the browser's
-        // secret is no longer the form's. The form proves nothing then, but the session does: only the owner is told.
-        const answer = visit.who === "owner" ? await grants.answered(csrf, request) : undefined;
-        const elsewhere = decision === "approve_elsewhere" && isLocal(new URL(request.redirect_uri));
-        if (answer) return answered(c, request, answer.code, elsewhere);
-        // A form left open too long, or in a second tab while the first one signed in: asked again, and nothing lost.
-        return await ask(c, request, encoded, visit, {
-          csrf: await owner.seal(visit.browser, encoded),
-          problem: OPEN_TOO_LONG,
-        });
-      });
-    }
-    return withRequest(c, encoded, async (request) => {
-      const { client, redirect_uri } = request;
-      const elsewhere = decision === "approve_elsewhere";
-      // Only the address of a loopback listener is shown: any other app is reached from here, and its code is no text
-      // that somebody could be talked into sending on.
-      if (elsewhere && !isLocal(new URL(redirect_uri))) {
-        throw new OAuthError("invalid_request", "This app can be reached from this browser");
-      }
-      if (decision === "deny") {
-        emit("connection_denied", "the request was denied", { clientName: client.name });
-        return redirectBack(c, request, { error: "access_denied", error_description: "The owner denied the request" });
-      }
-      const problem = await owner.prove(c, visit, form.get("password") ?? "");
-      if (problem) return await ask(c, request, encoded, visit, { csrf, problem });
-      const { code, repeated } = await grants.approve(csrf, request);
-      if (!repeated) emit("connection_approved", `approved for ${redirect_uri}`, { clientName: client.name });
-      if (repeated || elsewhere) return answered(c, request, code, elsewhere);
-      return redirectBack(c, request, { code: code! });
-    });
-  };
-
-  return { show, decide };
+function showConsent(server: Server, c: Context): Promise<Response> {
+  const encoded = c.req.url.split("?").slice(1).join("?").split("#")[0]!; // not new URL(): a hostile Host breaks it
+  return withRequest(server, c, encoded, async (request) => {
+    const session = await readSession(server, c);
+    if (session.answer) return session.answer;
+    if (session.who === "stranger") return strangerPage(server, c);
+    noteAttempt(server, request.client, { shown: seconds() });
+    return await askOwner(server, c, request, encoded, session);
+  });
 }
 
-/** Client and redirect URI: until both are known good, nothing may be redirected anywhere (OAuth 2.1 §4.1.2.1). */
-async function authorizationTarget(params: URLSearchParams, clients: Clients, policy: RedirectPolicy): Promise<Target> {
+/** Carries out the owner's decision. The form holds the request word for word, and it is checked again from the start. */
+async function decideConsent(server: Server, c: Context): Promise<Response> {
+  const form = await readForm(c);
+  const encoded = form.get("request") ?? "";
+  const csrf = form.get("csrf") ?? "";
+  const decision = form.get("decision");
+  const session = await readSession(server, c);
+  if (session.answer) return session.answer;
+  const isKnown = decision === "approve" || decision === "approve_elsewhere" || decision === "deny";
+  if (!isKnown || !await checkCsrf(server, session.browser, encoded, csrf)) {
+    return await askAgain(server, c, encoded, csrf, session, decision === "approve_elsewhere");
+  }
+  return await withRequest(server, c, encoded, async (request) => {
+    const { client, redirect_uri } = request;
+    const clientName = client.name;
+    // Only the address of a loopback listener is ever shown: any other app is reached from here, and its code is no
+    // text that somebody could be talked into sending on.
+    const elsewhere = decision === "approve_elsewhere";
+    if (elsewhere && !isLocal(new URL(redirect_uri))) {
+      throw new OAuthError("invalid_request", "This app can be reached from this browser");
+    }
+    if (decision === "deny") {
+      server.emit("connection_denied", "the request was denied", { clientName });
+      noteAttempt(server, client, { denied: seconds() });
+      const error_description = "The owner denied the request";
+      return redirectBack(server, c, request, { error: "access_denied", error_description });
+    }
+    const problem = await signIn(server, c, session, form.get("password") ?? "");
+    if (problem) return await askOwner(server, c, request, encoded, session, { csrf, problem });
+    const { code, repeated } = (await approve(server, csrf, request))!;
+    if (!repeated) server.emit("connection_approved", `approved for ${redirect_uri}`, { clientName });
+    if (repeated || elsewhere) return approvedPage(server, c, request, code, elsewhere);
+    return redirectBack(server, c, request, { code: code! });
+  });
+}
+
+/** Runs with a checked request. A faulty one is answered to the client, or on a page if nobody can be trusted with it. */
+async function withRequest(
+  server: Server,
+  c: Context,
+  encoded: string,
+  then: (request: AuthorizationRequest) => Promise<Response>,
+): Promise<Response> {
+  let target: Target;
+  let params: URLSearchParams;
+  try {
+    if (encoded.length > MAX_REQUEST_LENGTH) throw new OAuthError("invalid_request", "The request is too long");
+    params = parameters(encoded);
+    target = await authorizationTarget(server, params);
+  } catch (error) {
+    return faultPage(server, c, error);
+  }
+  let request: AuthorizationRequest;
+  try {
+    request = authorizationRequest(server, params, target);
+  } catch (error) {
+    if (!(error instanceof OAuthError)) throw error;
+    await noteRefusal(server, error, undefined, target.client);
+    return redirectBack(server, c, target, { error: error.code, error_description: errorDescription(error.message) });
+  }
+  return await then(request);
+}
+
+/** Shows the consent page, with the same form again if there was a problem with it. */
+async function askOwner(
+  server: Server,
+  c: Context,
+  request: AuthorizationRequest,
+  encoded: string,
+  { browser, who }: Session,
+  again?: { csrf: string; problem: Problem },
+): Promise<Response> {
+  const { client, redirect_uri } = request;
+  const csrf = again?.csrf ?? await createCsrf(server, browser, encoded);
+  const listed = isListedSite(server.allowed, new URL(client.source === "document" ? client.id : redirect_uri));
+  return consentPage(server, c, request, {
+    who,
+    encoded,
+    csrf,
+    vouched: listed,
+    ...defined({ problem: again?.problem }),
+  });
+}
+
+/** Answers a form that does not belong to this browser and request, or is too old. */
+async function askAgain(
+  server: Server,
+  c: Context,
+  encoded: string,
+  csrf: string,
+  session: Session,
+  elsewhere: boolean,
+): Promise<Response> {
+  if (encoded === "" || !session.known) return expiredPage(server, c);
+  return await withRequest(server, c, encoded, async (request) => {
+    // Of two clicks, the first may have signed the owner in, so that the browser's secret is no longer the form's. The
+    // form proves nothing then, but the session does: only the owner is told what came of the first click.
+    const earlier = session.who === "owner" ? await approve(server, csrf, request, true) : undefined;
+    if (earlier) return approvedPage(server, c, request, earlier.code, elsewhere);
+    // The form was open too long, or in a second tab while the first one signed in: ask again, and lose nothing.
+    const fresh = await createCsrf(server, session.browser, encoded);
+    return await askOwner(server, c, request, encoded, session, { csrf: fresh, problem: OPEN_TOO_LONG });
+  });
+}
+
+/** Answers with the code on a page: to be carried to another computer, or because the form was sent before. */
+function approvedPage(server: Server, c: Context, request: AuthorizationRequest, code?: string, elsewhere?: boolean) {
+  const uri = code && answerUri(server, request, { code });
+  if (uri && elsewhere && isLocal(new URL(request.redirect_uri))) return elsewherePage(server, c, uri);
+  return answeredPage(server, c, request.client.name, uri);
+}
+
+/**
+ * Returns the redirect URI with the answer and `iss`, so that a client of several servers knows which one answered.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc9207#section-2 | RFC 9207 §2}
+ */
+function answerUri({ issuer }: Server, { redirect_uri, state }: Target, answer: Record<string, string>): string {
+  const params = new URLSearchParams({ ...answer, ...(state !== null && { state }), iss: issuer });
+  // Appended, never parsed and rebuilt: the URI stays byte for byte what was registered. Spaces as %20, because some
+  // clients show a + as it is.
+  return `${redirect_uri}${redirect_uri.includes("?") ? "&" : "?"}${params.toString().replaceAll("+", "%20")}`;
+}
+
+/** Sends the browser back to the client, by way of a page if the target is a private-use scheme. */
+function redirectBack(server: Server, c: Context, target: Target, answer: Record<string, string>) {
+  const uri = answerUri(server, target, answer);
+  if (!/^https?:/i.test(uri)) return openAppPage(server, c, uri, target.client.name, "code" in answer);
+  c.header("Cache-Control", "no-store");
+  // 302, never 307: the browser would post the owner's password on to the client.
+  return c.redirect(uri, 302);
+}
+
+/** Finds client and redirect URI. Until both are known good, nothing may be redirected (OAuth 2.1 §4.1.2.1). */
+async function authorizationTarget(server: Server, params: URLSearchParams): Promise<Target> {
   const client_id = params.get("client_id");
   if (client_id === null) throw new OAuthError("invalid_request", "The request names no client_id");
-  const client = await clients.resolve(client_id);
+  const client = await resolveClient(server, client_id);
   if (!client) {
     throw new OAuthError("invalid_client", "This server does not know the app that sent you here", { status: 401 });
   }
@@ -1447,19 +1819,26 @@ async function authorizationTarget(params: URLSearchParams, clients: Clients, po
     throw new OAuthError("invalid_request", "The request names no redirect_uri");
   }
   if (!client.redirect_uris.some((registered) => sameRedirect(registered, redirect_uri))) {
-    throw new OAuthError(
-      "invalid_request",
-      `redirect_uri ${quote(redirect_uri)} is not one that the client registered`,
-    );
+    const description = `redirect_uri ${quote(redirect_uri)} is not one that the client registered`;
+    const reason = `${description}: ${quote(client.redirect_uris)}`;
+    throw new OAuthError("invalid_request", description, {
+      event: "redirect_refused",
+      reason,
+      clientName: client.name,
+    });
   }
-  // Again, although registration asked: the owner may have shortened the list since, and a signed client_id stays.
-  const refused = client.source === "preregistered" ? unsafeRedirect(redirect_uri) : policy.refusal(redirect_uri);
-  if (refused) throw new OAuthError("invalid_request", refused, { event: "redirect_refused" });
+  // Checked again although registration did: the owner may have shortened the list, and a signed client_id stays valid.
+  const refused = client.source === "preregistered"
+    ? unsafeRedirect(redirect_uri)
+    : redirectRefusal(server.allowed, redirect_uri);
+  if (refused) {
+    throw new OAuthError("invalid_request", refused, { event: "redirect_refused", clientName: client.name });
+  }
   return { client, redirect_uri, state: params.get("state") };
 }
 
-/** The rest of the request; what is wrong with it is the client's to hear (OAuth 2.1 §4.1.1, RFC 7636 §4.3). */
-function authorizationRequest(params: URLSearchParams, target: Target, settings: Settings): AuthorizationRequest {
+/** Checks the rest of the request. What is wrong with it goes back to the client (OAuth 2.1 §4.1.1, RFC 7636 §4.3). */
+function authorizationRequest(server: Server, params: URLSearchParams, target: Target): AuthorizationRequest {
   const invalid = (description: string, code = "invalid_request") => new OAuthError(code, description);
   if (params.has("request")) throw invalid("Request objects are not supported", "request_not_supported");
   if (params.has("request_uri")) {
@@ -1470,72 +1849,90 @@ function authorizationRequest(params: URLSearchParams, target: Target, settings:
   if (response_type !== "code") throw invalid("response_type must be code", "unsupported_response_type");
   if ((params.get("response_mode") ?? "query") !== "query") throw invalid("response_mode must be query");
   const code_challenge = params.get("code_challenge");
-  // Without PKCE a stolen code is a stolen connection; "plain" puts the verifier where the code is stolen from.
+  // Without PKCE a stolen code is a stolen connection; "plain" sends the verifier where codes are stolen from.
   if (code_challenge === null) throw invalid("code_challenge is missing: PKCE is required");
   if (params.get("code_challenge_method") !== "S256") throw invalid("code_challenge_method must be S256");
   if (!/^[A-Za-z0-9_-]{43}$/.test(code_challenge)) {
     throw invalid("code_challenge must be a base64url SHA-256 digest");
   }
-  checkResource(params, settings);
-  return { ...target, code_challenge, scopes: grantedScopes(params.get("scope"), settings.scopes) };
+  checkResource(server, params);
+  return { ...target, code_challenge, scopes: grantedScopes(params.get("scope"), server.scopes) };
 }
 
-/** An answer to a request that names nobody who could be answered: a page, or JSON for a program that asks for it. */
-function unanswerable(c: Context, error: unknown, settings: Settings): Response | Promise<Response> {
+/** Answers a request that names nobody who could be answered: a page, or JSON for a program that asks for it. */
+function faultPage(server: Server, c: Context, error: unknown): Response | Promise<Response> {
   if (!(error instanceof OAuthError) || error.status >= 500) throw error;
-  const { code, message, event, cause } = error;
-  if (event) settings.emit(event, message, defined({ cause }));
+  const { code, message, details: { event, reason, clientName, cause } } = error;
+  if (event) server.emit(event, reason ?? message, defined({ clientName, cause }));
   const accept = c.req.header("Accept") ?? "";
-  // mcp-remote asks this way before it opens the browser, and registers again when it reads invalid_client.
-  if (accept.includes("application/json") && !accept.includes("text/html")) return errorResponse(c, error, settings);
-  let title = "This request cannot be answered";
-  let advice = "Nothing was shared. If you did not start this, close the page. Otherwise connect again in the app.";
-  if (event === "redirect_refused") title = "This app is not allowed here";
-  if (event === "client_document_refused") {
-    title = "This app cannot be checked";
-    advice = "The app describes itself at an address of its own, which this server could not read. Try again later.";
-  }
-  if (code === "invalid_client") {
-    title = "This server does not know the app";
-    advice = "Remove this server from the app and add it again: the app then registers anew.";
-  }
-  return messagePage(c, settings, 400, title, `${message}.`, advice);
+  // mcp-remote asks for JSON before it opens the browser, and registers again if it reads invalid_client.
+  if (accept.includes("application/json") && !accept.includes("text/html")) return errorResponse(server, c, error);
+  const [title, advice] = FAULTS[event ?? code] ?? FAULTS.invalid_request!;
+  return messagePage(server, c, 400, title, `${message}.`, advice);
 }
+
+/** Title and advice for the faults that a person sees, by event or error code. */
+const FAULTS: Record<string, [title: string, advice: string]> = {
+  invalid_client: [
+    "This server does not know the app",
+    "Remove this server from the app and add it again. The app then registers anew.",
+  ],
+  client_document_refused: [
+    "This app cannot be checked",
+    "The app describes itself at an address of its own, which this server must be able to read. Try again later.",
+  ],
+  redirect_refused: [
+    "This app is not allowed here",
+    "Nothing was shared. If you did not start this, close the page.",
+  ],
+  invalid_request: [
+    "That request cannot be answered",
+    "Nothing was shared. If you started this, go back to the app and connect again.",
+  ],
+};
 
 /**
- * RFC 8707 §2: whatever is asked must be this one resource. Clients differ in slashes, case and default ports, and some
- * send the base URL, which on a server with one resource can mean nothing else. What is stored and checked as the
- * audience is always the canonical URL.
+ * Requires that every `resource` is this one resource. Clients differ in slashes, case and default ports, and some send
+ * the base URL. The audience that is stored and checked is always the canonical URL.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc8707#section-2 | RFC 8707 §2}
  */
-function checkResource(params: URLSearchParams, { resource, resourceNames }: Settings): void {
+function checkResource({ resource, resourceNames }: Server, params: URLSearchParams): void {
   for (const asked of params.getAll("resource")) {
     const normal = normalizeResource(asked);
     if (normal === undefined || !resourceNames.includes(normal)) {
-      throw new OAuthError("invalid_target", `This server grants access to ${resource} only`);
+      throw new OAuthError("invalid_target", `This server grants access to ${resource} only`, {
+        reason: `the client asked for ${quote(asked)}`,
+      });
     }
   }
 }
 
+const MAX_RESOURCE_LENGTH = 2048;
+
 function normalizeResource(resource: string): string | undefined {
+  if (resource.length > MAX_RESOURCE_LENGTH || resource.includes("#")) return undefined;
   const url = URL.parse(resource);
-  if (!url || resource.includes("#") || url.username || url.password || !/^https?:$/.test(url.protocol)) {
-    return undefined;
-  }
-  return url.origin + url.pathname.replace(/\/+$/, "") + url.search;
+  if (!url || url.username || url.password || (url.protocol !== "https:" && url.protocol !== "http:")) return undefined;
+  // A loop, not /\/+$/: that takes quadratic time on a stranger's "////…x" and stopped the whole server.
+  let end = url.pathname.length;
+  while (url.pathname[end - 1] === "/") end--;
+  return url.origin + url.pathname.slice(0, end) + url.search;
 }
 
 /**
- * RFC 6749 §3.3: what is asked and on offer; if that is nothing, the default, because clients ask for scopes they know
- * from other servers. Never more than is on offer. `offline_access` only if asked: it is a formality here, where every
- * client gets a refresh token.
+ * Returns the scopes that are asked for and on offer, or the default if there are none: clients ask for scopes they
+ * know from other servers. `offline_access` is granted if asked; every client gets a refresh token anyway.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-3.3 | RFC 6749 §3.3}
  */
-function grantedScopes(asked: string | null | undefined, { all, byDefault }: Pick<Scopes, "all" | "byDefault">) {
-  const wanted = new Set(asked?.split(/\s+/));
+function grantedScopes(asked: string | null | undefined, { all, byDefault }: { all: string[]; byDefault: string[] }) {
+  const wanted = new Set(asked?.split(/\s/));
   const granted = all.filter((scope) => wanted.has(scope));
   return [...(granted.length > 0 ? granted : byDefault), ...(wanted.has(OFFLINE_ACCESS) ? [OFFLINE_ACCESS] : [])];
 }
 
-/** A refresh may ask for less than was granted, and gets no more whatever it asks (RFC 6749 §6). */
+/** Returns the scopes of a refresh: fewer than were granted if it asks for fewer, and never more (RFC 6749 §6). */
 function narrowedScopes(asked: string, granted: string[]): string[] {
   const all = granted.filter((scope) => scope !== OFFLINE_ACCESS);
   return grantedScopes(asked, { all, byDefault: all }).filter((scope) => granted.includes(scope));
@@ -1545,70 +1942,88 @@ function narrowedScopes(asked: string, granted: string[]): string[] {
 // Token and revocation endpoints
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** OAuth 2.1 §3.2: a code or a refresh token in, an access token out. */
-async function tokenEndpoint(c: Context, clients: Clients, grants: Grants, settings: Settings): Promise<Response> {
+/** Returns a form parameter, or throws invalid_request if it is missing. */
+function required(form: URLSearchParams, name: string): string {
+  const value = form.get(name);
+  if (value === null) throw new OAuthError("invalid_request", `${name} is missing`);
+  return value;
+}
+
+/**
+ * Exchanges a code or a refresh token for an access token.
+ *
+ * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-3.2 | OAuth 2.1 §3.2}
+ */
+async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
   const arrived = seconds();
   const form = await readForm(c);
-  const client = await clients.authenticate(c, form);
-  const required = (name: string): string => {
-    const value = form.get(name);
-    if (value === null) throw new OAuthError("invalid_request", `${name} is missing`);
-    return value;
-  };
-  const grant_type = required("grant_type");
-  checkResource(form, settings);
+  const client = await authenticateClient(server, c, form);
   c.header("Cache-Control", "no-store");
+  try {
+    return c.json(await grantTokens(server, form, client, arrived));
+  } catch (error) {
+    const id = grantId("pac", form.get("code") ?? "") ?? grantId("prt", form.get("refresh_token") ?? "");
+    await noteRefusal(server, error, id, client);
+    throw error;
+  }
+}
+
+/** Returns the tokens that a form of the token endpoint asks for. */
+async function grantTokens(
+  server: Server,
+  form: URLSearchParams,
+  client: Client,
+  arrived: number,
+): Promise<TokenResponse> {
+  const grant_type = required(form, "grant_type");
+  checkResource(server, form);
   if (grant_type === "authorization_code") {
-    const code_verifier = required("code_verifier");
+    const [code, code_verifier] = [required(form, "code"), required(form, "code_verifier")];
     if (!/^[A-Za-z0-9._~-]{43,128}$/.test(code_verifier)) {
       throw new OAuthError("invalid_request", "code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)");
     }
     const redirect_uri = form.get("redirect_uri") ?? undefined;
-    return c.json(await grants.redeem({ code: required("code"), code_verifier, redirect_uri, client, arrived }));
+    return await redeem(server, { code, code_verifier, redirect_uri, client, arrived });
   }
   if (grant_type === "refresh_token") {
-    const scope = form.get("scope") ?? undefined;
-    return c.json(await grants.refresh({ refresh_token: required("refresh_token"), scope, client }));
+    const [refresh_token, scope] = [required(form, "refresh_token"), form.get("scope") ?? undefined];
+    return await refresh(server, { refresh_token, scope, client });
   }
   throw new OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token");
 }
 
 /**
- * RFC 7009: ends the connection that a token of either kind belongs to; the client itself stays, because Claude Code
- * signs out and then comes back with the same client_id. An unknown token is answered 200 as well (§2.2).
+ * Ends the connection that a token of either kind belongs to. The client stays registered, because Claude Code signs
+ * out and comes back with the same client_id. An unknown token is answered 200 as well.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc7009#section-2.1 | RFC 7009 §2.1}
  */
-async function revocationEndpoint(c: Context, clients: Clients, grants: Grants): Promise<Response> {
+async function revocationEndpoint(server: Server, c: Context): Promise<Response> {
   const form = await readForm(c);
-  const client = await clients.authenticate(c, form);
-  const token = form.get("token");
-  if (token === null) throw new OAuthError("invalid_request", "token is missing");
-  await grants.revokeToken(token, client);
+  const client = await authenticateClient(server, c, form);
+  await revokeToken(server, required(form, "token"), client);
   c.header("Cache-Control", "no-store");
   return c.body(null, 200);
 }
 
 /**
- * RFC 7662, for a resource server that runs elsewhere. Only clients that the owner registered with a secret may ask:
- * to anybody else an answer would tell whether a token found somewhere is alive.
+ * Describes a token to a resource server that runs elsewhere. Only clients that the owner registered with a secret may
+ * ask: to anybody else the answer would tell whether a token found somewhere is alive.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc7662#section-2 | RFC 7662 §2}
  */
-async function introspectionEndpoint(
-  c: Context,
-  clients: Clients,
-  grants: Grants,
-  { issuer }: Settings,
-): Promise<Response> {
+async function introspectionEndpoint(server: Server, c: Context): Promise<Response> {
   const form = await readForm(c);
-  const { source, secret } = await clients.authenticate(c, form);
+  const { source, secret } = await authenticateClient(server, c, form);
   if (source !== "preregistered" || secret === undefined) {
     throw new OAuthError("unauthorized_client", "Introspection is for clients registered with a secret by the owner");
   }
-  const token = form.get("token");
-  if (token === null) throw new OAuthError("invalid_request", "token is missing");
+  const token = required(form, "token");
   c.header("Cache-Control", "no-store");
   try {
-    const { clientId: client_id, scopes, expiresAt: exp, resource } = await grants.verify(token);
-    const scope = scopes.join(" ");
-    return c.json({ active: true, client_id, scope, exp, token_type: "Bearer", iss: issuer, aud: resource?.href });
+    const { clientId: client_id, scopes, expiresAt: exp, resource } = await verifyAccessToken(server, token);
+    const [scope, iss, aud] = [scopes.join(" "), server.issuer, resource?.href];
+    return c.json({ active: true, client_id, scope, exp, token_type: "Bearer", iss, aud });
   } catch (error) {
     if (error instanceof OAuthError && error.code === "invalid_token") return c.json({ active: false });
     throw error;
@@ -1620,56 +2035,66 @@ async function introspectionEndpoint(
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /**
- * A connection: one record, `grant/<id>`, and everything about it. Every token names its grant, so that checking one is
- * one read, every change is one atomic change of one record, and ending the connection ends all its tokens.
- * Only SHA-256 hashes of secrets are kept. Times are in seconds, with their fractions.
+ * A connection: one record, `grant/<id>`, with everything about it. Every token names its grant, so checking a token is
+ * one read, every change is one atomic change, and ending the connection ends all its tokens. Only hashes of secrets
+ * are stored. Times are in seconds since the epoch, with fractions.
  */
-export interface Grant {
-  client: { id: string; name: string };
-  /** What the owner calls it. */
-  label?: string;
+interface Grant {
+  /** `auth`: the only way in which it may authenticate. */
+  client: { id: string; name: string; auth?: "private_key_jwt" };
   /** Absent for a personal access token. */
   redirect_uri?: string;
   scopes: string[];
   resource: string;
   created: number;
+  /** When an access token was first used. */
+  called?: number;
+  /** When a token was last used, to the minute. */
   used?: number;
   expires: number;
   revoked?: number;
-  /** `refreshes`: what the client registered for. */
+  /** `refreshes`: whether the client registered for refresh tokens. */
   code?: { hash: string; challenge: string; refreshes: boolean; expires: number; redeemed?: number };
   refresh?: RefreshState;
-  /** Live access tokens, oldest first: a refresh leaves the earlier ones to their own expiry. */
+  /** Live access tokens, oldest first. A refresh leaves the earlier ones to their own expiry. */
   access: AccessToken[];
+  /** The owner's own name for it. */
+  label?: string;
+  /** How the client came to be approved, and why it was last refused, for the owner. */
+  attempt?: Pick<Attempt, "found" | "introduced" | "shown">;
+  refused?: Refusal;
 }
 
-export interface RefreshState {
-  /** The current refresh token, RT(n). */
+interface RefreshState {
+  /** Fingerprint of the current refresh token, RT(n). */
   hash: string;
   n: number;
-  /** Whether anything issued with RT(n) has been presented: then the client has it, and RT(n-1) has had its day. */
+  /** Whether RT(n), or the access token issued with it, has been used: then the client has it, and RT(n-1) is spent. */
   presented: boolean;
   /** The latest refresh tokens before RT(n) and when each was first rotated, newest first. */
   rotated: [hash: string, at: number][];
+  /** The latest n whose answer was repeated after the grace period. */
+  repeated?: number;
 }
 
-export interface AccessToken {
+interface AccessToken {
   hash: string;
   /** The n of the refresh token it was issued with. */
   n: number;
-  /** Where it has fewer than the grant. */
+  /** Present if it has fewer than the grant. */
   scopes?: string[];
   expires: number;
 }
 
-/** What a transition leaves: the record to keep (unchanged: the same object) and what happened. */
-export interface Transition {
+/** The record to keep (the same object if nothing changed), what happened, and the reason of a refusal for the owner. */
+interface Transition {
   grant: Grant;
-  outcome: "issued" | "replayed" | "reused" | "refused";
+  outcome: "issued" | "repeated" | "replayed" | "reused" | "refused";
+  reason?: string;
 }
 
-/** What is to be issued, hashed. */
-export interface Issue {
+/** The hashes of the tokens to issue. */
+interface Issue {
   access: Omit<AccessToken, "n">;
   refresh: string;
   /** When the connection ends unless it is refreshed. */
@@ -1677,51 +2102,57 @@ export interface Issue {
 }
 
 const CODE_TTL = 5 * MINUTE;
-/** A refresh token stays good this long after its rotation: clients on several machines refresh in parallel. */
+/** How long a refresh token works after its rotation: clients on several machines refresh in parallel. */
 const REFRESH_GRACE = 2 * MINUTE;
-/** Bounds on one record for clients that refresh without pause; Deno KV takes 64 KiB, and these come to half of it. */
+/** Bounds on one record for clients that refresh without pause. Deno KV takes 64 KiB; these come to half of it. */
 const MAX_ACCESS_TOKENS = 100;
 const MAX_ROTATIONS = 200;
 
-// The life of a grant as pure functions of (grant, request, now): OAuth's hard rules, without HTTP or storage. They are
-// exported so that tests can walk through them; a program has no use for them.
+// OAuth's hard rules as pure functions of (grant, request, now), without HTTP and storage.
 
-/**
- * The owner said yes: a code, and nothing else yet. The record outlives the code until its form is worthless too, so
- * that the form cannot be sent a second time.
- *
- * @internal
- */
-export function approveGrant(
-  request: Pick<Grant, "client" | "scopes" | "resource"> & { redirect_uri: string },
+/** Returns the grant of a new approval: a code, and no token yet. The record outlives its form, which is good once. */
+function approveGrant(
+  request: Pick<Grant, "client" | "scopes" | "resource" | "attempt"> & { redirect_uri: string },
   code: { hash: string; challenge: string; refreshes: boolean },
   now: number,
 ): Grant {
-  return { ...request, created: now, expires: now + FORM_TTL, code: { ...code, expires: now + CODE_TTL }, access: [] };
+  return {
+    ...request,
+    created: now,
+    expires: now + UNREDEEMED_KEPT,
+    code: { ...code, expires: now + CODE_TTL },
+    access: [],
+  };
 }
 
 /**
- * OAuth 2.1 §4.1.3. A wrong attempt changes nothing: it costs the client neither the code nor the connection.
+ * Redeems a code once. A wrong attempt changes nothing, so it costs the client neither the code nor the connection.
  *
- * @internal
+ * @see {@link https://www.rfc-editor.org/rfc/rfc7636#section-4.6 | RFC 7636 §4.6}
+ * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1.3 | OAuth 2.1 §4.1.3}
  */
-export function redeemGrant(
+function redeemGrant(
   grant: Grant,
   request: { hash: string; challenge: string; client_id: string; redirect_uri?: string | undefined; arrived: number },
   issue: Issue,
   now: number,
 ): Transition {
   const { code } = grant;
-  const refused: Transition = { grant, outcome: "refused" };
-  if (grant.revoked !== undefined || code?.hash !== request.hash) return refused;
-  if (grant.client.id !== request.client_id || code.challenge !== request.challenge) return refused;
-  if (request.redirect_uri !== undefined && request.redirect_uri !== grant.redirect_uri) return refused;
-  if (code.redeemed !== undefined) {
-    // Client and verifier are right, so somebody else holds both: end what was issued (OAuth 2.1 §4.1.3). Only a
-    // request that was already here when the code was redeemed is a client's own duplicate; it is refused, no more.
-    return request.arrived < code.redeemed ? refused : { grant: revokeGrant(grant, now), outcome: "replayed" };
+  const refused = (reason: string): Transition => ({ grant, outcome: "refused", reason });
+  if (grant.revoked !== undefined) return refused(`the connection was ended ${ago(now - grant.revoked)}`);
+  if (code?.hash !== request.hash) return refused("this code was never issued");
+  if (grant.client.id !== request.client_id) return refused("the code was issued to another client");
+  if (code.challenge !== request.challenge) return refused("code_verifier does not match the code_challenge");
+  if (request.redirect_uri !== undefined && request.redirect_uri !== grant.redirect_uri) {
+    return refused(`redirect_uri ${quote(request.redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
   }
-  if (code.expires <= now) return refused;
+  if (code.redeemed !== undefined) {
+    // Client and verifier are right, so somebody else holds both: end what was issued. A request that had arrived
+    // before the code was redeemed is the client's own duplicate, and is only refused.
+    if (request.arrived < code.redeemed) return refused("a duplicate of a request that came at the same time");
+    return { grant: revokeGrant(grant, now), outcome: "replayed" };
+  }
+  if (code.expires <= now) return refused(`the code expired ${ago(now - code.expires)}`);
   const { access, refresh, expires } = issue;
   return {
     outcome: "issued",
@@ -1736,105 +2167,197 @@ export function redeemGrant(
 }
 
 /**
- * OAuth 2.1 §4.3. The successor is derived from the token, so whoever presents the same token gets the same answer:
- * parallel and repeated requests need no luck. A rotated token is accepted (a) within the grace period, or (b) for as
- * long as nothing that was issued for it has been presented: then the answer was lost on its way, however long ago.
+ * Rotates a refresh token, or repeats the answer to one that was rotated. Tokens are derived, not drawn, so everybody
+ * who presents the same token gets the same answer, and parallel refreshes are harmless. A rotated token is accepted
+ * within the grace period, and later for as long as nothing issued for it has been used: then its answer was lost.
  * Anything else is a second holder, and the connection ends.
  *
- * `request.hash` must be the hash of a refresh token that this server issued for this grant.
+ * `request.hash` must be the fingerprint of a refresh token that this server made for this grant.
  *
- * @internal
+ * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.3.1 | OAuth 2.1 §4.3.1}
  */
-export function refreshGrant(
+function refreshGrant(
   grant: Grant,
   request: { hash: string; client_id: string; resource: string },
   issue: Issue,
   now: number,
 ): Transition {
   const { refresh } = grant;
-  const ours = grant.client.id === request.client_id && grant.resource === request.resource;
-  if (grant.revoked !== undefined || !refresh || !ours || grant.expires <= now) return { grant, outcome: "refused" };
-  const { hash, rotated, n } = refresh;
-  const isCurrent = hash === request.hash;
-  const steps = isCurrent ? 0 : rotated.findIndex(([known]) => known === request.hash) + 1;
-  let spent = rotated;
-  if (!isCurrent) {
-    const at = rotated[steps - 1]?.[1];
-    const inGrace = at !== undefined && now - at <= REFRESH_GRACE;
-    const unseen = steps === 1 && !refresh.presented;
-    if (!inGrace && !unseen) return { grant: revokeGrant(grant, now), outcome: "reused" };
-    // A lost answer that is given again counts as the first one: the client's other machines have their grace from here.
-    if (!inGrace) spent = [[request.hash, now], ...rotated.slice(1)];
-  }
-  const { access: fresh } = issue;
-  const issued = grant.access.find((token) => token.hash === fresh.hash);
-  // A repeated answer is the first one over again; only if that has aged does its access token get new time.
-  const lasts = issued && issued.expires - now >= (fresh.expires - now) / 2;
-  if (!isCurrent && lasts && spent === rotated) return { grant, outcome: "issued" };
-  const others = grant.access.filter((token) => token.expires > now && token !== issued);
-  const access = [...others, { ...fresh, n: n + 1 - steps }].slice(-MAX_ACCESS_TOKENS);
-  if (!isCurrent) {
-    const repeated = { ...grant, access, used: now, expires: issue.expires, refresh: { ...refresh, rotated: spent } };
-    return { grant: repeated, outcome: "issued" };
-  }
-  const recent = rotated.filter(([, at]) => now - at <= REFRESH_GRACE).slice(0, MAX_ROTATIONS - 1);
+  const refused = (reason: string): Transition => ({ grant, outcome: "refused", reason });
+  if (grant.revoked !== undefined) return refused(`the connection was ended ${ago(now - grant.revoked)}`);
+  if (!refresh) return refused("the connection has no refresh token");
+  if (grant.client.id !== request.client_id) return refused("the refresh token was issued to another client");
+  if (grant.resource !== request.resource) return refused(`the refresh token is for ${quote(grant.resource)}`);
+  if (grant.expires <= now) return refused(`the connection expired ${ago(now - grant.expires)}`);
+  if (refresh.hash !== request.hash) return repeatRefresh(grant, refresh, request.hash, issue, now);
+  const recent = refresh.rotated.filter(([, at]) => now - at <= REFRESH_GRACE).slice(0, MAX_ROTATIONS - 1);
+  const rotated: RefreshState["rotated"] = [[request.hash, now], ...recent];
+  const n = refresh.n + 1;
   return {
     outcome: "issued",
     grant: {
       ...grant,
-      access,
+      access: withAccessToken(grant, { ...issue.access, n }, now),
       used: now,
       expires: issue.expires,
-      refresh: { hash: issue.refresh, n: n + 1, presented: false, rotated: [[hash, now], ...recent] },
+      refresh: { ...refresh, hash: issue.refresh, n, presented: false, rotated },
     },
   };
 }
 
-/**
- * The live access token of this hash and audience.
- *
- * @internal
- */
-export function verifyGrant(grant: Grant, hash: string, resource: string, now: number): AccessToken | undefined {
-  // Digests are compared, not tokens: how far two digests agree tells nothing about the token that is missing.
+/** Repeats the answer to a refresh token that was rotated, or ends the connection. */
+function repeatRefresh(grant: Grant, refresh: RefreshState, hash: string, issue: Issue, now: number): Transition {
+  const { rotated, n } = refresh;
+  const index = rotated.findIndex(([known]) => known === hash);
+  const at = rotated[index]?.[1];
+  const inGrace = at !== undefined && now - at <= REFRESH_GRACE;
+  const isUnused = index === 0 && !refresh.presented;
+  // A thief who copies a token can rotate it first, leave the answer unused, and wait: the client then looks like one
+  // that lost an answer. Lost answers are rare; two consecutive ones, both asked for late, are taken for a thief.
+  const isSecondInRow = refresh.repeated !== undefined && refresh.repeated === n - 1;
+  if (!inGrace && (!isUnused || isSecondInRow)) {
+    const when = at === undefined ? "long ago" : ago(now - at);
+    return { grant: revokeGrant(grant, now), outcome: "reused", reason: `the refresh token was rotated ${when}` };
+  }
+  const issued = grant.access.find((token) => token.hash === issue.access.hash);
+  // The repeated answer is the first one again; its access token gets new time only if it has used up half of it.
+  const lasts = issued && issued.expires - now >= (issue.access.expires - now) / 2;
+  if (inGrace && lasts) return { grant, outcome: "issued" };
+  // A late answer counts as the first one: the grace period for the client's other machines starts again.
+  const late = inGrace ? {} : { rotated: [[hash, now], ...rotated.slice(1)] as typeof rotated, repeated: n };
+  return {
+    outcome: inGrace ? "issued" : "repeated",
+    grant: {
+      ...grant,
+      access: withAccessToken(grant, { ...issue.access, n: n - index }, now),
+      used: now,
+      expires: issue.expires,
+      refresh: { ...refresh, ...late },
+    },
+  };
+}
+
+/** Returns the live access tokens of a grant with one more. */
+function withAccessToken(grant: Grant, fresh: AccessToken, now: number): AccessToken[] {
+  const others = grant.access.filter((token) => token.expires > now && token.hash !== fresh.hash);
+  return [...others, fresh].slice(-MAX_ACCESS_TOKENS);
+}
+
+/** Returns the live access token with this hash and audience. */
+function verifyGrant(grant: Grant, hash: string, resource: string, now: number): AccessToken | undefined {
+  // Digests are compared, not tokens: how far two digests agree says nothing about the token behind them.
   const token = grant.access.find((candidate) => candidate.hash === hash);
   const live = token && token.expires > now && grant.expires > now && grant.revoked === undefined;
   return live && grant.resource === resource ? token : undefined;
 }
 
-/**
- * An access token was presented: what must be remembered of it, or the same object if that is nothing new.
- *
- * @internal
- */
-export function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
+/** Records that an access token was used. Returns the same object if there is nothing new to remember. */
+function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
   const { refresh } = grant;
-  // The client has the latest answer: from here on, its predecessor in another hand is a theft.
+  // The client has the latest tokens; later use of the previous refresh token is treated as theft.
+  const called = grant.called ?? now;
   if (refresh && refresh.n === token.n && refresh.rotated.length > 0 && !refresh.presented) {
-    return { ...grant, used: now, refresh: { ...refresh, presented: true } };
+    return { ...grant, called, used: now, refresh: { ...refresh, presented: true } };
   }
-  // Once a minute at the most, so that a busy client does not make every read a write.
-  return Math.abs(now - (grant.used ?? 0)) < MINUTE ? grant : { ...grant, used: now };
+  // At most once a minute, so that a busy client does not turn every read into a write.
+  const isRecent = grant.called !== undefined && Math.abs(now - (grant.used ?? 0)) < MINUTE;
+  return isRecent ? grant : { ...grant, called, used: now };
 }
 
-/**
- * The end of a connection. The record stays a little as a tombstone, so that its approval cannot be posted again.
- *
- * @internal
- */
-export function revokeGrant({ code: _code, refresh: _refresh, ...rest }: Grant, now: number): Grant {
+/** Ends a connection. The record stays for a while, so that its approval cannot be posted again. */
+function revokeGrant({ code: _code, refresh: _refresh, ...rest }: Grant, now: number): Grant {
   return { ...rest, access: [], revoked: rest.revoked ?? now };
 }
 
-/**
- * The owner's own name for a connection; an empty one takes it away.
- *
- * @internal
- */
-export function renameGrant({ label: _label, ...grant }: Grant, label: string): Grant {
-  return { ...grant, ...(label && { label }) };
+// The same with storage: hashes what comes in, makes what goes out, and lets the functions above decide.
+
+async function readGrant({ store }: Server, id: string): Promise<Grant | undefined> {
+  return await store.get(`grant/${id}`) as Grant | undefined;
 }
 
+/** Stores a new grant. If the same form has made one before, returns that one and changes nothing. */
+async function insertGrant({ store }: Server, id: string, grant: Grant): Promise<Grant | undefined> {
+  let before: Grant | undefined;
+  await store.update(`grant/${id}`, (current) => {
+    before = current as Grant | undefined;
+    return before ?? grant;
+  }, { expiresAt: grant.expires });
+  return before;
+}
+
+/** Applies a transition atomically, and raises the event of what happened. */
+async function changeGrant(
+  server: Server,
+  id: string,
+  transition: (grant: Grant, now: number) => Transition,
+  { expires }: Issue,
+): Promise<Grant> {
+  let result: Transition | undefined;
+  await server.store.update(`grant/${id}`, (current) => {
+    result = current === undefined ? undefined : transition(current as Grant, seconds());
+    return result?.grant;
+  }, { expiresAt: expires });
+  const { grant, outcome, reason } = result ?? { outcome: "refused", reason: "the connection has ended" };
+  let event: AuthEvent["type"] | undefined;
+  if (grant && outcome !== "issued" && outcome !== "refused") {
+    const [type, message] = {
+      replayed: ["code_replayed", "a code was redeemed twice: the connection is ended"],
+      reused: ["refresh_token_reused", "a refresh token was used again: the connection is ended"],
+      repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
+    }[outcome] as [AuthEvent["type"], string];
+    emitFor(server, type, message, id, grant);
+    event = type;
+  }
+  if (grant && (outcome === "issued" || outcome === "repeated")) return grant;
+  const description = "The code or refresh token is wrong, used, expired or revoked";
+  throw new OAuthError("invalid_grant", description, { reason, ...defined({ event }) });
+}
+
+/** Raises an event about a connection. */
+function emitFor(server: Server, type: AuthEvent["type"], message: string, connection: string, grant: Grant): void {
+  server.emit(type, message, { connection, clientName: grant.client.name });
+}
+
+/** The id of what a form makes comes from the form, so that sending it twice finds the first grant. */
+async function formId({ mac }: Server, ...form: string[]): Promise<string> {
+  return (await mac("grant", ...form)).slice(0, 32);
+}
+
+/**
+ * Approves a request and returns its code. If the same form was sent before, `repeated` is true, and the code of the
+ * first time is returned while it can be redeemed. With `lookOnly`, nothing is approved that was not before.
+ */
+async function approve(
+  server: Server,
+  form: string,
+  { client, redirect_uri, scopes, code_challenge: challenge }: AuthorizationRequest,
+  lookOnly = false,
+): Promise<{ code?: string; repeated: boolean } | undefined> {
+  const id = await formId(server, form);
+  const code = `pac_${id}${await server.mac("code", form)}`;
+  const { found, introduced, shown } = server.attempts.get(client.id) ?? {};
+  const attempt = defined({ found, introduced, shown });
+  const fresh = approveGrant(
+    {
+      client: { id: client.id, name: client.name, ...defined({ auth: client.auth }) },
+      redirect_uri,
+      scopes,
+      resource: server.resource,
+      attempt,
+    },
+    { hash: await hashToken(code), challenge, refreshes: client.refreshes },
+    seconds(),
+  );
+  const before = lookOnly ? await readGrant(server, id) : await insertGrant(server, id, fresh);
+  if (!lookOnly) server.attempts.delete(client.id); // from here on, the record tells
+  const grant = before ?? fresh;
+  if (lookOnly && !before || grant.client.id !== client.id || grant.redirect_uri !== redirect_uri) return undefined;
+  // After a double click the browser follows the second response, so it carries the first one's code.
+  const isOpen = grant.code && grant.code.redeemed === undefined && grant.code.expires > seconds();
+  return { repeated: before !== undefined, ...(isOpen && { code }) };
+}
+
+/** The response of the token endpoint (OAuth 2.1 §3.2.3). No member is ever null: strict clients refuse that. */
 interface TokenResponse {
   access_token: string;
   token_type: "Bearer";
@@ -1843,318 +2366,89 @@ interface TokenResponse {
   scope: string;
 }
 
-interface Grants {
-  /** `repeated`: this form was sent before; its code is there for as long as it can be redeemed. */
-  approve(form: string, request: AuthorizationRequest): Promise<{ code?: string; repeated: boolean }>;
-  /** The same of a form that was sent before; nothing if it was not, or not with this request. */
-  answered(form: string, request: AuthorizationRequest): Promise<{ code?: string } | undefined>;
-  redeem(request: {
+/** Exchanges a code for tokens. */
+async function redeem(
+  server: Server,
+  { code, code_verifier, redirect_uri, client, arrived }: {
     code: string;
     code_verifier: string;
     redirect_uri: string | undefined;
     client: Client;
     arrived: number;
-  }): Promise<TokenResponse>;
-  refresh(request: { refresh_token: string; scope: string | undefined; client: Client }): Promise<TokenResponse>;
-  revokeToken(token: string, client: Client): Promise<void>;
-  /** The remembered answer at once: a request that waits for nothing is done before the next one begins. */
-  verify(token: string): AuthInfo | Promise<AuthInfo>;
-  connections: PersonalAuth["connections"];
-  revoke: PersonalAuth["revoke"];
-  rename(id: string, label: string): Promise<void>;
-  /** With a form: nothing if it was sent before, and what it made is in use. */
-  createToken(request: TokenRequest, form?: string): Promise<NewToken | undefined>;
+  },
+): Promise<TokenResponse> {
+  const id = grantId("pac", code);
+  if (!id) throw new OAuthError("invalid_grant", "This is not a code of this server");
+  const access_token = `pat_${id}${random(32)}`;
+  const refresh = await deriveRefresh(server, id + random(32));
+  const [hash, challenge] = [await hashToken(code), await s256(code_verifier)];
+  const request = { hash, challenge, client_id: client.id, redirect_uri, arrived };
+  const issue = await hashIssue(server, access_token, undefined, refresh.hash);
+  const grant = await changeGrant(server, id, (grant, now) => redeemGrant(grant, request, issue, now), issue);
+  emitFor(server, "code_redeemed", "the app fetched its token", id, grant);
+  return tokenResponse(grant, issue.access.hash, access_token, grant.refresh && refresh.token);
 }
 
-/** Personal access tokens belong to no client; this stands where a `clientId` is expected. */
-const PERSONAL = "personal-access-token";
-
-/** The grants in the store: hashes what comes in, makes what goes out, and lets `transitions` decide. */
-function grantKeeper(settings: Settings, store: Store, mac: Mac): Grants {
-  const { resource, scopes: offered, accessTokenTtl, refreshTokenTtl, emit } = settings;
-  const resourceUrl = new URL(resource);
-  const resourceMetadata = { resourceMetadataUrl: settings.resourceMetadataUrl }; // a member of the second SDK's AuthInfo
-  const verified = new Map<string, Verified>();
-
-  const read = async (id: string) => await store.get(`grant/${id}`) as Grant | undefined;
-
-  /** Applies a transition, atomically. Nothing to apply it to: refused. */
-  async function apply(id: string, transition: (grant: Grant, now: number) => Transition, { expires }: Issue) {
-    let outcome: Transition["outcome"] = "refused";
-    const grant = await store.update(`grant/${id}`, (current) => {
-      if (current === undefined) return undefined;
-      const result = transition(current as Grant, seconds());
-      outcome = result.outcome;
-      return result.grant;
-    }, { expiresAt: expires }) as Grant | undefined;
-    return { outcome: outcome as Transition["outcome"], grant };
-  }
-
-  /**
-   * What a form makes has its id from that form, so that sending it twice finds the first in its place. Writes a new
-   * grant; answers the one that was there already.
-   */
-  async function insert(id: string, grant: Grant): Promise<Grant | undefined> {
-    let before: Grant | undefined;
-    await store.update(`grant/${id}`, (current) => {
-      before = current as Grant | undefined;
-      return before ?? grant;
-    }, { expiresAt: grant.expires });
-    return before;
-  }
-
-  const idOf = async (...form: string[]) => (await mac("grant", ...form)).slice(0, 32);
-  const codeOf = async (id: string, form: string) => `pac_${id}${await mac("code", form)}`;
-
-  const approve: Grants["approve"] = async (form, request) => {
-    const id = await idOf(form);
-    const code = await codeOf(id, form);
-    const { client, redirect_uri, scopes, code_challenge: challenge } = request;
-    const grant = approveGrant(
-      { client: { id: client.id, name: client.name }, redirect_uri, scopes, resource },
-      { hash: await sha256(code), challenge, refreshes: client.refreshes },
-      seconds(),
-    );
-    const before = await insert(id, grant);
-    return { repeated: before !== undefined, ...(isOpen(before ?? grant) && { code }) };
-  };
-
-  const answered: Grants["answered"] = async (form, { client, redirect_uri }) => {
-    const id = await idOf(form);
-    const grant = await read(id);
-    if (grant?.client.id !== client.id || grant.redirect_uri !== redirect_uri) return undefined;
-    return isOpen(grant) ? { code: await codeOf(id, form) } : {};
-  };
-
-  /** Of an impatient double click, the browser follows the second answer: it goes on with the code of the first. */
-  function isOpen({ code }: Grant): boolean {
-    return code !== undefined && code.redeemed === undefined && code.expires > seconds();
-  }
-
-  const redeem: Grants["redeem"] = async ({ code, code_verifier, redirect_uri, client, arrived }) => {
-    const id = grantId("pac", code);
-    const wrong = () => new OAuthError("invalid_grant", "The code is wrong, used, expired or meant for another client");
-    if (!id) throw wrong();
-    const access_token = `pat_${id}${random(32)}`;
-    const refresh_token = await refreshToken(id + random(32));
-    const request = {
-      hash: await sha256(code),
-      challenge: await sha256(code_verifier),
-      client_id: client.id,
-      redirect_uri,
-      arrived,
-    };
-    const issue = await hashed(access_token, undefined, refresh_token);
-    const { outcome, grant } = await apply(id, (grant, now) => redeemGrant(grant, request, issue, now), issue);
-    if (outcome === "replayed") {
-      report("code_replayed", "a code was redeemed twice: the connection is ended", id, grant);
-    }
-    if (outcome !== "issued" || !grant) throw wrong();
-    return tokenResponse(grant, issue.access.hash, access_token, grant.refresh && refresh_token);
-  };
-
-  const refresh: Grants["refresh"] = async ({ refresh_token, scope, client }) => {
-    const id = grantId("prt", refresh_token);
-    const spent = () => new OAuthError("invalid_grant", "The refresh token is wrong, expired or revoked");
-    // Only a token of our own making may end a connection: otherwise whoever learns a connection's id could.
-    if (!id || refresh_token !== await refreshToken(refresh_token.slice(4, -CHECK_DIGITS))) throw spent();
-    const granted = (await read(id))?.scopes;
-    if (!granted) throw spent();
-    const scopes = scope === undefined ? granted : narrowedScopes(scope, granted);
-    const access_token = `pat_${id}${await mac("access", refresh_token, scopes.join(" "))}`;
-    const successor = await refreshToken(id + await mac("refresh", refresh_token));
-    const request = { hash: await sha256(refresh_token), client_id: client.id, resource };
-    const narrower = scopes.length < granted.length ? scopes : undefined;
-    const issue = await hashed(access_token, narrower, successor);
-    const { outcome, grant } = await apply(id, (grant, now) => refreshGrant(grant, request, issue, now), issue);
-    if (outcome === "reused") {
-      report("refresh_token_reused", "a refresh token was used again: the connection is ended", id, grant);
-    }
-    if (outcome !== "issued" || !grant) throw spent();
-    return tokenResponse(grant, issue.access.hash, access_token, successor);
-  };
-
-  /** What the record keeps of tokens that are about to be issued. */
-  async function hashed(access_token: string, scopes: string[] | undefined, refresh_token: string): Promise<Issue> {
-    const now = seconds();
-    return {
-      access: { hash: await sha256(access_token), ...defined({ scopes }), expires: now + accessTokenTtl },
-      refresh: await sha256(refresh_token),
-      expires: now + Math.max(refreshTokenTtl, accessTokenTtl),
-    };
-  }
-
-  /** `prt_<id><secret><check>`: the check tells, without a look at the store, that this server made the token. */
-  const refreshToken = async (idAndSecret: string) =>
-    `prt_${idAndSecret}${(await mac("refresh_check", idAndSecret)).slice(0, CHECK_DIGITS)}`;
-
-  async function revokeToken(token: string, client: Client): Promise<void> {
-    const id = grantId("pat", token) ?? grantId("prt", token);
-    if (!id) return;
-    const grant = await read(id);
-    if (grant) {
-      const hash = await sha256(token);
-      const ours = grant.access.some((access) => access.hash === hash) ||
-        token === await refreshToken(token.slice(4, -CHECK_DIGITS));
-      if (!ours) return;
-      if (grant.client.id !== client.id) {
-        throw new OAuthError("invalid_grant", "The token was issued to another client");
-      }
-    }
-    await revoke(id); // also where there seems to be nothing left: the clock may be wrong
-  }
-
-  async function revoke(id: string): Promise<boolean> {
-    let ended: Grant | undefined;
-    const now = seconds();
-    await store.update(`grant/${id}`, (current) => {
-      const grant = current as Grant | undefined;
-      ended = grant?.revoked === undefined ? grant : undefined;
-      return ended ? revokeGrant(ended, now) : current;
-    }, { expiresAt: now + FORM_TTL });
-    if (ended) report("connection_revoked", "a connection was ended", id, ended);
-    return ended !== undefined;
-  }
-
-  async function rename(id: string, label: string): Promise<void> {
-    await store.update(`grant/${id}`, (current) => current && renameGrant(current as Grant, label));
-  }
-
-  function verify(token: string): AuthInfo | Promise<AuthInfo> {
-    const now = seconds();
-    const version = store.version?.(); // before the record is read, or a change in between would go unseen
-    const known = verified.get(token);
-    // A revocation by any process changes the version, so this is never later than the store itself would be.
-    const fresh = known && known.version === version && now < known.until;
-    return fresh ? ownCopy(known.info) : lookUp(token, version, now);
-  }
-
-  async function lookUp(token: string, version: number | undefined, now: number): Promise<AuthInfo> {
-    const id = grantId("pat", token);
-    const grant = id ? await read(id) : undefined;
-    const hash = grant ? await sha256(token) : "";
-    const access = grant && verifyGrant(grant, hash, resource, now);
-    if (!id || !access) {
-      throw new OAuthError("invalid_token", "The access token is unknown, expired or revoked", { status: 401 });
-    }
-    const presented = presentGrant(grant, access, now);
-    if (presented !== grant) {
-      const marking = markPresented(id, hash, now);
-      // What reveals a theft is written before the answer leaves, as far as a lock elsewhere lets it; a date can wait.
-      if (presented.refresh !== grant.refresh) await Promise.race([marking, delay(MARKING_PATIENCE)]);
-    }
-    const info: AuthInfo = {
-      token,
-      clientId: grant.client.id,
-      scopes: offered.withIncluded(access.scopes ?? grant.scopes),
-      expiresAt: Math.floor(access.expires),
-      resource: resourceUrl,
-      ...resourceMetadata,
-      extra: { connection: id, clientName: grant.client.name },
-    };
-    if (version === undefined) return info; // nothing would tell that it has changed
-    const until = Math.min(access.expires, grant.expires, (presented.used ?? now) + MINUTE);
-    if (verified.size >= MAX_REMEMBERED) verified.clear();
-    verified.set(token, { version, until, info });
-    return ownCopy(info);
-  }
-
-  /** Remembers that a token was used. A store that cannot write must not keep the owner from reading. */
-  async function markPresented(id: string, hash: string, now: number): Promise<void> {
-    await store.update(`grant/${id}`, (current) => {
-      const grant = current as Grant | undefined;
-      const access = grant && verifyGrant(grant, hash, resource, now);
-      return access ? presentGrant(grant, access, now) : current;
-    }).catch(() => {}); // reported by the store already
-  }
-
-  async function connections(): Promise<Connection[]> {
-    const live: Connection[] = [];
-    const now = seconds();
-    for await (const [key, value] of store.list("grant/")) {
-      const grant = value as Grant;
-      if (grant.revoked !== undefined || grant.expires <= now || grant.access.length === 0) continue;
-      live.push({
-        id: key.slice("grant/".length),
-        kind: grant.client.id === PERSONAL ? "token" : "client",
-        clientId: grant.client.id,
-        clientName: grant.client.name,
-        ...defined({
-          label: grant.label,
-          redirectUri: grant.redirect_uri,
-          lastUsedAt: grant.used && Math.floor(grant.used),
-        }),
-        scopes: grant.scopes,
-        createdAt: Math.floor(grant.created),
-        expiresAt: Math.floor(grant.expires),
-      });
-    }
-    return live.sort((a, b) => b.createdAt - a.createdAt);
-  }
-
-  async function createToken({ name, scopes, expiresIn }: TokenRequest, form?: string): Promise<NewToken | undefined> {
-    assert(typeof name === "string" && printable(name) !== "", "createToken: name must say what the token is for");
-    const lifetime = readSeconds("createToken: expiresIn", expiresIn ?? 365 * DAY);
-    const granted = scopes ?? offered.all;
-    assert(
-      Array.isArray(granted) && granted.length > 0 && granted.every((scope) => offered.all.includes(scope)),
-      `createToken: scopes must be some of ${offered.all.join(", ")}, not ${quote(scopes)}`,
-    );
-    // Sent twice, the form makes the same token, and not a second one; sent with other fields, as after the way back, it
-    // makes another. Of a double click the browser shows the second answer, so that one has the token as well, unless
-    // somebody has used it already. Whoever copies the store cannot make it: the form is sealed with the browser's secret.
-    const parts = [form ?? random(32), name, String(lifetime), ...granted];
-    const id = await idOf(...parts);
-    const token = `pat_${id}${await mac("token", ...parts)}`;
-    const created = seconds();
-    const expires = created + lifetime;
-    const client = { id: PERSONAL, name: printable(name) };
-    const access = [{ hash: await sha256(token), n: 0, expires }];
-    const grant: Grant = { client, scopes: granted, resource, created, expires, access };
-    const before = await insert(id, grant);
-    if (before?.used !== undefined || before?.revoked !== undefined) return undefined;
-    if (!before) report("token_created", "a personal access token was made", id, grant);
-    return { id, token, expiresAt: Math.floor((before ?? grant).expires) };
-  }
-
-  function report(type: AuthEvent["type"], message: string, connection: string, grant: Grant | undefined): void {
-    emit(type, message, { connection, ...defined({ clientName: grant?.client.name }) });
-  }
-
-  return { approve, answered, redeem, refresh, revokeToken, revoke, rename, verify, connections, createToken };
+/** Exchanges a refresh token for its successor and an access token. */
+async function refresh(
+  server: Server,
+  { refresh_token, scope, client }: { refresh_token: string; scope: string | undefined; client: Client },
+): Promise<TokenResponse> {
+  const id = grantId("prt", refresh_token);
+  const spent = (reason: string) =>
+    new OAuthError("invalid_grant", "The refresh token is wrong, expired or revoked", { reason });
+  if (!id) throw spent("it does not have the form of a refresh token");
+  const current = await deriveRefresh(server, refresh_token.slice(4, -CHECK_DIGITS));
+  // Only a token that this server made may end a connection: otherwise everybody could who learns a connection's id.
+  if (!equal(refresh_token, current.token)) throw spent("this server did not make it");
+  const granted = (await readGrant(server, id))?.scopes;
+  if (!granted) throw spent("its connection has ended");
+  const scopes = scope === undefined ? granted : narrowedScopes(scope, granted);
+  const access_token = `pat_${id}${await server.mac("access", refresh_token, scopes.join(" "))}`;
+  const successor = await deriveRefresh(server, current.successor);
+  const request = { hash: current.hash, client_id: client.id, resource: server.resource };
+  const narrower = scopes.length < granted.length ? scopes : undefined;
+  const issue = await hashIssue(server, access_token, narrower, successor.hash);
+  const grant = await changeGrant(server, id, (grant, now) => refreshGrant(grant, request, issue, now), issue);
+  return tokenResponse(grant, issue.access.hash, access_token, successor.token);
 }
 
-/** What the store said of a good access token, under which version. */
-interface Verified {
-  version: number;
-  /** When something about it changes by itself. */
-  until: number;
-  info: AuthInfo;
-}
-
-/** What a handler does to it must not be remembered. */
-function ownCopy(info: AuthInfo): AuthInfo {
-  return { ...info, scopes: [...info.scopes], extra: { ...info.extra } };
-}
-
-/** How many good access tokens are remembered: more than one person's clients hold, and little memory. */
-const MAX_REMEMBERED = 1000;
-
-/** Milliseconds that a request waits for a mark on its connection. */
-const MARKING_PATIENCE = 200;
-
-/** The digits at the end of a refresh token that prove its origin. */
+/** The digits at the end of a refresh token that prove, without a look at the store, that this server made it. */
 const CHECK_DIGITS = 32;
 
-/** The grant a token names, if it has the form of one: `pat_` access, `prt_` refresh, `pac_` code. */
-function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefined {
-  const digits = 32 + 64 + (prefix === "prt" ? CHECK_DIGITS : 0);
-  const wellFormed = typeof token === "string" && token.length === 4 + digits && token.startsWith(`${prefix}_`) &&
-    /^[0-9a-f]+$/.test(token.slice(4));
-  return wellFormed ? token.slice(4, 4 + 32) : undefined;
+/**
+ * Derives everything about a refresh token, `prt_<id><secret><check>`, from one MAC of its id and secret: the check,
+ * the fingerprint that is stored, and the id and secret of its successor. The three parts tell nothing about each
+ * other, because each is a different part of one pseudorandom digest.
+ */
+async function deriveRefresh(
+  { longMac }: Server,
+  body: string,
+): Promise<Record<"token" | "hash" | "successor", string>> {
+  const digest = await longMac("refresh", body);
+  return {
+    token: `prt_${body}${digest.slice(0, CHECK_DIGITS)}`,
+    hash: digest.slice(CHECK_DIGITS, 64),
+    successor: body.slice(0, 32) + digest.slice(64),
+  };
 }
 
-/** OAuth 2.1 §3.2.3, for an access token of the grant. No member is ever null: strict clients refuse the whole answer. */
+/** What the record keeps of tokens that are about to be issued. */
+async function hashIssue(
+  { accessTokenTtl, refreshTokenTtl }: Server,
+  access_token: string,
+  scopes: string[] | undefined,
+  refresh: string,
+): Promise<Issue> {
+  const now = seconds();
+  const hash = await hashToken(access_token);
+  return {
+    access: { hash, ...defined({ scopes }), expires: now + accessTokenTtl },
+    refresh,
+    expires: now + Math.max(refreshTokenTtl, accessTokenTtl),
+  };
+}
+
 function tokenResponse(
   grant: Grant,
   hash: string,
@@ -2171,123 +2465,328 @@ function tokenResponse(
   };
 }
 
+/**
+ * Returns the id of the grant that a token names, if the token has the right form: `pat_` access, `prt_` refresh,
+ * `pac_` code. A personal access token is in base64url, which is shorter to copy; all others are in hex.
+ */
+function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefined {
+  if (typeof token !== "string" || !token.startsWith(`${prefix}_`)) return undefined;
+  const digits = 32 + 64 + (prefix === "prt" ? CHECK_DIGITS : 0);
+  if (token.length === 4 + digits && /^[0-9a-f]+$/.test(token.slice(4))) return token.slice(4, 4 + 32);
+  if (prefix !== "pat" || token.length !== 4 + 22 + 43 || !/^[\w-]+$/.test(token)) return undefined;
+  return hex(base64Bytes(token.slice(4, 4 + 22)));
+}
+
+/** Gives a connection the owner's own name for it; an empty one takes it away. */
+async function rename({ store }: Server, id: string, label: string): Promise<void> {
+  if (label.length > MAX_LABEL) {
+    throw new OAuthError("invalid_request", `The name may have up to ${MAX_LABEL} characters`);
+  }
+  await store.update(`grant/${id}`, (current) => {
+    const { label: _label, ...grant } = (current ?? {}) as Grant;
+    return current && { ...grant, ...(label && { label }) };
+  });
+}
+
+async function revokeAll(server: Server): Promise<void> {
+  for (const { id } of await listConnections(server)) await revoke(server, id);
+}
+
+/** Ends the connection that a token of this client belongs to. Tokens that are not ours are ignored (RFC 7009 §2.2). */
+async function revokeToken(server: Server, token: string, client: Client): Promise<void> {
+  const id = grantId("pat", token) ?? grantId("prt", token);
+  if (!id) return;
+  const grant = await readGrant(server, id);
+  if (grant) {
+    const hash = await hashToken(token);
+    const isOurs = grant.access.some((access) => access.hash === hash) ||
+      token === (await deriveRefresh(server, token.slice(4, -CHECK_DIGITS))).token;
+    if (!isOurs) return;
+    if (grant.client.id !== client.id) throw new OAuthError("invalid_grant", "The token was issued to another client");
+  }
+  await revoke(server, id); // also where nothing seems to be left: the clock may be wrong
+}
+
+/** Ends a connection of this server. Returns `false` if there is none with this id. */
+async function revoke(server: Server, id: string): Promise<boolean> {
+  let ended: Grant | undefined;
+  const now = seconds();
+  await server.store.update(`grant/${id}`, (current) => {
+    const grant = current as Grant | undefined;
+    ended = grant?.revoked === undefined && grant?.resource === server.resource ? grant : undefined;
+    return ended ? revokeGrant(ended, now) : current;
+  }, { expiresAt: now + FORM_TTL });
+  if (ended) emitFor(server, "connection_revoked", "a connection was ended", id, ended);
+  return ended !== undefined;
+}
+
+async function listConnections(server: Server): Promise<Connection[]> {
+  const live: Connection[] = [];
+  const now = seconds();
+  for await (const [key, value] of server.store.list("grant/")) {
+    const grant = value as Grant;
+    const isPending = grant.code !== undefined && grant.code.redeemed === undefined && grant.code.expires > now;
+    const isOver = grant.revoked !== undefined || grant.expires <= now || (grant.access.length === 0 && !isPending);
+    // A store may be shared by servers at several addresses: none lists what belongs to another one.
+    if (isOver || grant.resource !== server.resource) continue;
+    live.push({
+      id: key.slice("grant/".length),
+      kind: grant.client.id === PERSONAL ? "token" : "client",
+      clientId: grant.client.id,
+      clientName: grant.client.name,
+      state: connectionState(grant, now),
+      ...defined({
+        label: grant.label,
+        redirectUri: grant.redirect_uri,
+        lastUsedAt: grant.used && Math.floor(grant.used),
+      }),
+      scopes: grant.scopes,
+      createdAt: Math.floor(grant.created),
+      expiresAt: Math.floor(grant.expires),
+    });
+  }
+  return live.sort((a, b) => b.createdAt - a.createdAt);
+}
+
+/** Stands where a client id is expected: personal access tokens belong to no client. */
+const PERSONAL = "personal-access-token";
+
+/** Makes a personal access token. Returns `undefined` if the form was sent before and its token has been used. */
+async function createToken(
+  server: Server,
+  { name, scopes, expiresIn = 365 * DAY }: TokenRequest,
+  form: string = random(32),
+): Promise<NewToken | undefined> {
+  const { all } = server.scopes;
+  assert(isString(name) && printable(name) !== "", "createToken: name must say what the token is for");
+  assert(isLifetime(expiresIn), `createToken: expiresIn ${LIFETIME}, not ${quote(expiresIn)}`);
+  const granted = scopes ?? all;
+  assert(
+    isStringList(granted) && granted.length > 0 && granted.every((scope) => all.includes(scope)),
+    `createToken: scopes must be some of ${all.join(", ")}, not ${quote(scopes)}`,
+  );
+  // The same form makes the same token, so that a double click shows it; a form with other fields makes another one.
+  // A copy of the store does not give the token, because the form is sealed with the browser's secret.
+  const parts = [form, name, String(expiresIn), ...granted];
+  const id = await formId(server, ...parts);
+  const secret = await server.mac("token", ...parts);
+  const token = `pat_${base64url(unhex(id))}${base64url(unhex(secret))}`;
+  const created = seconds();
+  const expires = created + expiresIn;
+  const grant: Grant = {
+    client: { id: PERSONAL, name: printable(name) },
+    scopes: granted,
+    resource: server.resource,
+    created,
+    expires,
+    access: [{ hash: await hashToken(token), n: 0, expires }],
+  };
+  const before = await insertGrant(server, id, grant);
+  if (before?.used !== undefined || before?.revoked !== undefined) return undefined;
+  if (!before) emitFor(server, "token_created", "a personal access token was made", id, grant);
+  return { id, token, expiresAt: Math.floor((before ?? grant).expires) };
+}
+
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // Guard
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-interface Guard {
-  middleware: MiddlewareHandler<AuthEnv>;
-  requireScopes: PersonalAuth["requireScopes"];
+/** What the store said of an access token. */
+interface VerifiedToken {
+  info: AuthInfo;
+  /** The stamp of the store before it was read. */
+  version: number;
+  /** When something about the token changes by itself. */
+  until: number;
+}
+
+/** How many access tokens are remembered: more than one person's clients have, in little memory. */
+const MAX_VERIFIED = 1000;
+/** Milliseconds that a request waits for the mark on its connection. */
+const MARK_PATIENCE = 200;
+
+/** A bearer token in a header. It is never read from query or body, because URLs are logged (RFC 6750 §2.1). */
+const BEARER = /^Bearer +([A-Za-z0-9._~+/-]+=*) *$/i;
+
+/**
+ * Makes the guard. It looks at nothing but the token: a client without one learns from the 401 alone where to get it,
+ * whatever method, body or Accept header it tried.
+ */
+function createGuard(server: Server): MiddlewareHandler<AuthEnv> {
+  const { mcpPath } = server;
+
+  const checkToken = withCors(async (c, next) => {
+    try {
+      c.set("auth", await authenticate(server, c));
+    } catch (error) {
+      return refuse(server, c, error);
+    }
+    await next();
+    // Some clients add a slash to the URL they were given. 308 keeps method and body, and stays on this host.
+    if (c.req.path === `${mcpPath}/` && c.res.status === 404) c.res = c.redirect(mcpPath, 308);
+  });
+
+  return function personalAuthGuard(c, next) {
+    // The common case, without a promise of its own: the token is known, and no browser needs to be told about CORS.
+    const { headers } = c.req.raw;
+    const info = recall(server, headers.get("Authorization"));
+    if (info === undefined || headers.has("Origin") || c.req.path.endsWith("/")) return checkToken(c, next);
+    c.set("auth", info);
+    return next();
+  };
+}
+
+/** Returns what is remembered of a token. A revocation by any process changes the store's stamp and ends that. */
+function recall({ verified, store }: Server, header: string | null): AuthInfo | undefined {
+  const known = header === null ? undefined : verified.get(header);
+  return known && known.version === store.version?.() && Date.now() / 1000 < known.until ? known.info : undefined;
+}
+
+/** Returns the AuthInfo of a request, or throws what to answer. */
+async function authenticate(server: Server, c: Context): Promise<AuthInfo> {
+  const header = c.req.raw.headers.get("Authorization");
+  const known = recall(server, header) ?? server.checked.get(c.req.raw);
+  if (known) return known;
+  const token = header?.match(BEARER)?.[1];
+  if (header === null || token === undefined) {
+    server.found.at = seconds();
+    // No error code where no token came: the client has done nothing wrong yet (RFC 6750 §3.1).
+    throw new OAuthError("unauthorized", "An access token is needed: send it as Authorization: Bearer", {
+      status: 401,
+      reason: header === null ? "no token was sent" : "the Authorization header holds no bearer token",
+      headers: { "WWW-Authenticate": challenge(server, server.scopes.byDefault) },
+    });
+  }
+  const info = await verifyAccessToken(server, token, header);
+  server.checked.set(c.req.raw, info);
+  return info;
+}
+
+/** Checks an access token against the store, and remembers it under the header it came in. */
+async function verifyAccessToken(server: Server, token: string, header = `Bearer ${token}`): Promise<AuthInfo> {
+  const { store, verified, resource } = server;
+  const now = seconds();
+  const version = store.version?.(); // before the record is read, or a change in between would go unseen
+  const id = grantId("pat", token);
+  const grant = id ? await readGrant(server, id) : undefined;
+  const hash = grant ? await hashToken(token) : "";
+  const access = grant && verifyGrant(grant, hash, resource, now);
+  if (!id || !access) {
+    const error = new OAuthError("invalid_token", "The access token is unknown, expired or revoked", {
+      status: 401,
+      reason: `access token: ${whyInvalid(server, id, grant, hash, now)}`,
+    });
+    await noteRefusal(server, error, id);
+    throw error;
+  }
+  const presented = presentGrant(grant, access, now);
+  if (presented !== grant) {
+    if (grant.called === undefined) emitFor(server, "first_call", "the app called for the first time", id, grant);
+    const marking = markPresented(server, id, hash, now);
+    // Wait up to 200 ms for writes that theft detection needs; the time of use is best effort.
+    if (presented.refresh !== grant.refresh) await Promise.race([marking, delay(MARK_PATIENCE)]);
+  }
+  const info: AuthInfo = Object.freeze({
+    token,
+    clientId: grant.client.id,
+    scopes: Object.freeze(server.scopes.withIncluded(access.scopes ?? grant.scopes)) as string[],
+    expiresAt: Math.floor(access.expires),
+    resource: new URL(resource),
+    resourceMetadataUrl: server.resourceMetadataUrl,
+    extra: Object.freeze({ connection: id, clientName: grant.client.name }),
+  });
+  if (version === undefined) return info; // nothing would tell that it has changed
+  if (verified.size >= MAX_VERIFIED) verified.clear();
+  const until = Math.min(access.expires, grant.expires, (presented.used ?? now) + MINUTE);
+  verified.set(header, { info, version, until });
+  return info;
+}
+
+/** Says for the owner why an access token was refused. */
+function whyInvalid({ resource }: Server, id: string | undefined, grant: Grant | undefined, hash: string, now: number) {
+  if (!id) return "it does not have the form of an access token of this server";
+  if (!grant) return "its connection has ended, or never existed";
+  if (grant.revoked !== undefined) return `its connection was ended ${ago(now - grant.revoked)}`;
+  if (grant.resource !== resource) return `it is for ${quote(grant.resource)}`;
+  const expires = Math.min(grant.access.find((token) => token.hash === hash)?.expires ?? Infinity, grant.expires);
+  return expires <= now ? `it expired ${ago(now - expires)}` : "it was replaced, or never issued";
+}
+
+/** Remembers that a token was used. A store that cannot write must not keep the owner from reading. */
+async function markPresented({ store, resource }: Server, id: string, hash: string, now: number): Promise<void> {
+  await store.update(`grant/${id}`, (current) => {
+    const grant = current as Grant | undefined;
+    const access = grant && verifyGrant(grant, hash, resource, now);
+    return access ? presentGrant(grant, access, now) : current;
+  }).catch(() => {}); // the store has reported it already
 }
 
 /**
- * Bearer token in, `c.var.auth` out. It runs before anything else looks at the request: a client that has no token yet
- * learns where to get one from the 401 alone, whatever method, body or Accept header it tried.
+ * Builds a WWW-Authenticate challenge. Without `scope`, Claude asks for every scope of the authorization server.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc9728#section-5.1 | RFC 9728 §5.1}
+ * @see {@link https://www.rfc-editor.org/rfc/rfc6750#section-3 | RFC 6750 §3}
  */
-function resourceGuard(settings: Settings, verify: Grants["verify"]): Guard {
-  const { mcpPath, scopes, resourceMetadataUrl } = settings;
-
-  /** RFC 6750 §3 and RFC 9728 §5.1. Without `scope`, Claude asks for every scope of the authorization server. */
-  const challenge = (scope: string[], error?: OAuthError) =>
-    "Bearer " + [
-      ...(error ? [`error="${error.code}"`, `error_description="${error.message}"`] : []),
-      `scope="${scope.join(" ")}"`,
-      `resource_metadata="${resourceMetadataUrl}"`,
-    ].join(", ");
-  const bare = challenge(scopes.byDefault);
-
-  function authenticate(c: Context<AuthEnv>): AuthInfo | Promise<AuthInfo> {
-    const token = c.req.header("Authorization")?.match(BEARER)?.[1];
-    // No error code where no token came (RFC 6750 §3.1): the client has done nothing wrong yet.
-    if (token === undefined) {
-      throw new OAuthError("unauthorized", "An access token is needed: send it as Authorization: Bearer", {
-        status: 401,
-        headers: { "WWW-Authenticate": bare },
-      });
-    }
-    return verify(token);
-  }
-
-  function refusal(c: Context, error: unknown): Response {
-    if (error instanceof OAuthError && error.code === "invalid_token") {
-      error.headers["WWW-Authenticate"] = challenge(scopes.byDefault, error);
-    }
-    return errorResponse(c, error, settings);
-  }
-
-  async function guarded(c: Context<AuthEnv>, next: () => Promise<void>): Promise<Response | void> {
-    try {
-      const auth = authenticate(c);
-      c.set("auth", auth instanceof Promise ? await auth : auth);
-    } catch (error) {
-      return refusal(c, error);
-    }
-    await next();
-    // Some clients add a slash to the URL they were given. 308 keeps the method and the body, and stays on this host.
-    if (c.req.path === `${mcpPath}/` && c.res.status === 404) c.res = c.redirect(mcpPath, 308);
-  }
-
-  const requireScopes: PersonalAuth["requireScopes"] = (...required) => {
-    assert(
-      required.length > 0 && required.every((scope) => scopes.all.includes(scope)),
-      `requireScopes: ${quote(required)} must be among the scopes on offer: ${scopes.all.join(", ")}`,
-    );
-    return async function personalAuthScopes(c, next) {
-      try {
-        // On a route outside the guard there is nobody yet: the token is asked for here, and never taken on trust.
-        if (c.get("auth") === undefined) c.set("auth", await authenticate(c));
-        const granted = new Set<string>(c.var.auth.scopes);
-        if (!required.every((scope) => granted.has(scope))) {
-          const error = new OAuthError("insufficient_scope", "The token lacks a scope that this needs", {
-            status: 403,
-          });
-          // All that is needed at once, with what is there already: clients ask for exactly this list.
-          const needed = [...new Set([...granted, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
-          error.headers["WWW-Authenticate"] = challenge(needed, error);
-          throw error;
-        }
-      } catch (error) {
-        return refusal(c, error);
-      }
-      await next();
-    };
-  };
-
-  return { middleware: withCors(guarded), requireScopes };
+function challenge({ resourceMetadataUrl }: Server, scope: string[], error?: OAuthError): string {
+  return "Bearer " + [
+    ...(error ? [`error="${error.code}"`, `error_description="${error.message}"`] : []),
+    `scope="${scope.join(" ")}"`,
+    `resource_metadata="${resourceMetadataUrl}"`,
+  ].join(", ");
 }
 
-/** RFC 6750 §2.1, case-insensitive scheme (RFC 9110 §11.1). Never from the query or the body, where URLs are logged. */
-const BEARER = /^Bearer +([A-Za-z0-9._~+/-]+=*) *$/i;
+/** Answers a refused request in the form of RFC 6750 §3. */
+function refuse(server: Server, c: Context, error: unknown): Response {
+  if (!(error instanceof OAuthError) || error.code !== "invalid_token") return errorResponse(server, c, error);
+  return errorResponse(server, c, error, { "WWW-Authenticate": challenge(server, server.scopes.byDefault, error) });
+}
+
+/** Makes a guard that also requires scopes. */
+function createScopeGuard(server: Server, required: string[]): MiddlewareHandler<AuthEnv> {
+  const { all } = server.scopes;
+  assert(
+    required.length > 0 && required.every((scope) => all.includes(scope)),
+    `requireScopes: ${quote(required)} must be among the scopes on offer: ${all.join(", ")}`,
+  );
+  return async function personalAuthScopes(c, next) {
+    try {
+      // Not taken from c.var.auth, which any middleware can set. A token that was just checked is remembered.
+      const auth = await authenticate(server, c);
+      c.set("auth", auth);
+      const granted = new Set(auth.scopes);
+      if (!required.every((scope) => granted.has(scope))) {
+        const error = new OAuthError("insufficient_scope", "The token lacks a scope that this needs", { status: 403 });
+        // Everything needed at once, with what the token has already: clients ask for exactly this list.
+        const needed = [...new Set([...granted, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
+        return errorResponse(server, c, error, { "WWW-Authenticate": challenge(server, needed, error) });
+      }
+    } catch (error) {
+      return refuse(server, c, error);
+    }
+    await next();
+  };
+}
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // Owner
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** One visit of a browser to an owner's page. */
-interface Visit {
+/** What is known of whoever opened one of the owner's pages. */
+interface Session {
   /** The browser's secret, which its cookie holds. */
   browser: string;
-  /** Whether it came with that cookie. */
+  /** Whether the browser sent that cookie. */
   known: boolean;
-  /** The owner, known by a session or by `authenticateOwner`; somebody who has to type the password; or neither. */
+  /** The owner; anybody, who has to type the password; or a stranger, whom `authenticateOwner` refused. */
   who: "owner" | "anybody" | "stranger";
-  /** What `authenticateOwner` wants to be answered instead of the page, such as a redirect to its own login. */
+  /** What `authenticateOwner` sends in place of the page, such as a redirect to its own login. */
   answer?: Response;
 }
 
-/** Why the owner could not be recognised, as the page tells it. */
+/** Why the owner could not be recognised, as the page says it. */
 interface Problem {
   status: 403 | 429;
   message: string;
-}
-
-interface Owner {
-  visit(c: Context): Promise<Visit>;
-  seal(browser: string, request: string): Promise<string>;
-  sealed(browser: string, request: string, csrf: string): Promise<boolean>;
-  prove(c: Context, visit: Visit, password: string): Promise<Problem | undefined>;
-  signOut(visit: Visit): Promise<void>;
-  signOutEverywhere(): Promise<void>;
 }
 
 /** `browser/<hash of its secret>`: a browser that has signed in at least once. */
@@ -2296,13 +2795,15 @@ interface BrowserRecord {
   session?: { epoch: string; since: number; seen: number };
 }
 
-/** `owner`: the password, as PBKDF2-HMAC-SHA-256 of it. A session is good for the epoch it began in. */
+/** `owner/<issuer>`: the password, as PBKDF2-HMAC-SHA-256 of it. A session is good for the epoch it began in. */
 interface OwnerRecord {
   salt: string;
-  hash: string;
-  iterations: number;
+  /** One, or until the first sign-in several: a generated password is printed at every start until it is used. */
+  hashes: string[];
   /** Drawn at random, with 100 bits: it needs neither slow hashing nor a throttle. */
   generated: boolean;
+  /** Whether the owner has signed in with it. */
+  used: boolean;
   epoch: string;
 }
 
@@ -2318,173 +2819,35 @@ const SESSION_TTL = 30 * DAY;
 const SESSION_IDLE_TTL = 7 * DAY;
 /** How long a browser is remembered; 400 days is the longest that browsers keep a cookie. */
 const BROWSER_TTL = 400 * DAY;
-const PASSWORD_ITERATIONS = 600_000;
 /** Ten guesses at once, then one a minute: 1,450 in a day, of 2^100 for a generated password. */
 const MAX_ATTEMPTS = 10;
 const ATTEMPT_INTERVAL = MINUTE;
 
-/** Who is at the browser: the password, its sessions, the forms bound to both, and the throttle on guessing. */
-function ownerDesk(settings: Settings, store: Store, mac: Mac): Owner {
-  const { secure, authenticateOwner, emit } = settings;
-  const cookie = cookieName(settings);
-  const prefix = secure ? "host" as const : undefined;
-  const passwordInPlace = once(() => placePassword(settings, store));
+async function browserKey(browser: string): Promise<string> {
+  return `browser/${await hashToken(browser)}`;
+}
 
-  if (settings.password === false) {
-    emit("owner_unprotected", "password is false: anybody with an account at an allowed client can connect");
-  } else if (!authenticateOwner) {
-    if (settings.password !== undefined && settings.password.length < 12) {
-      emit("password_weak", "the owner's password is short: take 12 characters or more");
-    }
-    // At start, so that a generated password is printed there; a failure is reported, and tried again when needed.
-    passwordInPlace().catch(() => {});
+/**
+ * Reads who is at the browser. It never writes to the store, so that opening a page changes nothing. The owner's record
+ * is read each time: another process may have changed the password or ended all sessions.
+ */
+async function readSession(server: Server, c: Context): Promise<Session> {
+  const { secure, store, password, authenticateOwner } = server;
+  const held = getCookie(c, cookieName(server), secure ? "host" : undefined);
+  const known = held !== undefined && /^[0-9a-f]{64}$/.test(held);
+  const browser = known ? held : random(32);
+  // Not in answer to a form: when another site posts one, the browser leaves its cookie out, and a cookie that is set
+  // here would replace it and sign the owner out.
+  if (!known && c.req.method !== "POST") rememberBrowser(server, c, browser);
+  if (password === false) return { browser, known, who: "owner" };
+  if (authenticateOwner) {
+    const answer = await authenticateOwner(c);
+    if (answer instanceof Response) return { browser, known, who: "stranger", answer };
+    return { browser, known, who: answer === true ? "owner" : "stranger" };
   }
-
-  const keyOf = async (browser: string) => `browser/${await sha256(browser)}`;
-
-  /** Read each time, not remembered: another process may have changed the password or ended all sessions. */
-  async function ownerRecord(): Promise<OwnerRecord> {
-    await passwordInPlace();
-    const record = await store.get("owner") as OwnerRecord | undefined;
-    if (record) return record;
-    await placePassword(settings, store); // somebody emptied the store under the running server
-    return ownerRecord();
-  }
-
-  /** GET pages call this too: it reads the store and never writes it. */
-  async function visit(c: Context): Promise<Visit> {
-    const held = getCookie(c, cookie, prefix);
-    const known = held !== undefined && /^[0-9a-f]{64}$/.test(held);
-    const browser = known ? held : random(32);
-    // Not in answer to a form: when another site posts one, the browser leaves its cookie out, and what is set here would
-    // take the place of it and sign the owner out.
-    if (!known && c.req.method !== "POST") remember(c, browser);
-    if (settings.password === false) return { browser, known, who: "owner" };
-    if (authenticateOwner) {
-      const answer = await authenticateOwner(c);
-      if (answer instanceof Response) return { browser, known, who: "stranger", answer };
-      return { browser, known, who: answer === true ? "owner" : "stranger" };
-    }
-    const { epoch } = await ownerRecord();
-    const record = await store.get(await keyOf(browser)) as BrowserRecord | undefined;
-    return { browser, known, who: isSignedIn(record, epoch) ? "owner" : "anybody" };
-  }
-
-  /**
-   * `__Host-`: no other host and no subdomain can plant it, so nobody can make the owner use a browser secret they
-   * know. Lax: it must come along when a client's page sends the owner here, and does not with a form of another site.
-   */
-  function remember(c: Context, browser: string): void {
-    setCookie(c, cookie, browser, {
-      path: "/",
-      httpOnly: true,
-      sameSite: "Lax",
-      maxAge: BROWSER_TTL,
-      secure, // plain http on loopback only, where Safari refuses to keep a Secure cookie
-      ...(prefix && { prefix }),
-    });
-  }
-
-  /** A form belongs to one browser and one request, for ten minutes; another site can neither read nor make one. */
-  async function seal(browser: string, request: string): Promise<string> {
-    const head = `${Math.floor(seconds()).toString(36)}.${random(8)}`;
-    return `${head}.${await mac("form", browser, request, head)}`;
-  }
-
-  async function sealed(browser: string, request: string, csrf: string): Promise<boolean> {
-    const [time = "", nonce = ""] = csrf.split(".");
-    const age = seconds() - parseInt(time, 36);
-    const expected = `${time}.${nonce}.${await mac("form", browser, request, `${time}.${nonce}`)}`;
-    return equal(csrf, expected) && Math.abs(age) < FORM_TTL;
-  }
-
-  async function prove(c: Context, { browser, who }: Visit, password: string): Promise<Problem | undefined> {
-    const key = await keyOf(browser);
-    if (who === "owner") {
-      await touch(key);
-      return undefined;
-    }
-    if (who === "stranger") {
-      emit("sign_in_failed", "authenticateOwner did not recognise the owner");
-      return { status: 403, message: "You are not signed in as the owner of this server." };
-    }
-    // A form from before the session ended has no password: that is no wrong one, and costs no attempt.
-    if (password === "") return { status: 403, message: "Please type your password." };
-    const wait = await takeAttempt(key);
-    const record = await ownerRecord();
-    // Nobody guesses a generated password, so the right one is let through whatever strangers have used up. One that
-    // a person chose is not even looked at.
-    const looked = wait === 0 || record.generated;
-    const right = looked && equal(await stretch(normalize(password), record), record.hash);
-    if (!right && wait > 0) {
-      emit("sign_in_throttled", "too many wrong passwords");
-      c.header("Retry-After", String(wait));
-      return { status: 429, message: `Too many attempts. Try again in ${wait} seconds.` };
-    }
-    if (!right) {
-      emit("sign_in_failed", "a wrong password was entered");
-      return { status: 403, message: "That is not the password." };
-    }
-    await signIn(c, key, record);
-    return undefined;
-  }
-
-  /** A new secret at every sign-in: one that was in the browser before may be known to somebody else. */
-  async function signIn(c: Context, before: string, { epoch }: OwnerRecord): Promise<void> {
-    const browser = random(32);
-    const now = seconds();
-    const record: BrowserRecord = { session: { epoch, since: now, seen: now } };
-    await store.update(await keyOf(browser), () => record, { expiresAt: now + BROWSER_TTL });
-    await store.update(before, () => undefined);
-    remember(c, browser);
-    emit("owner_signed_in", "the owner signed in");
-  }
-
-  /** A session lives on by use; once a minute is exact enough. */
-  async function touch(key: string): Promise<void> {
-    const now = seconds();
-    await store.update(key, (current) => {
-      const record = current as BrowserRecord | undefined;
-      if (!record?.session || now - record.session.seen < MINUTE) return current;
-      return { ...record, session: { ...record.session, seen: now } };
-    }, { expiresAt: now + BROWSER_TTL });
-  }
-
-  /** The browser stays known, and with it its own allowance of attempts; the session is gone for good. */
-  async function signOut({ browser }: Visit): Promise<void> {
-    await store.update(await keyOf(browser), (current) => {
-      const { session: _session, ...rest } = (current ?? {}) as BrowserRecord;
-      return current && rest;
-    });
-  }
-
-  async function signOutEverywhere(): Promise<void> {
-    const epoch = random(8);
-    await store.update("owner", (current) => current && { ...current, epoch });
-  }
-
-  /**
-   * Takes one of the attempts, before the password is looked at; 0, or the seconds until there is one. All strangers
-   * share one allowance, because an attacker has as many addresses as he likes; a browser that has signed in before
-   * has its own, so that he cannot use up the owner's.
-   */
-  async function takeAttempt(browserKey: string): Promise<number> {
-    const known = await store.get(browserKey) !== undefined;
-    let wait = 0;
-    await store.update(known ? browserKey : "throttle", (current) => {
-      const record = current as { attempts?: Attempts } | undefined;
-      const now = seconds();
-      const { left, at } = record?.attempts ?? { left: MAX_ATTEMPTS, at: now };
-      // A clock that was set back must not stop the refill until it has caught up: `at` follows it below.
-      const refilled = Math.min(MAX_ATTEMPTS, left + Math.max(0, now - at) / ATTEMPT_INTERVAL);
-      wait = refilled >= 1 ? 0 : Math.ceil((1 - refilled) * ATTEMPT_INTERVAL);
-      if (wait > 0 && at <= now) return current;
-      return { ...record, attempts: { left: wait > 0 ? left : refilled - 1, at: now } };
-    });
-    return wait;
-  }
-
-  return { visit, seal, sealed, prove, signOut, signOutEverywhere };
+  const { epoch } = await readOwner(server);
+  const record = await store.get(await browserKey(browser)) as BrowserRecord | undefined;
+  return { browser, known, who: isSignedIn(record, epoch) ? "owner" : "anybody" };
 }
 
 function isSignedIn(record: BrowserRecord | undefined, epoch: string): boolean {
@@ -2494,33 +2857,202 @@ function isSignedIn(record: BrowserRecord | undefined, epoch: string): boolean {
     now - session.seen < SESSION_IDLE_TTL;
 }
 
-/** Two servers on one host share its cookies, whatever their ports and paths: each needs a name of its own. */
-function cookieName({ origin, basePath, secure }: Settings): string {
-  const port = secure ? "" : new URL(origin).port;
-  return ["personal-auth", port, ...basePath.split("/")].filter(Boolean).join("-");
+/**
+ * Returns the name of the cookie. Servers on one host share its cookies, whatever their ports and paths, so the name
+ * holds both. A dash in a path is doubled, so that `/a/b` and `/a-b` have different names.
+ */
+function cookieName({ origin, basePath }: Server): string {
+  const { port } = new URL(origin);
+  return `personal-auth${port && `.${port}`}${basePath.replaceAll("-", "--").replaceAll("/", "-")}`;
 }
 
 /**
- * Sees to it that the right password is in the store. A configured one replaces whatever is there, and begins a new
- * epoch; without one, the stored password stays, and at the very first start one is generated.
+ * Gives the browser its secret. `__Host-`: no other host and no subdomain can set this cookie, so nobody can make the
+ * owner use a secret they know. Lax: it comes along when an app sends the owner here, but not with another site's form.
  */
-async function placePassword(settings: Settings, store: Store): Promise<void> {
-  const { password } = settings;
-  const stored = await store.get("owner") as OwnerRecord | undefined;
-  if (stored && (typeof password !== "string" || equal(await stretch(password, stored), stored.hash))) return;
-  const next = typeof password === "string" ? password : generatePassword();
-  const generated = next !== password;
-  const unhashed = { salt: random(16), iterations: generated ? 1 : PASSWORD_ITERATIONS, generated, epoch: random(8) };
-  const fresh: OwnerRecord = { ...unhashed, hash: await stretch(next, unhashed) };
-  const kept = await store.update("owner", (current) => {
-    return (current as OwnerRecord | undefined)?.salt === stored?.salt ? fresh : current;
-  }) as OwnerRecord;
-  // Another process on this store was faster: what it wrote, and printed, is what holds.
-  if (kept.salt !== fresh.salt) return placePassword(settings, store);
-  if (generated) console.log(`\n  The owner's password for this server, shown this once:\n\n      ${next}\n`);
+function rememberBrowser(server: Server, c: Context, browser: string): void {
+  setCookie(c, cookieName(server), browser, {
+    path: "/",
+    httpOnly: true,
+    sameSite: "Lax",
+    maxAge: BROWSER_TTL,
+    secure: server.secure, // plain http on loopback only, where Safari refuses to keep a Secure cookie
+    ...(server.secure && { prefix: "host" as const }),
+  });
 }
 
-/** 100 bits, in an alphabet without look-alikes, grouped to be typed on a phone. */
+/** Returns a token that binds a form to one browser and one request. Another site can neither read nor make one. */
+async function createCsrf({ mac }: Server, browser: string, request: string): Promise<string> {
+  const head = `${Math.floor(seconds()).toString(36)}.${random(8)}`;
+  return `${head}.${await mac("form", browser, request, head)}`;
+}
+
+/** Checks that token, which is good for ten minutes. */
+async function checkCsrf({ mac }: Server, browser: string, request: string, csrf: string): Promise<boolean> {
+  const [time = "", nonce = ""] = csrf.split(".", 2);
+  const head = `${time}.${nonce}`;
+  const expected = `${head}.${await mac("form", browser, request, head)}`;
+  return equal(csrf, expected) && Math.abs(seconds() - parseInt(time, 36)) < FORM_TTL;
+}
+
+/** Proves that the owner is at the browser, by a session or by the password. Returns what is wrong if not. */
+async function signIn(
+  server: Server,
+  c: Context,
+  { browser, who }: Session,
+  password: string,
+): Promise<Problem | undefined> {
+  const { store, emit } = server;
+  const key = await browserKey(browser);
+  if (who === "owner") return await touchSession(server, key);
+  if (who === "stranger") {
+    emit("sign_in_failed", "authenticateOwner did not recognise the owner");
+    return { status: 403, message: NOT_OWNER };
+  }
+  // A form from before the session ended has no password. That is not a wrong one, and costs no attempt.
+  if (password === "") return { status: 403, message: "Please type your password." };
+  const bucket = await store.get(key) === undefined ? "throttle" : key;
+  const wait = await takeAttempt(server, bucket);
+  const record = await readOwner(server);
+  // Nobody guesses a generated password, so the right one is let in whatever strangers have used up. One that a person
+  // chose is not even looked at while there are no attempts left.
+  const hash = wait === 0 || record.generated ? await matchingHash(password, record) : undefined;
+  const isRight = hash !== undefined;
+  if (!isRight && wait > 0) {
+    emit("sign_in_throttled", "too many wrong passwords");
+    c.header("Retry-After", String(wait));
+    return { status: 429, message: `Too many attempts. Try again in ${wait} seconds.` };
+  }
+  if (!isRight) {
+    emit("sign_in_failed", "a wrong password was entered");
+    return { status: 403, message: "That is not the password." };
+  }
+  // Only wrong passwords count: the owner's own sign-ins from new browsers must not use up the shared attempts.
+  if (wait === 0) await returnAttempt(server, bucket);
+  if (!record.used) {
+    // Of the generated passwords that were printed, only the one that the owner uses stays good.
+    await store.update(ownerKey(server), (current) => current && { ...current, hashes: [hash], used: true });
+  }
+  // A new secret at every sign-in: the one that was in the browser before may be known to somebody else.
+  const fresh = random(32);
+  const now = seconds();
+  const session: BrowserRecord = { session: { epoch: record.epoch, since: now, seen: now } };
+  await store.update(await browserKey(fresh), () => session, { expiresAt: now + BROWSER_TTL });
+  await store.update(key, () => undefined);
+  rememberBrowser(server, c, fresh);
+  emit("owner_signed_in", "the owner signed in");
+  return undefined;
+}
+
+/**
+ * Refuses a form that another site sent. The cookie's SameSite and the form's own token stop it already; this is a
+ * second line for browsers and proxies that get those wrong. Without these headers nobody is locked out.
+ */
+function assertOwnSite({ origin }: Server, c: Context): undefined {
+  const site = c.req.header("Sec-Fetch-Site") ?? "none";
+  const sender = c.req.header("Origin") ?? origin;
+  // The page may be open under another name of this server, such as 127.0.0.1: then Origin and Host agree.
+  const isOwn = sender === origin || (sender.includes("://") && sender.split("://")[1] === c.req.header("Host")) ||
+    (sender === "null" && site === "same-origin");
+  if (isOwn && (site === "same-origin" || site === "none")) return undefined;
+  throw new OAuthError("invalid_request", "The form was sent by another site", { status: 403 });
+}
+
+const NOT_OWNER = "You are not signed in as the owner of this server.";
+
+/** Prolongs a session, at most once a minute. */
+async function touchSession({ store }: Server, key: string): Promise<undefined> {
+  const now = seconds();
+  await store.update(key, (current) => {
+    const record = current as BrowserRecord | undefined;
+    if (!record?.session || now - record.session.seen < MINUTE) return current;
+    return { ...record, session: { ...record.session, seen: now } };
+  }, { expiresAt: now + BROWSER_TTL });
+}
+
+/** Ends the session. The browser stays known, with its own allowance of attempts. */
+async function signOut({ store }: Server, { browser }: Session): Promise<void> {
+  await store.update(await browserKey(browser), (current) => {
+    const { session: _session, ...rest } = (current ?? {}) as BrowserRecord;
+    return current && rest;
+  });
+}
+
+/** Ends every session of every browser. */
+async function signOutEverywhere(server: Server): Promise<void> {
+  const epoch = random(8);
+  await server.store.update(ownerKey(server), (current) => current && { ...current, epoch });
+}
+
+/**
+ * Takes one password attempt, before the password is looked at. Returns 0, or the seconds until there is one. All
+ * strangers share one allowance, because an attacker has as many addresses as he likes. A browser that has signed in
+ * before has its own, so that he cannot use up the owner's.
+ */
+async function takeAttempt({ store }: Server, bucket: string): Promise<number> {
+  let wait = 0;
+  await store.update(bucket, (current) => {
+    const record = current as { attempts?: Attempts } | undefined;
+    const now = seconds();
+    const { left, at } = record?.attempts ?? { left: MAX_ATTEMPTS, at: now };
+    // A clock that was set back must not stop the refill until it has caught up: `at` follows it below.
+    const refilled = Math.min(MAX_ATTEMPTS, left + Math.max(0, now - at) / ATTEMPT_INTERVAL);
+    wait = refilled >= 1 ? 0 : Math.ceil((1 - refilled) * ATTEMPT_INTERVAL);
+    if (wait > 0 && at <= now) return current;
+    return { ...record, attempts: { left: wait > 0 ? left : refilled - 1, at: now } };
+  });
+  return wait;
+}
+
+async function returnAttempt({ store }: Server, bucket: string): Promise<void> {
+  await store.update(bucket, (current) => {
+    const record = current as { attempts?: Attempts } | undefined;
+    if (!record?.attempts) return current;
+    return { ...record, attempts: { ...record.attempts, left: Math.min(MAX_ATTEMPTS, record.attempts.left + 1) } };
+  });
+}
+
+/** Servers at several addresses on one store each have their own owner record: none overwrites another's password. */
+function ownerKey({ issuer }: Server): string {
+  return `owner/${issuer}`;
+}
+
+async function readOwner(server: Server): Promise<OwnerRecord> {
+  await server.passwordReady();
+  const record = await server.store.get(ownerKey(server)) as OwnerRecord | undefined;
+  return record ?? await ensurePassword(server); // somebody emptied the store under the running server
+}
+
+/**
+ * Puts the right password into the store. A configured one replaces what is there and ends all sessions. Without one,
+ * the stored password stays; but until the owner has used a generated one, every start prints another, because the
+ * earlier output may be lost. All that were printed are good until then.
+ */
+async function ensurePassword(server: Server): Promise<OwnerRecord> {
+  const { password, store } = server;
+  const stored = await store.get(ownerKey(server)) as OwnerRecord | undefined;
+  const configured = typeof password === "string";
+  const isInPlace = stored && (configured ? await matchingHash(password, stored) : stored.used || !stored.generated);
+  if (isInPlace) return stored;
+  const next = configured ? password : generatePassword();
+  const base: OwnerRecord = !configured && stored
+    ? stored
+    : { salt: random(16), hashes: [], generated: !configured, used: false, epoch: random(8) };
+  const hash = await stretch(next, base);
+  const fresh = { ...base, hashes: [...base.hashes, hash].slice(-MAX_PRINTED_PASSWORDS) };
+  const kept = await store.update(ownerKey(server), (current) => {
+    return JSON.stringify(current) === JSON.stringify(stored) ? fresh : current;
+  }) as OwnerRecord;
+  if (!kept.hashes.includes(hash)) return await ensurePassword(server); // another process was faster: look again
+  if (!configured) {
+    console.log(`\n  The owner's password for this server, shown until the first sign-in:\n\n      ${next}\n`);
+  }
+  return kept;
+}
+
+const MAX_PRINTED_PASSWORDS = 10;
+
+/** Generates 100 bits, in an alphabet without look-alikes, grouped to be typed on a phone. */
 function generatePassword(): string {
   const alphabet = "abcdefghjkmnpqrstuvwxyz123456789"; // 32 characters, so that a byte's remainder is even
   const letters = [...crypto.getRandomValues(new Uint8Array(20))].map((byte) => alphabet[byte % 32]).join("");
@@ -2528,25 +3060,41 @@ function generatePassword(): string {
 }
 
 /** Phones add a space after a word, and one character can be typed in two ways. */
-function normalize(password: string): string {
+function normalizePassword(password: string): string {
   return password.normalize("NFKC").trim();
 }
 
-/** Slow on purpose: a stolen store must not give up a short password. */
-async function stretch(password: string, { salt, iterations }: { salt: string; iterations: number }): Promise<string> {
-  const key = await crypto.subtle.importKey("raw", utf8.encode(password), "PBKDF2", false, ["deriveBits"]);
-  const bits = { name: "PBKDF2", hash: "SHA-256", salt: utf8.encode(salt), iterations };
-  return hex(new Uint8Array(await crypto.subtle.deriveBits(bits, key, 256)));
+/** Returns the stored hash of what was typed, or `undefined` if it is not the password. */
+async function matchingHash(typed: string, record: OwnerRecord): Promise<string | undefined> {
+  const hash = await stretch(normalizePassword(typed), record);
+  return record.hashes.find((stored) => equal(stored, hash));
+}
+
+/** 600,000 iterations in all. In rounds, because Cloudflare Workers refuse more than 100,000 in one call. */
+const PASSWORD_ROUNDS = 6;
+const ITERATIONS_PER_ROUND = 100_000;
+
+/**
+ * Hashes a password slowly, by PBKDF2-HMAC-SHA-256 of PBKDF2: a stolen store must not give up a short password. A
+ * generated one cannot be guessed and takes one iteration. The password is first hashed to 32 bytes, because HMAC pads
+ * its key with NULs, and "secret\0" would open what "secret" opens.
+ */
+async function stretch(password: string, { salt, generated }: OwnerRecord): Promise<string> {
+  const iterations = generated ? 1 : ITERATIONS_PER_ROUND;
+  let secret = await sha256(password);
+  for (let round = 0; round < (generated ? 1 : PASSWORD_ROUNDS); round++) {
+    const key = await crypto.subtle.importKey("raw", secret, "PBKDF2", false, ["deriveBits"]);
+    const params = { name: "PBKDF2", hash: "SHA-256", salt: utf8.encode(salt), iterations };
+    secret = new Uint8Array(await crypto.subtle.deriveBits(params, key, 256));
+  }
+  return hex(secret);
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // Owner's page
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** What the owner's page works with; `path`: its own. */
-type OwnersPage = { settings: Settings; grants: Grants; owner: Owner; events: EventLog; path: string };
-
-/** What was done, told on the page that follows. Its address names one of these, so that no link can make it say more. */
+/** What was done, as the page that follows says it. Its address names one of these, so that no link can make it say more. */
 const DONE = {
   disconnected: "Disconnected. It has to ask you again.",
   all_disconnected: "Everything is disconnected.",
@@ -2556,104 +3104,107 @@ const DONE = {
 /** The longest name that the owner can give to a connection. */
 const MAX_LABEL = 60;
 
-/** `/connections`: what is connected, personal access tokens, and what happened lately. */
-function connectionsEndpoint(
-  settings: Settings,
-  grants: Grants,
-  owner: Owner,
-  events: EventLog,
-): { show: Handler; decide: Handler } {
-  const server: OwnersPage = { settings, grants, owner, events, path: `${settings.basePath}/connections` };
-  return { show: (c) => showConnections(server, c), decide: (c) => changeConnections(server, c) };
+/** Shows `/connections`: what is connected, attempts to connect, personal access tokens, and the latest events. */
+async function showConnections(server: Server, c: Context): Promise<Response> {
+  const session = await readSession(server, c);
+  return await turnAway(server, c, session) ?? await renderConnections(server, c, session);
 }
 
-async function showConnections(server: OwnersPage, c: Context): Promise<Response> {
-  const visit = await server.owner.visit(c);
-  return await turnedAway(server, c, visit) ?? await renderConnections(server, c, visit);
-}
-
-async function changeConnections(server: OwnersPage, c: Context): Promise<Response> {
-  const { settings, owner, path } = server;
+/** Carries out a form of `/connections`. */
+async function changeConnections(server: Server, c: Context): Promise<Response> {
+  const path = `${server.basePath}/connections`;
   const form = await readForm(c, "scope");
-  const visit = await owner.visit(c);
-  const away = await turnedAway(server, c, visit);
+  const session = await readSession(server, c);
+  const away = await turnAway(server, c, session);
   if (away) return away;
   const csrf = form.get("csrf") ?? "";
-  if (!await owner.sealed(visit.browser, path, csrf)) {
-    if (!visit.known) return expiredPage(c, settings);
+  if (!await checkCsrf(server, session.browser, path, csrf)) {
+    if (!session.known) return expiredPage(server, c);
     // The second of two clicks, after the answer to the first one has signed the owner in.
-    if (visit.who === "owner" && !form.has("action")) return c.redirect(path, 303);
-    return await renderConnections(server, c, visit, OPEN_TOO_LONG);
+    if (session.who === "owner" && !form.has("action")) return c.redirect(path, 303);
+    return await renderConnections(server, c, session, OPEN_TOO_LONG);
   }
-  const problem = await owner.prove(c, visit, form.get("password") ?? "");
-  if (problem) return await renderConnections(server, c, visit, problem);
-  const made = form.get("action") === "create_token" && await createToken(server, c, form, csrf);
-  if (made) return made;
-  const done = await act(server, visit, form);
+  const problem = await signIn(server, c, session, form.get("password") ?? "");
+  if (problem) return await renderConnections(server, c, session, problem);
+  const done = await carryOut(server, c, session, form, csrf);
   // 303: a reload of the page that follows must not do it again.
-  return c.redirect(done ? `${path}?done=${done}` : path, 303);
+  return done instanceof Response ? done : c.redirect(done ? `${path}?done=${done}` : path, 303);
 }
 
-/** What to answer a visit that may not see the page at all. */
-async function turnedAway({ settings }: OwnersPage, c: Context, { who, answer }: Visit): Promise<Response | undefined> {
-  // Without any proof of the owner, this page would be everybody's, and with it tokens and the list of what is here.
-  if (settings.password === false) {
+/** Returns what to answer if this visitor may not see the page at all. */
+async function turnAway(server: Server, c: Context, { who, answer }: Session): Promise<Response | undefined> {
+  if (server.password === false) {
     const advice = "Without it, this page would be open to everybody. To use it, give personalAuth() a password.";
-    return await messagePage(c, settings, 403, "The password check is off", advice);
+    return await messagePage(server, c, 403, "The password check is off", advice);
   }
-  return answer ?? (who === "stranger" ? await strangerPage(c, settings) : undefined);
+  return answer ?? (who === "stranger" ? await strangerPage(server, c) : undefined);
 }
 
-async function renderConnections(server: OwnersPage, c: Context, visit: Visit, problem?: Problem): Promise<Response> {
-  const csrf = await server.owner.seal(visit.browser, server.path);
-  if (visit.who !== "owner") return await signInPage(c, server.settings, server.path, csrf, problem);
-  return await connectionsPage(server, c, csrf, problem);
+async function renderConnections(server: Server, c: Context, session: Session, problem?: Problem): Promise<Response> {
+  const action = `${server.basePath}/connections`;
+  const csrf = await createCsrf(server, session.browser, action);
+  if (session.who !== "owner") return await signInPage(server, c, action, csrf, problem);
+  const key = c.req.query("done") ?? "";
+  const done = Object.hasOwn(DONE, key) ? DONE[key as keyof typeof DONE] : undefined;
+  const connections = await listConnections(server);
+  const [attempts, events] = [await listTimelines(server), await latestEvents(server.events)];
+  return await connectionsPage(server, c, {
+    action,
+    csrf,
+    connections,
+    attempts,
+    events,
+    ...defined({ done, problem }),
+  });
 }
 
-/** Does what a button says, and returns how to tell of it. */
-async function act({ grants, owner }: OwnersPage, visit: Visit, form: URLSearchParams) {
+/** Does what a form asks for. Returns a page to show, or the name of the message on the page that follows. */
+async function carryOut(
+  server: Server,
+  c: Context,
+  session: Session,
+  form: URLSearchParams,
+  csrf: string,
+): Promise<Response | keyof typeof DONE | undefined> {
   const id = form.get("id") ?? "";
   switch (form.get("action")) {
     case "revoke":
-      await grants.revoke(id);
+      await revoke(server, id);
       return "disconnected";
     case "revoke_all":
-      for (const connection of await grants.connections()) await grants.revoke(connection.id);
+      await revokeAll(server);
       return "all_disconnected";
-    case "rename": {
-      const label = printable(form.get("label") ?? "");
-      if (label.length > MAX_LABEL) {
-        throw new OAuthError("invalid_request", `The name may have up to ${MAX_LABEL} characters`);
-      }
-      await grants.rename(id, label);
+    case "rename":
+      await rename(server, id, printable(form.get("label") ?? ""));
       return "renamed";
-    }
     case "sign_out":
-      return await owner.signOut(visit);
+      await signOut(server, session);
+      return undefined;
     case "sign_out_everywhere":
-      return await owner.signOutEverywhere();
+      if (form.has("revoke_all")) await revokeAll(server);
+      await signOutEverywhere(server);
+      return undefined;
+    case "create_token": {
+      const request = {
+        name: form.get("name") ?? "",
+        expiresIn: Number(form.get("days") ?? 0) * DAY,
+        // With one scope there is nothing to choose; with several, none ticked is none, not all.
+        ...(server.scopes.all.length > 1 && { scopes: form.getAll("scope") }),
+      };
+      const made = await createToken(server, request, csrf).catch((error) => {
+        if (!(error instanceof TypeError)) throw error;
+        throw new OAuthError("invalid_request", "The token needs a name, a lifetime and a scope");
+      });
+      if (made) return await tokenPage(server, c, made.token, request.name);
+    }
   }
-}
-
-async function createToken({ settings, grants }: OwnersPage, c: Context, form: URLSearchParams, csrf: string) {
-  const request = {
-    name: form.get("name") ?? "",
-    expiresIn: Number(form.get("days") ?? 0) * DAY,
-    // With one scope there is nothing to choose; with several, none ticked is none, not all.
-    ...(settings.scopes.all.length > 1 && { scopes: form.getAll("scope") }),
-  };
-  const made = await grants.createToken(request, csrf).catch((error) => {
-    if (!(error instanceof TypeError)) throw error;
-    throw new OAuthError("invalid_request", "The token needs a name, a lifetime and a scope");
-  });
-  return made && await tokenPage(c, settings, made.token, request.name);
 }
 
 /**
  * Leads a browser from the root to the owner's page if the app has nothing there: `next()` asks all routes that come
  * after this one. A program that probes the root still finds nothing.
  */
-function homePage({ basePath }: Settings): MiddlewareHandler {
+function homePage({ basePath }: Server): MiddlewareHandler {
   return async (c, next) => {
     await next();
     if (c.res.status !== 404 || !c.req.header("Accept")?.includes("text/html")) return;
@@ -2662,22 +3213,212 @@ function homePage({ basePath }: Settings): MiddlewareHandler {
   };
 }
 
-/** `events`: the latest of each kind. */
-type EventRecord = Partial<Record<AuthEvent["type"], { count: number; latest: LoggedEvent[] }>>;
-type LoggedEvent = Pick<AuthEvent, "at" | "message" | "clientName" | "connection">;
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Timeline
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-interface EventLog {
-  emit: Emit;
-  latest(): Promise<LoggedEvents>;
+/** How far a client came before the owner approved it. In memory only, because strangers can make any number of these. */
+interface Attempt {
+  name: string;
+  /** When somebody last asked for the documents, or called without a token: how a client finds the server. */
+  found?: number;
+  /** When the client registered, or its metadata document was read. */
+  introduced?: number;
+  shown?: number;
+  denied?: number;
+  refused?: Refusal;
 }
 
-/** The latest first; `count`: all of that type so far. */
+/** Why a request was refused, for the owner. */
+interface Refusal {
+  at: number;
+  reason: string;
+}
+
+/** One attempt as the owner's page shows it. `advice` says what is missing, whose turn it is, and what to do. */
+interface Timeline {
+  title: string;
+  steps: { at: number; text: string; ok: boolean }[];
+  advice: string;
+}
+
+const MAX_KEPT_ATTEMPTS = 50;
+const MAX_SHOWN_TIMELINES = 15;
+/** How long an approval that was never redeemed is kept, to be shown. */
+const UNREDEEMED_KEPT = 7 * DAY;
+
+/** Notes how far a client came. Attempts that nobody opened in a browser are forgotten first. */
+function noteAttempt({ attempts, found }: Server, { id, name }: Pick<Client, "id" | "name">, step: Partial<Attempt>) {
+  const before = attempts.get(id) ?? { name, ...defined({ found: found.at }) };
+  attempts.delete(id); // so that it moves to the end, where the latest are
+  attempts.set(id, { ...before, ...step });
+  if (attempts.size <= MAX_KEPT_ATTEMPTS) return;
+  const [forgotten = ""] = [...attempts].find(([, { shown }]) => shown === undefined) ??
+    [...attempts.keys()].slice(0, 1);
+  attempts.delete(forgotten);
+}
+
+/**
+ * Tells the owner why a request was refused: on its connection if it names one, else on the client's attempt. At most
+ * once a minute, so that a client that asks without pause does not write without pause.
+ */
+async function noteRefusal(
+  server: Server,
+  error: unknown,
+  id: string | undefined,
+  client?: Pick<Client, "id" | "name">,
+): Promise<void> {
+  if (!(error instanceof OAuthError) || error.status >= 500 || error.details.event) return;
+  const refused: Refusal = { at: seconds(), reason: error.details.reason ?? error.message };
+  const grant = id ? await readGrant(server, id).catch(() => undefined) : undefined;
+  if (!grant && !client) return; // a made-up token: anybody's, any number of times
+  const clientName = grant?.client.name ?? client?.name;
+  server.emit("token_refused", refused.reason, defined({ connection: grant && id, clientName }));
+  if (!grant) noteAttempt(server, client!, { refused });
+  else if (refused.at - (grant.refused?.at ?? 0) > MINUTE) {
+    await server.store.update(`grant/${id}`, (current) => current && { ...current, refused }).catch(() => {});
+  }
+}
+
+/** Returns the state of a live connection. */
+function connectionState(grant: Grant, now: number): Connection["state"] {
+  if (grant.code && grant.code.redeemed === undefined) return "pending";
+  if (grant.called === undefined) return "unused";
+  const isRefused = grant.refused !== undefined && grant.refused.at > (grant.used ?? 0);
+  return isRefused || !grant.access.some(({ expires }) => expires > now) ? "silent" : "active";
+}
+
+/** Returns what the owner should see of connecting: what is new, unfinished, or fell silent, newest first. */
+async function listTimelines(server: Server): Promise<Timeline[]> {
+  const now = seconds();
+  const attempts = [...server.attempts.values()].reverse();
+  const approved: Timeline[] = [];
+  for await (const [, value] of server.store.list("grant/")) {
+    const grant = value as Grant;
+    if (grant.client.id === PERSONAL || grant.resource !== server.resource || grant.revoked !== undefined) continue;
+    const isSettled = connectionState(grant, now) === "active" && now - grant.created > DAY;
+    if (!isSettled && grant.expires > now) approved.push(grantTimeline(server, grant, now));
+  }
+  const last = ({ steps }: Timeline) => steps.at(-1)!.at;
+  // Some of each kind, so that no number of strangers' attempts hides what the owner approved or opened.
+  return [
+    ...approved.sort((a, b) => last(b) - last(a)),
+    ...attempts.filter(({ shown }) => shown !== undefined).map((attempt) => attemptTimeline(server, attempt)),
+    ...attempts.filter(({ shown }) => shown === undefined).slice(0, 3).map((attempt) =>
+      attemptTimeline(server, attempt)
+    ),
+  ].slice(0, MAX_SHOWN_TIMELINES);
+}
+
+/** Puts steps in order and leaves out those that did not happen. */
+function steps(happened: [at: number | undefined, text: string, ok?: boolean][]): Timeline["steps"] {
+  return happened.flatMap(([at, text, ok = true]) => at === undefined ? [] : [{ at, text, ok }])
+    .sort((a, b) => a.at - b.at);
+}
+
+const refusalText = (refused: Refusal | undefined) => `was refused: ${refused?.reason}`;
+
+function attemptTimeline({ resource }: Server, { name, found, introduced, shown, denied, refused }: Attempt): Timeline {
+  const advice = refused
+    ? `This server refused it. Mend that, and connect again in ${name || "the app"}.`
+    : denied !== undefined
+    ? "You denied it. Nothing was shared."
+    : shown !== undefined
+    ? "It is your turn: approve or deny on the page that the app opened. If the page is gone, connect again in the app."
+    : `It introduced itself, but no browser has opened the page to approve it. Connect again in the app; ${
+      CHECK(resource)
+    }`;
+  return {
+    title: name,
+    steps: steps([
+      [found, "found this server"],
+      [introduced, "introduced itself"],
+      [shown, "was shown to you for approval"],
+      [denied, "was denied by you", false],
+      [refused?.at, refusalText(refused), false],
+    ]),
+    advice,
+  };
+}
+
+/** The command that asks this server what a client asks. */
+const CHECK = (resource: string) => `to see what a client meets, run: npx -y deno run -A mod.ts ${resource}`;
+
+function grantTimeline(server: Server, grant: Grant, now: number): Timeline {
+  const { client, code, refresh, created, called, used, refused, attempt } = grant;
+  return {
+    title: grant.label || client.name,
+    steps: steps([
+      [attempt?.found, "found this server"],
+      [attempt?.introduced, "introduced itself"],
+      [attempt?.shown, "was shown to you for approval"],
+      [created, "was approved by you"],
+      [code?.redeemed, "fetched its token"],
+      [called, "called for the first time"],
+      [refresh?.rotated[0]?.[1], "refreshed its token, the last time"],
+      [called === undefined ? undefined : used, "was used, the last time"],
+      [refused?.at, refusalText(refused), false],
+    ]),
+    advice: grantAdvice(server, grant, now),
+  };
+}
+
+/** Says what a connection waits for, whose turn it is, and what to do. */
+function grantAdvice({ resource, issuer, found }: Server, grant: Grant, now: number): string {
+  const { code, redirect_uri = issuer, refused, called, access } = grant;
+  const name = grant.client.name || "the app";
+  const target = new URL(redirect_uri);
+  const state = connectionState(grant, now);
+  if (refused && refused.at > Math.max(grant.used ?? 0, code?.redeemed ?? 0)) {
+    return `${name} was refused ${ago(now - refused.at)}: ${refused.reason}. Connect again in ${name}.`;
+  }
+  if (state === "pending" && code!.expires > now) {
+    return `It is ${name}'s turn: it was sent back to ${target.host} and has not fetched its token yet.`;
+  }
+  if (state === "pending") {
+    return isLocal(target)
+      ? `${name} never fetched its token: nothing listens at ${target.host} on the computer of your browser. Connect ` +
+        `again, and if ${name} is on another computer, say so on the page.`
+      : `${name} was sent back to ${target.host} and never fetched its token. Its servers may not reach ` +
+        `${issuer}/token; ${CHECK(resource)}`;
+  }
+  if (state === "unused") {
+    const since = code?.redeemed ?? grant.created;
+    return `${name} got its token ${ago(now - since)} and has not called since. ` +
+      ((found.at ?? 0) > since
+        ? "Since then a request without a token came: something in front of this server may remove the Authorization " +
+          `header; ${CHECK(resource)}`
+        : `Something in front of this server may block the user agent Claude-User; ${CHECK(resource)}`);
+  }
+  if (state === "silent") {
+    const expired = Math.max(...access.map(({ expires }) => expires), called ?? 0);
+    return `${name}'s access token expired ${ago(now - expired)} and it has not come back. Open ${name}, and connect ` +
+      "again if it asks for it.";
+  }
+  return `${name} is connected.`;
+}
+
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Events
+// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** The latest events for the owner's page, and those that are not written yet. */
+interface EventLog {
+  store: Store;
+  key: string;
+  waiting: AuthEvent[];
+  writing: Promise<unknown>;
+}
+
+/** `events/<issuer>`: the latest of each kind, so that a flood of one kind cannot push out the others. */
+type EventRecord = Partial<Record<AuthEvent["type"], { count: number; latest: LoggedEvent[] }>>;
+type LoggedEvent = Pick<AuthEvent, "at" | "message" | "clientName" | "connection">;
 type LoggedEvents = (LoggedEvent & { type: AuthEvent["type"]; count: number })[];
 
 const MAX_EVENTS_PER_TYPE = 5;
-/** What strangers can cause at will: kept in memory until something worth a write comes along, so they cause no writes. */
-const CHEAP_EVENTS: AuthEvent["type"][] = [
-  "client_registered",
+/** Events that strangers can cause at will. They wait in memory for one that is worth a write, so they cause no writes. */
+const CHEAP_EVENTS = new Set<AuthEvent["type"]>([
+  "token_refused",
   "client_document_refused",
   "redirect_refused",
   "connection_denied",
@@ -2685,52 +3426,56 @@ const CHEAP_EVENTS: AuthEvent["type"][] = [
   "owner_unprotected",
   "password_weak",
   "server_error",
-];
+]);
 
-/**
- * Tells every event to `onEvent`, and keeps the latest of each kind for the owner's page: of each kind, so that a flood
- * of one cannot wash away the others.
- */
-function eventLog(store: Store, onEvent: (event: AuthEvent) => void): EventLog {
-  let waiting: AuthEvent[] = [];
-  let writing: Promise<unknown> = Promise.resolve();
+/** Passes an event to `onEvent`, and keeps it for the owner's page. */
+function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happened: Omit<AuthEvent, "at">): void {
+  const event: AuthEvent = { at: Math.floor(seconds()), ...happened };
+  // A broken alarm must break neither the request it reports nor, if it is asynchronous, the process.
+  promiseTry(() => onEvent(event)).catch((error) => console.error("personal-auth: onEvent threw", error));
+  if (event.type === "client_registered") return; // anybody's, any number of times, and nothing the owner could act on
+  const { type } = event;
+  const others = log.waiting.filter((waiting) => waiting.type !== type);
+  const same = log.waiting.filter((waiting) => waiting.type === type);
+  log.waiting = [...others, ...same.slice(1 - MAX_WAITING_PER_TYPE), event];
+  if (CHEAP_EVENTS.has(type)) return;
+  const batch = log.waiting;
+  log.waiting = [];
+  const merge = (current: unknown) => mergeEvents(current as EventRecord | undefined, batch);
+  log.writing = promiseTry(() => log.store.update(log.key, merge))
+    .catch(() => log.waiting = [...batch, ...log.waiting].slice(-100)); // the next event tries again
+}
 
-  const emit: Emit = (type, message, more) => {
-    const event: AuthEvent = { type, at: Math.floor(seconds()), message, ...more };
-    // A broken alarm must break neither the request it reports nor, if it is asynchronous, the process.
-    promiseTry(() => onEvent(event)).catch((error) => console.error("personal-auth: onEvent threw", error));
-    if (type === "client_registered") return; // anybody's, any number of times, and nothing the owner could act on
-    waiting = [...waiting, event].slice(-100);
-    if (!CHEAP_EVENTS.includes(type)) keep();
-  };
+const MAX_WAITING_PER_TYPE = 20;
 
-  function keep(): void {
-    const batch = waiting;
-    waiting = [];
-    writing = promiseTry(() => store.update("events", (current) => merge(current as EventRecord | undefined, batch)))
-      .catch(() => waiting = [...batch, ...waiting].slice(-100)); // the next event tries again
+function mergeEvents(record: EventRecord = {}, events: AuthEvent[]): EventRecord {
+  const merged = { ...record };
+  for (const { type, at, message, clientName, connection } of events) {
+    const { count, latest } = merged[type] ?? { count: 0, latest: [] };
+    const event = { at, message: message.slice(0, 500), ...defined({ clientName, connection }) };
+    merged[type] = { count: count + 1, latest: [event, ...latest].slice(0, MAX_EVENTS_PER_TYPE) };
   }
+  return merged;
+}
 
-  function merge(record: EventRecord = {}, events: AuthEvent[]): EventRecord {
-    const merged = { ...record };
-    for (const { type, at, message, clientName, connection } of events) {
-      const { count, latest } = merged[type] ?? { count: 0, latest: [] };
-      const event = { at, message: message.slice(0, 500), ...defined({ clientName, connection }) };
-      merged[type] = { count: count + 1, latest: [event, ...latest].slice(0, MAX_EVENTS_PER_TYPE) };
-    }
-    return merged;
-  }
+/** Returns the latest events of each kind, newest first, with how many there were of that kind. */
+async function latestEvents(log: EventLog): Promise<LoggedEvents> {
+  await log.writing;
+  const record = mergeEvents(await log.store.get(log.key) as EventRecord | undefined, log.waiting);
+  const list = Object.entries(record).flatMap(([type, { count, latest }]) =>
+    latest.map((event) => ({ ...event, type: type as AuthEvent["type"], count }))
+  );
+  return list.sort((a, b) => b.at - a.at);
+}
 
-  async function latest() {
-    await writing;
-    const record = merge(await store.get("events") as EventRecord | undefined, waiting);
-    const list = Object.entries(record).flatMap(([type, { count, latest }]) =>
-      latest.map((event) => ({ ...event, type: type as AuthEvent["type"], count }))
-    );
-    return list.sort((a, b) => b.at - a.at);
-  }
-
-  return { emit, latest };
+/** Writes an event to the console, but for those that anyone can cause at will; these go to `onEvent` only. */
+function logEvent({ type, message, connection, clientName, cause }: AuthEvent): void {
+  if (type === "client_registered" || (type === "token_refused" && !connection)) return;
+  // quote() keeps what a client controls on one line, so that no name can forge a second log entry.
+  const why = cause instanceof Error ? quote(cause.message) : undefined;
+  const parts = [clientName && `client ${quote(clientName)}`, connection && `connection ${connection}`, why];
+  console.log(["personal-auth", type, message, ...parts.filter(Boolean)].join(" | "));
+  if (type === "server_error") console.error(cause); // in full only what no stranger can cause at will
 }
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2766,7 +3511,7 @@ border-radius:1.1rem}main.wide{max-width:44rem;align-self:start}
 header,.row,.pair,fieldset label{display:flex;gap:.7rem;align-items:center}
 header{min-height:2.75rem;margin-bottom:.5rem;color:var(--soft);font-size:.9rem}header b,.to b{color:var(--ink)}
 header form{margin-left:auto}h1{margin:0 0 .5rem;font-size:1.5rem;line-height:1.2;text-wrap:balance}
-h2{margin:1.6rem 0 .3rem;font-size:1rem}p{margin:.5rem 0}small{display:block}
+h2{margin:1.6rem 0 .3rem;font-size:1rem}p{margin:.5rem 0}small{display:block}small,code,.row p{overflow:clip}
 small,.soft,.to{color:var(--soft);font-size:.875rem}ul,ol{list-style:none;margin:0;padding:0}a{color:var(--link)}
 .name{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;overflow:hidden;overflow:clip;
 font-weight:600;text-align:left}.card,.flash,.warn,.chip,.av{border:1px solid transparent;border-radius:.8rem}
@@ -2857,7 +3602,7 @@ function copyable(text: string): Html {
 }
 
 /** `ready`: with the cursor in it; not where that would scroll the question out of sight on a phone. */
-function passwordField(who: Visit["who"], problem?: Problem, ready = problem !== undefined): Html {
+function passwordField(who: Session["who"], problem?: Problem, ready = problem !== undefined): Html {
   // Password managers store and fill in a password only where they see a user name.
   return html`
     ${problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`}
@@ -2872,10 +3617,10 @@ function passwordField(who: Visit["who"], problem?: Problem, ready = problem !==
 
 /** The question to the owner, and with it the password form if nobody is signed in. */
 function consentPage(
-  c: Context,
   settings: Settings,
+  c: Context,
   { client, redirect_uri, scopes }: AuthorizationRequest,
-  form: { who: Visit["who"]; encoded: string; csrf: string; vouched: boolean; problem?: Problem },
+  form: { who: Session["who"]; encoded: string; csrf: string; vouched: boolean; problem?: Problem },
 ) {
   const { issuer, basePath } = settings;
   const target = new URL(redirect_uri);
@@ -2911,75 +3656,74 @@ function consentPage(
     </form>
     <p class="soft">Stays connected until you revoke it at <a href="${issuer}/connections">/connections</a>.</p>
   `;
-  return page(c, settings, `Connect ${client.name || UNNAMED}?`, body, { status: form.problem?.status });
+  return page(settings, c, `Connect ${client.name || UNNAMED}?`, body, { status: form.problem?.status });
 }
 
 /**
  * Leads to a private-use scheme. After a redirect the browser would keep showing the form, as if nothing had happened;
  * this page goes on by itself as well, and has a link for browsers that want a click.
  */
-function openAppPage(c: Context, settings: Settings, uri: string, name: string, approved: boolean) {
+function openAppPage(settings: Settings, c: Context, uri: string, name: string, approved: boolean) {
   c.header("Refresh", `0; url=${uri}`);
   const texts = ["The app opens now. If it does not, press the button.", link(uri, `Open ${name || "the app"}`)];
-  return messagePage(c, settings, 200, approved ? "Approved" : "Not connected", ...texts, "Then close this page.");
+  return messagePage(settings, c, 200, approved ? "Approved" : "Not connected", ...texts, "Then close this page.");
 }
 
 /** The address of the callback, to be carried by hand to the computer that the app runs on. */
-function elsewherePage(c: Context, settings: Settings, uri: string) {
+function elsewherePage(settings: Settings, c: Context, uri: string) {
   const what = "Paste this address where the app on the other computer asks for it, or into a browser there:";
   const warning = html`<p class="warn">Give it only to the app that you started yourself, and to nobody else.</p>`;
   const limit = `It works once, within ${CODE_TTL / MINUTE} minutes.`;
-  return messagePage(c, settings, 200, "Approved", what, copyable(uri), warning, limit);
+  return messagePage(settings, c, 200, "Approved", what, copyable(uri), warning, limit);
 }
 
 /** The answer to a form that was sent before, and the way on if the first answer did not get through. */
-function answeredPage(c: Context, settings: Settings, client: string, uri?: string) {
+function answeredPage(settings: Settings, c: Context, client: string, uri?: string) {
   const text = "You approved this request before. If the app is not connected, go back to it and connect again.";
   const way = uri ? [link(uri, `Go on to ${client || "the app"}`)] : [];
-  return messagePage(c, settings, 409, "Already answered", text, ...way);
+  return messagePage(settings, c, 409, "Already answered", text, ...way);
 }
 
 function link(uri: string, text: string): Html {
   return html`<a class="button approve" href="${uri}">${nameOf(text)}</a>`;
 }
 
-function signInPage(c: Context, settings: Settings, action: string, csrf: string, problem?: Problem) {
+function signInPage(settings: Settings, c: Context, action: string, csrf: string, problem?: Problem) {
   const form = html`<form method="post" action="${action}">
     <input type="hidden" name="csrf" value="${csrf}">
     ${passwordField("anybody", problem, true)}
     <button class="approve">Sign in</button></form>`;
   const text = "This page is for the owner of this server.";
-  return messagePage(c, settings, problem?.status ?? 200, "Sign in", text, form);
+  return messagePage(settings, c, problem?.status ?? 200, "Sign in", text, form);
 }
 
-/** An attempt to connect, as far as it came; `advice` says whose turn it is, and what to do. */
-interface Attempt {
-  title: string;
-  steps: { at: number; text: string; ok: boolean }[];
-  advice: string;
-}
+/** A form of the owner's page; its buttons name the action. */
+type Form = (content: Html) => Html;
 
-async function connectionsPage(
-  { settings, grants, events, path }: OwnersPage,
+function connectionsPage(
+  settings: Settings,
   c: Context,
-  csrf: string,
-  problem?: Problem,
+  { action, csrf, connections, attempts, events, done, problem }: {
+    action: string;
+    csrf: string;
+    connections: Connection[];
+    attempts: Timeline[];
+    events: LoggedEvents;
+    done?: string;
+    problem?: Problem;
+  },
 ) {
-  const connections = await grants.connections();
-  const attempts: Attempt[] = [];
-  const told = onceEach(await events.latest());
-  const key = c.req.query("done") ?? "";
-  const done = Object.hasOwn(DONE, key) && DONE[key as keyof typeof DONE];
-  const form = (content: Html): Html =>
-    html`<form method="post" action="${path}"><input type="hidden" name="csrf" value="${csrf}">${content}</form>`;
-  const button = (style: string, action: string, text: string) =>
-    form(html`<button class="${style}" name="action" value="${action}">${text}</button>`);
+  const form: Form = (content) =>
+    html`<form method="post" action="${action}"><input type="hidden" name="csrf" value="${csrf}">${content}</form>`;
+  const signOut = (name: string, text: string) =>
+    !settings.authenticateOwner && form(html`<button class="plain" name="action" value="${name}">${text}</button>`);
   const section = (title: string, items: Html[]) =>
     items.length > 0 && html`
       <h2>${title}</h2>
       <ul class="list">${items}</ul>
     `;
-  const isOpen = ({ type, at }: LoggedEvents[number]) => !ROUTINE.test(type) && seconds() - at < 30 * DAY;
+  const isNew = ({ type, at }: LoggedEvents[number]) => !ROUTINE.test(type) && seconds() - at < 30 * DAY;
+  const told = onceEach(events);
   const body = html`
     <h1>Connections</h1>
     ${done && html`<p class="flash" role="status">${done}</p>`}
@@ -2991,25 +3735,28 @@ async function connectionsPage(
       <p class="soft">For scripts, and for clients without a browser.</p>${form(tokenFields(settings))}</details>
     ${connections.length > 1 && html`<details><summary>Disconnect all</summary>
       <p>Every app and every token has to be connected again.</p>
-      ${button("danger", "revoke_all", "Disconnect all")}</details>`}
+      ${form(html`<button class="danger" name="action" value="revoke_all">Disconnect all</button>`)}</details>`}
     ${section("Attempts to connect", attempts.map(attemptItem))}
-    ${section("Needs a look", told.filter(isOpen).map(eventItem))}
-    ${section("Recent activity", told.filter((event) => !isOpen(event)).map(eventItem))}
+    ${section("Needs a look", told.filter(isNew).map(eventItem))}
+    ${section("Recent activity", told.filter((event) => !isNew(event)).map(eventItem))}
     ${told.length === 0 && html`<p class="soft">No activity yet.</p>`}
-    ${!settings.authenticateOwner && button("plain", "sign_out_everywhere", "Sign out everywhere")}
+    ${signOut("sign_out_everywhere", "Sign out everywhere")}
   `;
-  const aside = !settings.authenticateOwner && button("plain", "sign_out", "Sign out");
-  return page(c, settings, "Connections", body, { status: problem?.status, wide: true, aside });
+  const aside = signOut("sign_out", "Sign out");
+  return page(settings, c, "Connections", body, { status: problem?.status, wide: true, aside });
 }
 
 /** A row with what is most asked for; opened, the rest, and what can be done with the connection. */
-function connectionItem(settings: Settings, connection: Connection, form: (content: Html) => Html): Html {
-  const { id, kind, clientName, label, redirectUri, scopes, createdAt, lastUsedAt, expiresAt } = connection;
+function connectionItem(settings: Settings, connection: Connection, form: Form): Html {
+  const { id, kind, clientName, label, redirectUri, scopes, state, createdAt, lastUsedAt, expiresAt } = connection;
   const name = label || clientName || UNNAMED;
   const where = redirectUri ? hostOf(new URL(redirectUri)) : "token";
   const short = scopes.filter((scope) => scope !== OFFLINE_ACCESS).join(" · ");
   const expires = kind === "token" && html`<span> · expires ${timeOf(expiresAt)}</span>`;
-  const used = lastUsedAt ? html`used ${timeOf(lastUsedAt)}` : "never used";
+  const used = lastUsedAt ? html`used ${timeOf(lastUsedAt)}` : state === "pending" ? "not finished" : "never used";
+  const silent = state === "silent" && html`
+    <span class="chip warn">silent</span>
+  `;
   const actions = html`
     <input type="hidden" name="id" value="${id}">
     <label for="label-${id}">Your name for it</label>
@@ -3024,7 +3771,9 @@ function connectionItem(settings: Settings, connection: Connection, form: (conte
     <li>
       <details>
         <summary class="row">${monogram(clientName, where)}
-          <div>${nameOf(name)}<small>${where} · ${used}</small><small>${short}${expires}</small></div></summary>
+          <div>${nameOf(
+            name,
+          )}<small>${where} · ${used}${silent}</small><small>${short}${expires}</small></div></summary>
         <div class="card">
           ${label && nameOf(clientName)}
           ${scopeList(settings, scopes)}
@@ -3037,17 +3786,18 @@ function connectionItem(settings: Settings, connection: Connection, form: (conte
 }
 
 /** How far an attempt came, step by step, and the same as text, to ask somebody about it. */
-function attemptItem({ title, steps, advice }: Attempt): Html {
+function attemptItem({ title, steps, advice }: Timeline): Html {
   const lines = steps.map(({ at, text, ok }) => `${ok ? "ok    " : "FAILED"} ${formatTime(at)} ${text}`);
   const items = steps.map(({ at, text, ok }) =>
     html`<li class="${!ok && "bad"}">${text}<small>${timeOf(at)}</small></li>`
   );
   return html`
-    <li class="row">
-      <div>${nameOf(title)}
+    <li>
+      <details>
+        <summary class="row"><div>${nameOf(title)}<small>${advice}</small></div></summary>
         <ol class="marks">${items}</ol>
-        <p>${advice}</p>
-        <details><summary>As text</summary>${copyable([title, ...lines, advice].join("\n"))}</details></div>
+        ${copyable([title, ...lines, advice].join("\n"))}
+      </details>
     </li>
   `;
 }
@@ -3067,7 +3817,7 @@ function addCommand(name: string, resource: string): string {
 }
 
 /** What happens when all is well; everything else needs a look. */
-const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|token_created)$/;
+const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|code_redeemed|first_call|token_created)$/;
 
 /** Each thing once, with the number of its kind at the latest of them alone. */
 function onceEach(events: LoggedEvents): LoggedEvents {
@@ -3103,31 +3853,31 @@ function tokenFields({ scopes }: Settings): Html {
 }
 
 /** The one time that a personal access token is shown. */
-function tokenPage(c: Context, settings: Settings, token: string, name: string) {
+function tokenPage(settings: Settings, c: Context, token: string, name: string) {
   const command = `${addCommand(name, settings.resource)} --header "Authorization: Bearer ${token}"`;
   const back = html`<a href="${settings.basePath}/connections">Back to your connections</a>`;
   const once = html`<p class="warn">Copy it now: it is not shown again.</p>`;
   const texts = [once, copyable(token), "In Claude Code, for example:", copyable(command), back];
-  return messagePage(c, settings, 200, "Your new token", ...texts);
+  return messagePage(settings, c, 200, "Your new token", ...texts);
 }
 
-function messagePage(c: Context, settings: Settings, status: PageStatus, title: string, ...texts: (string | Html)[]) {
+function messagePage(settings: Settings, c: Context, status: PageStatus, title: string, ...texts: (string | Html)[]) {
   const body = html`<h1>${title}</h1>${texts.map((text) => typeof text === "string" ? html`<p>${text}</p>` : text)}`;
-  return page(c, settings, title, body, { status });
+  return page(settings, c, title, body, { status });
 }
 
 const OPEN_TOO_LONG: Problem = {
   status: 403,
-  message: "This page was open for too long. Please check and answer again.",
+  message: "This page was open for too long. Please check it and answer again.",
 };
 
-function expiredPage(c: Context, settings: Settings) {
+function expiredPage(settings: Settings, c: Context) {
   const advice = "Go back to the app and connect again. If that does not help, allow cookies for this site.";
-  return messagePage(c, settings, 403, "This page has expired", advice);
+  return messagePage(settings, c, 403, "This page has expired", advice);
 }
 
-function strangerPage(c: Context, settings: Settings) {
-  return messagePage(c, settings, 403, "For the owner only", "You are not signed in as the owner of this server.");
+function strangerPage(settings: Settings, c: Context) {
+  return messagePage(settings, c, 403, "For the owner only", "You are not signed in as the owner of this server.");
 }
 
 /** Black or white, whichever is easier to read on a colour `#rrggbb` (relative luminance, WCAG 2). */
@@ -3141,8 +3891,8 @@ function readableOn(colour: string): string {
  * purpose: browsers apply it to the redirects after the form as well, and would stop the way back to the app.
  */
 function page(
-  c: Context,
   settings: Settings,
+  c: Context,
   title: string,
   body: Html,
   // `aside`: what stands at the end of the head line.
@@ -3182,57 +3932,58 @@ function page(
 // Stores
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** State that ends with the process: for tests. */
+/** Keeps state in memory, until the process ends: for tests. */
 export function memoryStore(): Store {
-  // As text, so that nobody can change a stored value by holding on to it: the same as with every other store.
-  const entries = new Map<string, { value: string; expires: number | null }>();
+  const entries = new Map<string, Entry>();
   let changes = 0;
-  const read = (key: string) => {
-    const entry = entries.get(key);
-    return entry && isLive(entry.expires) ? entry : undefined;
-  };
   const write = (key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) => {
-    const entry = read(key);
-    const current = parse(entry?.value);
-    const next = change(current);
-    if (!isChange(current, next, entries.has(key))) return next;
-    changes++;
-    if (next === undefined) entries.delete(key);
-    else entries.set(key, { value: JSON.stringify(next), expires: expiresAt ?? entry?.expires ?? null });
+    const { next, entry } = applyChange(entries.get(key), change, expiresAt);
+    if (entry !== undefined) changes++;
+    if (entry) entries.set(key, entry);
+    else if (entry === null) entries.delete(key);
     return next;
   };
   return {
-    get: (key) => promiseTry(() => parse(read(key)?.value)),
+    get: (key) => promiseTry(() => valueOf(entries.get(key))),
     update: (key, change, options) => promiseTry(() => write(key, change, options?.expiresAt)),
     async *list(prefix) {
       for (const key of [...entries.keys()].filter((key) => key.startsWith(prefix)).sort()) {
-        const entry = read(key);
-        if (entry) yield [key, parse(entry.value)];
+        const value = valueOf(entries.get(key));
+        if (value !== undefined) yield [key, value];
       }
     },
     version: () => changes,
   };
 }
 
-/** What a function returns or throws, as a promise. */
-function promiseTry<T>(call: () => T | Promise<T>): Promise<T> {
-  return new Promise((resolve) => resolve(call()));
+/** What is kept of a key. The value is JSON, so that nobody can change what is stored by holding on to an object. */
+interface Entry {
+  value: string;
+  /** In seconds since the epoch. */
+  expires: number | null;
 }
 
-function isLive(expires: number | null | undefined): boolean {
-  return typeof expires !== "number" || expires > seconds();
+function isLive(entry: Entry | undefined): entry is Entry {
+  return entry !== undefined && (entry.expires === null || entry.expires > seconds());
 }
 
-function parse(json: string | undefined): unknown {
-  return json === undefined ? undefined : JSON.parse(json);
+/** Returns the value of an entry, or `undefined` if there is none or it has expired. */
+function valueOf(entry: Entry | undefined): unknown {
+  return isLive(entry) ? JSON.parse(entry.value) : undefined;
 }
 
-/**
- * Whether there is anything to write. What is still there, though expired, is deleted as well, or it would be there again
- * after the clock is set back.
- */
-function isChange(current: unknown, next: unknown, isThere: boolean): boolean {
-  return next !== current || (next === undefined && isThere);
+/** Returns what an `update` answers, and the entry that it writes: `null` deletes, `undefined` leaves all as it is. */
+function applyChange(found: Entry | undefined, change: (current: unknown) => unknown, expiresAt: number | undefined): {
+  next: unknown;
+  entry?: Entry | null;
+} {
+  const live = isLive(found) ? found : undefined;
+  const current = valueOf(live);
+  const next = change(current);
+  // What has expired is deleted as well, or it would be there again after the clock is set back.
+  if (next === undefined) return found ? { next, entry: null } : { next };
+  if (next === current) return { next };
+  return { next, entry: { value: JSON.stringify(next), expires: expiresAt ?? live?.expires ?? null } };
 }
 
 /**
@@ -3240,18 +3991,75 @@ function isChange(current: unknown, next: unknown, isThere: boolean): boolean {
  * far, must not cost a connection when it is right again.
  */
 const EXPIRED_KEPT = 1000;
+/** "mcpa" in ASCII: the `application_id` that marks a file as ours. */
+const APPLICATION_ID = 0x6d637061;
+/** The `user_version` of a file: which tables it has. */
+const FORMAT = 2;
+/** Seconds that a read or a write waits for a lock of another process. */
+const LOCK_PATIENCE = 5;
+
+/**
+ * Keeps state in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by the `node:sqlite` that Deno, Bun and
+ * Node all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`); updates that come
+ * at the same time share a commit. Several processes on one machine may share the folder; a network file system will
+ * not do. If the file is removed or replaced while it is in use, every call throws until the same file is back or the
+ * server is restarted.
+ *
+ * @throws {Error} if the folder cannot be written, or the file is damaged, of another format, or not ours. Such a file
+ * is never changed.
+ */
+export function fileStore(dir: string): Store {
+  assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
+  const advice = `only a shell replaces ~, so ${quote(dir)} would be a folder called "~": write the whole path`;
+  assert(!/^~([\\/]|$)/.test(dir), `fileStore: ${advice}`);
+  const { db, file } = openDatabase(dir);
+  const sql = prepareStatements(db);
+  const watch = watchFile(db, file);
+  const changes = batch((changes: Change[]) => retry(() => writeChanges(sql, watch, changes)));
+  const read = <T>(query: () => unknown): Promise<T> =>
+    retry(() => {
+      watch.look();
+      return query() as T;
+    });
+  return {
+    get: async (key) => valueOf(await read<Entry | undefined>(() => sql.select.get(key))),
+    update: (key, change, options) => changes.add({ key, change, expiresAt: options?.expiresAt }),
+    async *list(prefix) {
+      const rows = await read<(Entry & { key: string })[]>(() => sql.list.all(prefix, prefix + LAST_CHARACTER));
+      for (const row of rows) if (isLive(row)) yield [row.key, valueOf(row)];
+    },
+    version: watch.version,
+    close() {
+      changes.flush();
+      db.close();
+    },
+  };
+}
+
+/** Behind a prefix, the end of all keys that begin with it. */
+const LAST_CHARACTER = "\u{10ffff}";
 
 /** The part of `node:sqlite` that is used here; Deno and Bun have it too. */
 interface Sqlite {
   exec(sql: string): void;
-  prepare(sql: string): Statement;
+  prepare(sql: string): Record<"get" | "all" | "run", (...values: unknown[]) => unknown>;
   close(): void;
 }
 
-interface Statement {
-  get(...values: unknown[]): unknown;
-  all(...values: unknown[]): unknown[];
-  run(...values: unknown[]): unknown;
+function prepareStatements(db: Sqlite) {
+  return {
+    select: db.prepare("SELECT value, expires FROM entries WHERE key = ?"),
+    list: db.prepare("SELECT key, value, expires FROM entries WHERE key >= ? AND key < ? ORDER BY key"),
+    upsert: db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
+      ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`),
+    remove: db.prepare("DELETE FROM entries WHERE key = ?"),
+    // Two at a time, with each change: the past is cleared faster than it grows, and nothing ever waits for a sweep.
+    sweep: db.prepare(`DELETE FROM entries WHERE key IN
+      (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET ${EXPIRED_KEPT})`),
+    begin: db.prepare("BEGIN IMMEDIATE"),
+    commit: db.prepare("COMMIT"),
+    rollback: db.prepare("ROLLBACK"),
+  };
 }
 
 /** One `update`. */
@@ -3261,149 +4069,95 @@ interface Change {
   expiresAt: number | undefined;
 }
 
-interface Row {
-  key: string;
-  value: string;
-  expires: number | null;
-}
-
-/** "mcpa" in ASCII: the `application_id` that marks a file as ours. */
-const APPLICATION_ID = 0x6d637061;
-const LOCK_PATIENCE = 5;
-
-/**
- * State in one SQLite file in a folder of its own, `<dir>/oauth.sqlite`, by the `node:sqlite` that Deno, Bun and Node
- * all carry. What `update` has answered survives `kill -9` and a power cut (`synchronous=FULL`); updates that come at the
- * same time share a commit. Several processes on one machine may share the folder; a network file system will not do.
- *
- * @throws {Error} if the folder cannot be written, or the file is damaged, newer than this code, or not ours. Such a
- * file is never changed.
- */
-export function fileStore(dir: string): Store {
-  assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
-  const db = openDatabase(dir);
-  const select = db.prepare("SELECT value, expires FROM entries WHERE key = ?");
-  const upsert = db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
-    ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`);
-  const remove = db.prepare("DELETE FROM entries WHERE key = ?");
-  const scan = db.prepare("SELECT key, value, expires FROM entries WHERE key >= ? ORDER BY key LIMIT 100");
-  // Two at a time, with each change: the past is cleared faster than it grows, and nothing ever waits for a sweep.
-  const sweep = db.prepare(`DELETE FROM entries WHERE key IN
-    (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET ${EXPIRED_KEPT})`);
-
-  const begin = db.prepare("BEGIN IMMEDIATE");
-  const commit = db.prepare("COMMIT");
-  const rollback = db.prepare("ROLLBACK");
-
-  const stamp = commitStamp(stateFile(dir));
-  let stamped = true;
-
-  const live = (row: Row | undefined) => row && isLive(row.expires) ? row : undefined;
-  const find = (key: string) => select.get(key) as Row | undefined;
-
-  /** Within a transaction: the new value, and whether that is a change. */
-  const applyChange = ({ key, change, expiresAt }: Change): { next: unknown; changed: boolean } => {
-    const found = find(key);
-    const row = live(found);
-    const current = parse(row?.value);
-    const next = change(current);
-    const changed = isChange(current, next, found !== undefined);
-    if (changed) {
-      if (next === undefined) remove.run(key);
-      else upsert.run(key, JSON.stringify(next), expiresAt ?? row?.expires ?? null);
-      sweep.run(seconds());
-    }
-    return { next, changed };
+/** Writes all changes in one transaction: the commit dominates the cost. They become durable together, or none does. */
+function writeChanges(
+  sql: ReturnType<typeof prepareStatements>,
+  watch: ReturnType<typeof watchFile>,
+  changes: Change[],
+): unknown[] {
+  let changed = false;
+  const write = ({ key, change, expiresAt }: Change): unknown => {
+    const { next, entry } = applyChange(sql.select.get(key) as Entry | undefined, change, expiresAt);
+    if (entry === undefined) return next;
+    if (entry) sql.upsert.run(key, entry.value, entry.expires);
+    else sql.remove.run(key);
+    sql.sweep.run(seconds());
+    changed = true;
+    return next;
   };
-
-  /** In one transaction, for a commit takes longer than all the rest: they become durable together, or none does. */
-  const write = (changes: Change[]): unknown[] => {
-    begin.run();
+  // Before, because what is written to a log that was deleted may end in a file that others use by now; and after,
+  // because nobody would find it there again: it must not be answered as done.
+  watch.assertInPlace();
+  sql.begin.run();
+  try {
+    const results = changes.map(write);
+    (changed ? sql.commit : sql.rollback).run();
+    if (changed) commits++;
+    watch.assertInPlace();
+    return results;
+  } catch (error) {
     try {
-      const results = changes.map(applyChange);
-      const before = stamp.read();
-      const changed = results.some(({ changed }) => changed);
-      (changed ? commit : rollback).run();
-      // A file system that keeps files and shared memory apart would hide every revocation: without a stamp, all is read.
-      if (changed && stamp.read() === before) stamped = false;
-      return results.map(({ next }) => next);
-    } catch (error) {
-      try {
-        rollback.run();
-      } catch {
-        // SQLite has rolled back by itself; the error that led here is the one to report.
-      }
-      throw error;
+      sql.rollback.run();
+    } catch {
+      // It is over: SQLite has rolled back by itself, or had committed. The error that led here is the one to report.
     }
-  };
-
-  const changes = batch((changes: Change[]) => retry(() => write(changes)));
-
-  return {
-    get: (key) => retry(() => parse(live(find(key))?.value)),
-    update: (key, change, options) => changes.add({ key, change, expiresAt: options?.expiresAt }),
-    async *list(prefix) {
-      let from = prefix;
-      while (true) {
-        const rows = await retry(() => scan.all(from) as Row[]);
-        for (const { key, value, expires } of rows) {
-          if (!key.startsWith(prefix)) return;
-          if (isLive(expires)) yield [key, parse(value)];
-        }
-        const last = rows.at(-1);
-        if (!last || rows.length < 100) return;
-        from = `${last.key}\0`; // the next key in order
-      }
-    },
-    version: () => stamped ? stamp.read() : undefined,
-    close() {
-      changes.flush();
-      db.close();
-      stamp.close();
-    },
-  };
+    throw error;
+  }
 }
 
-/** The shared memory files that are open in this process, and by how many stores. */
-const sharedMemory = new Map<string, { fd: number; users: number }>();
+/** The commits of all file stores in this process. */
+let commits = 0;
+/** Milliseconds for which what was seen of the files is taken to hold: on a busy server, looking costs too much. */
+const LOOK_INTERVAL = 1;
 
-/** What the head of SQLite's index of its log begins with: the format that is read here. */
-const WAL_INDEX_FORMAT = 3007000;
-
-/**
- * Tells whether anybody has committed anything, at a tenth of what the smallest query takes: the guard asks with every
- * request. SQLite has its processes share an index of the log, in memory that is a file beside the database; the head of
- * it (WAL-index format: a count of commits, and a checksum over what they wrote) is another one before a commit returns.
- * Where it is not as expected, or where files and shared memory may disagree, as on Windows, there is no stamp.
- */
-function commitStamp(file: string): { read(): number | undefined; close(): void } {
-  const fs = nodeModule("node:fs");
-  const path = `${fs.realpathSync(file)}-shm`;
-  if (nodeModule("node:process").platform === "win32" || !fs.existsSync(path)) {
-    return { read: () => undefined, close: () => {} };
-  }
-  // One descriptor for all stores on this file: to close one takes away the locks that SQLite has on the file for the
-  // others (POSIX), and with them what keeps another process from clearing the memory under their feet.
-  const shared = sharedMemory.get(path) ?? { fd: fs.openSync(path, "r"), users: 0 };
-  sharedMemory.set(path, shared);
-  shared.users++;
-  const head = new Uint32Array(8); // 0: the format, 2: the count of commits, 7: half of the checksum
-  const bytes = new Uint8Array(head.buffer);
-  return {
-    read() {
-      try {
-        fs.readSync(shared.fd, bytes, 0, bytes.length, 0);
-      } catch {
-        return undefined;
-      }
-      return head[0] === WAL_INDEX_FORMAT ? (head[2]! % 2 ** 20) * 2 ** 32 + head[7]! : undefined;
-    },
-    close() {
-      if (--shared.users > 0) return;
-      sharedMemory.delete(path);
-      fs.closeSync(shared.fd);
-    },
+/** Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. */
+function watchFile(db: Sqlite, file: string) {
+  const { statSync } = nodeModule("node:fs");
+  const names = [file, `${file}-wal`, `${file}-shm`];
+  const identify = (name: string) => {
+    const found = statSync(name, { throwIfNoEntry: false });
+    return found && `${found.dev} ${found.ino}`;
   };
+  const dataVersion = db.prepare("PRAGMA data_version");
+  const countOthers = () => Number(Object.values(dataVersion.get() as object)[0]);
+  let others = countOthers(); // a first read, which makes the log and its index if they are not there
+  const opened = names.map(identify);
+  let lookedAt = -Infinity;
+
+  /** Throws if the files are not the ones that were opened. */
+  function assertInPlace(): void {
+    const missing = names.find((name, i) => identify(name) !== opened[i]);
+    if (missing === undefined) return;
+    throw new StateFileError(
+      `${
+        quote(missing)
+      } was removed or replaced while the server was running. It accepts nothing until the same file ` +
+        "is back, or until it is restarted and uses what is in the folder then",
+    );
+  }
+
+  /** Does so before a read, and sees whether another connection has committed anything. */
+  function look(): void {
+    const now = performance.now();
+    if (now - lookedAt < LOOK_INTERVAL) return;
+    assertInPlace();
+    others = countOthers();
+    lookedAt = now;
+  }
+
+  function version(): number | undefined {
+    try {
+      look();
+      // SQLite counts what other connections commit; this process counts its own, at once. Neither count ever falls, so
+      // no sum comes twice. A revocation by another process holds here a millisecond later at most: whoever uses the
+      // token within that might as well have come before the revocation.
+      return commits + others;
+    } catch {
+      return undefined; // then the record is read, and that says what is wrong
+    }
+  }
+
+  return { assertInPlace, look, version };
 }
 
 /**
@@ -3422,49 +4176,6 @@ async function retry<T>(call: () => T | Promise<T>): Promise<T> {
   }
 }
 
-function delay(milliseconds: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, milliseconds));
-}
-
-/**
- * Collects tasks for as long as a turn of the event loop lasts, and has them performed together. One that fails does not
- * take the others with it: each is then tried alone.
- */
-function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
-  interface Waiting {
-    task: Task;
-    resolve: (result: Result) => void;
-    reject: (error: unknown) => void;
-  }
-  const { setImmediate } = nodeModule("node:timers");
-  let waiting: Waiting[] = [];
-
-  async function settle(batch: Waiting[]): Promise<void> {
-    try {
-      const results = await perform(batch.map(({ task }) => task));
-      batch.forEach(({ resolve }, i) => resolve(results[i]!));
-    } catch (error) {
-      // A lock concerns them all, and each has waited long enough for it.
-      if (batch.length > 1 && !isLocked(error)) batch.forEach((one) => settle([one]));
-      else batch.forEach(({ reject }) => reject(error));
-    }
-  }
-
-  function flush(): void {
-    const batch = waiting;
-    waiting = [];
-    if (batch.length > 0) settle(batch);
-  }
-
-  function add(task: Task): Promise<Result> {
-    return new Promise((resolve, reject) => {
-      if (waiting.push({ task, resolve, reject }) === 1) setImmediate(flush);
-    });
-  }
-
-  return { add, flush };
-}
-
 /** A compare-and-set found that somebody else had been there. */
 class LostRace extends Error {}
 
@@ -3473,26 +4184,62 @@ function isLocked(error: unknown): boolean {
     (error instanceof Error && /database (table )?is locked|busy/i.test(error.message));
 }
 
-function stateFile(dir: string): string {
-  return `${dir.replace(/[\\/]+$/, "")}/oauth.sqlite`;
+/**
+ * Collects tasks for as long as a turn of the event loop lasts, and has them performed together. One that fails does not
+ * take the others with it: each is then tried alone.
+ */
+function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
+  const { setImmediate } = nodeModule("node:timers");
+  let tasks: Task[] = [];
+  let begin: (results: Promise<Result[]>) => void;
+  let results: Promise<Result[]>;
+
+  function flush(): void {
+    if (tasks.length === 0) return;
+    const together = tasks;
+    tasks = [];
+    begin(perform(together));
+  }
+
+  async function add(task: Task): Promise<Result> {
+    const position = tasks.push(task) - 1;
+    if (position === 0) {
+      results = new Promise((resolve) => begin = resolve);
+      setImmediate(flush);
+    }
+    try {
+      return (await results)[position]!;
+    } catch (error) {
+      if (isLocked(error)) throw error; // a lock concerns them all, and each has waited long enough for it
+      return (await perform([task]))[0]!;
+    }
+  }
+
+  return { add, flush };
 }
 
-function openDatabase(dir: string): Sqlite {
+/** Opens the state file of a folder, made if there is none; returns it with its absolute path. */
+function openDatabase(dir: string): { db: Sqlite; file: string } {
   const { DatabaseSync } = nodeModule("node:sqlite");
-  const file = stateFile(dir);
+  // Absolute, because the working folder may change while the file is watched.
+  const file = nodeModule("node:path").resolve(dir, "oauth.sqlite") as string;
   try {
     ensureDatabase(dir, file);
   } catch (cause) {
     if (cause instanceof StateFileError) throw cause;
-    const advice = "make it writable for this user and see that there is room, or give fileStore() another folder";
+    const { name, message } = cause as Error;
+    const advice = name === "NotCapable" // what Deno throws; its message names the flag
+      ? `Deno was started without a permission. ${message}`
+      : "make it writable for this user and see that there is room, or give fileStore() another folder";
     throw new Error(`Cannot write the state folder ${quote(dir)}: ${advice}`, { cause });
   }
   try {
     checkFile(file);
     const db = new DatabaseSync(file) as Sqlite;
-    migrate(db);
+    // For what follows SQLite may wait; from then on retry() does, because SQLite would stop the whole server.
+    db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
     db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
-    return db;
+    return { db, file };
   } catch (cause) {
     if (cause instanceof StateFileError) throw cause;
     throw new StateFileError(
@@ -3523,31 +4270,10 @@ function ensureDatabase(dir: string, file: string): void {
   // Deno's accessSync() knows nothing of a file system that is mounted read-only.
   const probe = temporaryName(file);
   fs.closeSync(fs.openSync(probe, "wx", 0o600));
-  fs.unlinkSync(probe);
+  discard(probe);
 }
 
-/** What the format became, step by step: `user_version` counts the steps that a file has taken. */
-const MIGRATIONS = [
-  `CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL) WITHOUT ROWID;
-   CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;`,
-  // With rows, because without them a record that is larger than a quarter of a page takes pages of its own.
-  `ALTER TABLE entries RENAME TO former;
-   CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
-   INSERT INTO entries SELECT key, value, expires FROM former;
-   DROP TABLE former;
-   CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;`,
-];
-
-function migrate(db: Sqlite): void {
-  db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
-  const version = () => Number(Object.values(db.prepare("PRAGMA user_version").get() as Record<string, unknown>)[0]);
-  if (version() === MIGRATIONS.length) return;
-  db.exec("BEGIN IMMEDIATE"); // and look again: another process may be at it as well
-  for (let step = version(); step < MIGRATIONS.length; step++) db.exec(MIGRATIONS[step]!);
-  db.exec(`PRAGMA user_version = ${MIGRATIONS.length}; COMMIT`);
-}
-
-/** Made under another name and put in place whole: a file of this name without our mark is always damage. */
+/** Makes the file under another name and puts it in place whole: one of this name without our mark is always damage. */
 function createDatabase(file: string): void {
   const fs = nodeModule("node:fs");
   const { DatabaseSync } = nodeModule("node:sqlite");
@@ -3555,15 +4281,24 @@ function createDatabase(file: string): void {
   try {
     fs.closeSync(fs.openSync(fresh, "wx", 0o600)); // SQLite gives its side files the mode of this one
     const db = new DatabaseSync(fresh) as Sqlite;
-    db.exec(`PRAGMA application_id = ${APPLICATION_ID}`);
-    migrate(db);
-    db.exec("PRAGMA journal_mode = WAL"); // here, because a kill in between leaves a journal that must be rolled back
+    // With rows, because WITHOUT ROWID a record larger than a quarter of a page takes pages of its own. And with the log,
+    // because a kill in between would leave a journal that must be rolled back.
+    db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
+      CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
+      CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
+      PRAGMA journal_mode = WAL`);
     db.close();
-    fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
+    try {
+      fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
+    } catch {
+      // The file is there, or this file system has no hard links. Nor does "wx" replace anything; a kill in the middle
+      // leaves a damaged file, which the next start names, and in which nothing was.
+      fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
+    }
   } catch (error) {
     if ((error as { code?: string }).code !== "EEXIST") throw error;
   } finally {
-    for (const suffix of ["", "-journal", "-wal", "-shm"]) fs.rmSync(fresh + suffix, { force: true });
+    for (const suffix of ["", "-journal", "-wal", "-shm"]) discard(fresh + suffix);
   }
 }
 
@@ -3571,42 +4306,47 @@ function temporaryName(file: string): string {
   return `${file}.${random(4)}.new`;
 }
 
-/** What a process left behind that was killed while it made the file; a minute is more than that takes. */
+/** Removes a file that nobody needs. On Windows a virus scanner may hold it; then a later start clears it away. */
+function discard(file: string): void {
+  try {
+    nodeModule("node:fs").rmSync(file, { force: true });
+  } catch {
+    // It has a temporary name, which clearLeftovers() knows.
+  }
+}
+
+/** Removes what a process left behind that was killed while it made the file; a minute is more than that takes. */
 function clearLeftovers(dir: string): void {
   const fs = nodeModule("node:fs");
   for (const name of fs.readdirSync(dir)) {
     if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-journal|-wal|-shm)?$/.test(name)) continue;
     const path = `${dir}/${name}`;
     const { mtimeMs } = fs.statSync(path, { throwIfNoEntry: false }) ?? { mtimeMs: Infinity };
-    if (Date.now() - mtimeMs > MINUTE * 1000) fs.rmSync(path, { force: true });
+    if (Date.now() - mtimeMs > MINUTE * 1000) discard(path);
   }
 }
 
 class StateFileError extends Error {}
 
 /**
- * Whether this is a sound state file of ours. Opened only for reading, because SQLite may change a damaged file, or take
- * in its log, as soon as it may write. And by SQLite, because what is in the log counts, and because to close a file that
- * was opened in any other way takes away the locks that another store in this process has on it (POSIX).
+ * Throws unless this is a sound state file of ours. Opened only for reading, because SQLite may change a damaged file, or
+ * take in its log, as soon as it may write. And by SQLite, because what is in the log counts, and because to close a file
+ * that was opened in any other way takes away the locks that another store in this process has on it (POSIX).
  */
 function checkFile(file: string): void {
   const { DatabaseSync } = nodeModule("node:sqlite");
   if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
   const db = new DatabaseSync(file, { readOnly: true }) as Sqlite;
-  const pragma = (name: string) => Object.values(db.prepare(`PRAGMA ${name}`).get() as Record<string, unknown>)[0];
+  const pragma = (name: string) => Object.values(db.prepare(`PRAGMA ${name}`).get() as object)[0];
+  const refuse = (why: string) => {
+    throw new StateFileError(`${quote(file)} ${why}, or give fileStore() another folder. The file was left as it is`);
+  };
   try {
     db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
-    if (pragma("application_id") !== APPLICATION_ID) {
-      throw new StateFileError(
-        `${quote(file)} is not a state file of this program and was left as it is: give fileStore() another folder`,
-      );
-    }
-    const version = Number(pragma("user_version"));
-    if (version > MIGRATIONS.length) {
-      throw new StateFileError(
-        `${quote(file)} was written by a newer version of personal-auth (format ${version}, this one knows ` +
-          `${MIGRATIONS.length}) and was left as it is: update mod.ts`,
-      );
+    if (pragma("application_id") !== APPLICATION_ID) refuse("is not a state file of this program: move it away");
+    const format = pragma("user_version");
+    if (format !== FORMAT) {
+      refuse(`has format ${format}, not ${FORMAT}: if a newer version of personal-auth wrote it, update mod.ts`);
     }
     const verdict = pragma("quick_check");
     if (verdict !== "ok") throw new Error(String(verdict));
@@ -3618,19 +4358,13 @@ function checkFile(file: string): void {
 
 /** The part of a `Deno.Kv` that is used here, so that no Deno type is named. */
 export interface KvLike {
-  get(key: string[]): Promise<KvEntryLike>;
-  list(selector: { start: string[]; end: string[] }): AsyncIterable<KvEntryLike & { key: readonly unknown[] }>;
+  get(key: string[]): Promise<{ value: unknown; versionstamp: string | null }>;
+  list(selector: { start: string[]; end: string[] }): AsyncIterable<{ key: readonly unknown[]; value: unknown }>;
   atomic(): KvAtomicLike;
   close(): void;
 }
 
-/** What `KvLike` reads. */
-export interface KvEntryLike {
-  value: unknown;
-  versionstamp: string | null;
-}
-
-/** One compare-and-set. */
+/** One compare-and-set of a {@linkcode KvLike}. */
 export interface KvAtomicLike {
   check(entry: { key: string[]; versionstamp: string | null }): KvAtomicLike;
   set(key: string[], value: unknown, options?: { expireIn?: number }): KvAtomicLike;
@@ -3640,96 +4374,136 @@ export interface KvAtomicLike {
 
 /** Deno KV removes by its own clock; seconds that ours may differ from it, or have been wrong. */
 const EXPIRED_KV_KEPT = 30 * DAY;
+const MAX_KV_BYTES = 65_536;
 
 /**
- * State in a `Deno.Kv`: a local file, or the distributed store of Deno Deploy. `await Deno.openKv()` makes one;
- * `@deno/kv` does on Node.
+ * Keeps state in a `Deno.Kv`: a local file, or the distributed store of Deno Deploy or denokv. `await Deno.openKv()`
+ * makes one; so does `openKv()` of `@deno/kv` on Node and Bun. All three read what the others wrote.
  */
 export function kvStore(kv: KvLike): Store {
   assert(typeof kv?.atomic === "function", "kvStore needs an open Deno.Kv: kvStore(await Deno.openKv())");
   const path = (key: string) => ["personal-auth", key];
-  // Kept as text with its expiry: KV's own may take a minute longer, and its values may outlive a change of V8.
-  const decode = ({ value }: KvEntryLike) => {
-    const { json, expires } = (value ?? {}) as { json?: string; expires?: number | null };
-    return { current: isLive(expires) ? parse(json) : undefined, expires: isLive(expires) ? expires : undefined };
-  };
 
   async function compareAndSet(key: string, change: (current: unknown) => unknown, expiresAt: number | undefined) {
-    const entry = await kv.get(path(key));
-    const { current, expires } = decode(entry);
-    const next = change(current);
-    if (!isChange(current, next, entry.versionstamp !== null)) return next;
-    const atomic = kv.atomic().check({ key: path(key), versionstamp: entry.versionstamp });
-    const until = expiresAt ?? expires ?? null;
-    const expireIn = until === null
-      ? {}
-      : { expireIn: Math.max(0, Math.ceil((until - seconds() + EXPIRED_KV_KEPT) * 1000)) };
-    if (next === undefined) atomic.delete(path(key));
-    else atomic.set(path(key), { json: JSON.stringify(next), expires: until }, expireIn);
+    const { value, versionstamp } = await kv.get(path(key));
+    const { next, entry } = applyChange(decodeEntry(key, value), change, expiresAt);
+    if (entry === undefined) return next;
+    const atomic = kv.atomic().check({ key: path(key), versionstamp });
+    if (entry === null) atomic.delete(path(key));
+    else {
+      // Our own expiry is in the value, because KV's may be a minute late.
+      const left = entry.expires === null ? undefined : entry.expires - seconds() + EXPIRED_KV_KEPT;
+      const options = left === undefined ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
+      atomic.set(path(key), encodeEntry(key, entry), options);
+    }
     if (!(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
     return next;
   }
 
   const inTurn = queue();
   return {
-    get: (key) => retry(async () => decode(await kv.get(path(key))).current),
+    get: (key) => retry(async () => valueOf(decodeEntry(key, (await kv.get(path(key))).value))),
     // One after the other within this process, so that only other processes are raced against.
     update: (key, change, options) => inTurn(key, () => retry(() => compareAndSet(key, change, options?.expiresAt))),
     async *list(prefix) {
-      for await (const entry of kv.list({ start: path(prefix), end: path(`${prefix}\u{10ffff}`) })) {
-        const { current } = decode(entry);
-        if (current !== undefined) yield [String(entry.key[1]), current];
+      for await (const found of kv.list({ start: path(prefix), end: path(prefix + LAST_CHARACTER) })) {
+        const key = String(found.key[1]);
+        const value = valueOf(decodeEntry(key, found.value));
+        if (value !== undefined) yield [key, value];
       }
     },
     close: () => kv.close(),
   };
 }
 
-/** Lets tasks of one key run one after the other, and forgets a key that has none. */
+/** Writes `[expires, value]` as JSON in UTF-8: of all that a KV takes, only bytes are the same in every version of V8. */
+function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
+  const bytes = utf8.encode(`[${JSON.stringify(expires)},${value}]`);
+  if (bytes.length <= MAX_KV_BYTES) return bytes;
+  throw new Error(`${quote(key)} would take ${bytes.length} bytes, and a Deno.Kv holds ${MAX_KV_BYTES} in a value`);
+}
+
+function decodeEntry(key: string, bytes: unknown): Entry | undefined {
+  if (bytes === null) return undefined; // what KV answers for a key that is not there
+  try {
+    const [expires, value] = JSON.parse(new TextDecoder().decode(bytes as Uint8Array));
+    assert(value !== undefined && (expires === null || typeof expires === "number"), "It is not [expires, value]");
+    return { expires, value: JSON.stringify(value) };
+  } catch (cause) {
+    const found = `The value of ["personal-auth", ${quote(key)}] in the Deno.Kv was not written by personal-auth`;
+    throw new Error(`${found} and was left as it is: delete it, or open another KV`, { cause });
+  }
+}
+
+/** Runs the tasks of one key one after the other, and forgets a key that has none. */
 function queue(): <T>(key: string, task: () => Promise<T>) => Promise<T> {
   const last = new Map<string, Promise<unknown>>();
   return (key, task) => {
-    const turn = (last.get(key) ?? Promise.resolve()).then(task, task);
-    last.set(key, turn);
-    const leave = () => {
-      if (last.get(key) === turn) last.delete(key);
-    };
-    turn.then(leave, leave);
+    const turn = (last.get(key) ?? Promise.resolve()).then(task);
+    // A task that never ends must not hold up its key for ever: who waits for it has been answered by then.
+    const done = withDeadline(turn).catch(() => {}).then(() => {
+      if (last.get(key) === done) last.delete(key);
+    });
+    last.set(key, done);
     return turn;
   };
 }
 
-/** What the rest of the server sees of the store: a failure is told to the owner in full, and to the wire as 503. */
-function reporting(store: Store, emit: Emit): Store {
-  const failed = (cause: unknown) => {
-    emit("server_error", "the store failed", { cause });
-    return new OAuthError("server_error", "The server cannot reach its state; try again", {
-      status: 503,
-      headers: { "Retry-After": "5" },
-    });
-  };
+/** Seconds that the store may take to answer: more than LOCK_PATIENCE, and less than the ten that Claude waits. */
+const STORE_DEADLINE = 8;
+
+function withDeadline<T>(answer: Promise<T>): Promise<T> {
+  return new Promise((resolve, reject) => {
+    const late = () => reject(new Error(`the store has not answered for ${STORE_DEADLINE} seconds`));
+    const timer = setTimeout(late, STORE_DEADLINE * 1000);
+    answer.then(resolve, reject).finally(() => clearTimeout(timer));
+  });
+}
+
+/**
+ * Makes the store what the rest of the server sees of it: when it fails, or does not answer in time, the owner is told in
+ * full and the wire gets a 503.
+ */
+function guardStore(store: Store, emit: Emit): Store {
+  async function guarded<T>(ask: () => Promise<T>): Promise<T> {
+    try {
+      return await withDeadline(promiseTry(ask));
+    } catch (cause) {
+      emit("server_error", "the store failed", { cause });
+      throw new OAuthError("server_error", "The server cannot reach its state; try again", {
+        status: 503,
+        headers: { "Retry-After": "5" },
+      });
+    }
+  }
+
+  async function update(key: string, change: (current: unknown) => unknown, options?: { expiresAt?: number }) {
+    let answered = false;
+    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where the change was
+    // computed in time and only its commit comes late, it is as if the answer had got lost on the way, which does no harm:
+    // a refresh or an approval is repeated with the same result, a code or a token without a holder opens nothing to
+    // anybody, and what was to end has ended.
+    const inTime = (current: unknown) => {
+      assert(!answered, "the store came back after the request was answered: nothing was changed");
+      return change(current);
+    };
+    try {
+      return await guarded(() => store.update(key, inTime, options));
+    } finally {
+      answered = true;
+    }
+  }
+
   return {
     ...(store.version && { version: () => store.version!() }),
-    async get(key) {
-      try {
-        return await store.get(key);
-      } catch (error) {
-        throw failed(error);
-      }
-    },
-    async update(key, change, options) {
-      try {
-        return await store.update(key, change, options);
-      } catch (error) {
-        throw failed(error);
-      }
-    },
+    get: (key) => guarded(() => store.get(key)),
+    update,
     async *list(prefix) {
-      try {
-        yield* store.list(prefix);
-      } catch (error) {
-        throw failed(error);
-      }
+      yield* await guarded(async () => {
+        const entries: [string, unknown][] = [];
+        for await (const entry of store.list(prefix)) entries.push(entry);
+        return entries;
+      });
     },
   };
 }
@@ -3740,16 +4514,34 @@ function reporting(store: Store, emit: Emit): Store {
 
 const utf8 = new TextEncoder();
 
+/** Calls a function, and returns what it returns or throws as a promise. */
+function promiseTry<T>(call: () => T | Promise<T>): Promise<T> {
+  return new Promise((resolve) => resolve(call()));
+}
+
+function delay(milliseconds: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
+}
+
 let latest = 0;
 
 /**
- * Seconds since the epoch, with their fraction: the one unit of time in this file. Within a process no two moments are
- * the same, so that what came first can be told even within one tick of the clock.
+ * Returns seconds since the epoch with their fraction, the one unit of time in this file. No two calls in a process
+ * return the same, so that the order of two moments is known even within one tick of the clock.
  */
 function seconds(): number {
   const now = Date.now() / 1000;
   latest = now > latest || latest - now > 1 ? now : latest + 1e-6; // a clock that was set back is followed
   return latest;
+}
+
+/** Says in words how long ago something was. */
+function ago(seconds: number): string {
+  const [size, unit] =
+    ([[DAY, "day"], [HOUR, "hour"], [MINUTE, "minute"]] as const).find(([size]) => seconds >= size) ??
+      [1, "second"];
+  const count = Math.max(0, Math.floor(seconds / size));
+  return `${count} ${unit}${count === 1 ? "" : "s"} ago`;
 }
 
 function hex(bytes: Uint8Array): string {
@@ -3758,7 +4550,11 @@ function hex(bytes: Uint8Array): string {
   return text;
 }
 
-/** So many random bytes, as hex digits. */
+function unhex(text: string): Uint8Array<ArrayBuffer> {
+  return Uint8Array.from(text.match(/../g) ?? [], (digits) => parseInt(digits, 16));
+}
+
+/** Returns random bytes as hex digits. */
 function random(bytes: number): string {
   return hex(crypto.getRandomValues(new Uint8Array(bytes)));
 }
@@ -3767,63 +4563,100 @@ function base64url(bytes: Uint8Array): string {
   return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
 }
 
-/** Base64 or base64url of UTF-8 text; nothing if it is neither. */
+/** Decodes base64 or base64url. Throws if it is neither. */
+function base64Bytes(text: string): Uint8Array<ArrayBuffer> {
+  return Uint8Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), (char) => char.charCodeAt(0));
+}
+
+/** Decodes base64 or base64url of UTF-8 text. Returns `undefined` if it is neither. */
 function decodeBase64(text: string): string | undefined {
   try {
-    const binary = atob(text.replaceAll("-", "+").replaceAll("_", "/"));
-    const bytes = new Uint8Array(binary.length);
-    for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
-    return new TextDecoder().decode(bytes);
+    return new TextDecoder().decode(base64Bytes(text));
   } catch {
     return undefined;
   }
 }
 
 /**
- * `node:crypto`, where there is one: Web Crypto sends each digest through a pool of threads, which on Deno and Node takes
- * forty times as long as the digest itself.
+ * `node:crypto`, if there is one, for what every request needs: Web Crypto sends each digest through a thread pool,
+ * which on Deno and Node takes forty times as long as the digest itself.
  */
 // deno-lint-ignore no-explicit-any
 const nodeCrypto = lazy((): any => builtinModule("node:crypto") ?? {});
 
-/** SHA-256 in base64url: how secrets are kept, and the S256 transformation of RFC 7636 §4.2. */
-async function sha256(text: string): Promise<string> {
-  const { createHash } = nodeCrypto();
-  if (createHash) return createHash("sha256").update(text).digest("base64url");
-  return base64url(new Uint8Array(await crypto.subtle.digest("SHA-256", utf8.encode(text))));
+/** Hashes with SHA-256. */
+async function sha256(text: string): Promise<Uint8Array<ArrayBuffer>> {
+  return new Uint8Array(await crypto.subtle.digest("SHA-256", utf8.encode(text)));
 }
 
 /**
- * HMAC-SHA-256 (RFC 2104) in hex, under a key of 64 hex digits: as long as a block of SHA-256, so it needs no padding. It
- * is put together from its two digests, because on Deno `createHmac` takes three times as long as they do.
+ * Transforms a code_verifier into its code_challenge.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc7636#section-4.2 | RFC 7636 §4.2}
+ */
+async function s256(code_verifier: string): Promise<string> {
+  return base64url(await sha256(code_verifier));
+}
+
+/** Hashes a secret for the store: SHA-256 in base64url. Secrets are random, so they need no slow hash. */
+async function hashToken(token: string): Promise<string> {
+  const { hash } = nodeCrypto();
+  return hash ? hash("sha256", token, "base64url") : base64url(await sha256(token));
+}
+
+/**
+ * Makes HMAC-SHA-512 with a key of 64 hex digits, as 128 hex digits. With `node:crypto` it is put together from its two
+ * digests, because `createHmac` takes several times as long as they do.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc2104#section-2 | RFC 2104 §2}
  */
 async function hmac(key: string): Promise<(text: string) => Promise<string>> {
   const { createHash } = nodeCrypto();
   if (createHash) {
-    const masked = (mask: number) => String.fromCharCode(...[...key].map((digit) => digit.charCodeAt(0) ^ mask));
-    const [inner, outer] = [masked(0x36), masked(0x5c)];
-    const digest = (text: string) => createHash("sha256").update(inner).update(text).digest();
-    return (text) => Promise.resolve(createHash("sha256").update(outer).update(digest(text)).digest("hex"));
+    // The key is padded with zeros to a block of 128 bytes, then combined with ipad and opad. All stay below 0x80, so
+    // that as UTF-8 they are the same bytes.
+    const block = [...key.padEnd(128, "\0")].map((char) => char.charCodeAt(0));
+    const [inner, outer] = [0x36, 0x5c].map((pad) => String.fromCharCode(...block.map((byte) => byte ^ pad)));
+    const digest = (text: string) => createHash("sha512").update(inner).update(text).digest();
+    return (text) => Promise.resolve(createHash("sha512").update(outer).update(digest(text)).digest("hex"));
   }
-  const algorithm = { name: "HMAC", hash: "SHA-256" };
+  const algorithm = { name: "HMAC", hash: "SHA-512" };
   const imported = await crypto.subtle.importKey("raw", utf8.encode(key), algorithm, false, ["sign"]);
   return async (text) => hex(new Uint8Array(await crypto.subtle.sign("HMAC", imported, utf8.encode(text))));
 }
 
-/** HMAC-SHA-256 under the server's key, in hex. The purpose keeps one use from standing in for another. */
+/** Computes HMAC-SHA-512 under the server's key, in hex. The purpose keeps one use apart from another. */
 type Mac = (purpose: string, ...parts: string[]) => Promise<string>;
 
-/** The key is drawn at the first start. It opens nothing by itself: what it signs is checked against the store. */
-function serverMac(store: Store): Mac {
+/**
+ * Makes the server's MAC. Its key is drawn at the first start, and opens nothing by itself: what it signs is checked
+ * against the store. The address beside it tells when another server uses the same store.
+ */
+function serverMac(store: Store, issuer: string, emit: Emit): Mac {
+  const drawn = random(32);
   const keyed = once(async () => {
-    const { key } = await store.update("server", (current) => current ?? { key: random(32) }) as { key: string };
+    let before: string | undefined;
+    const { key } = await store.update("server", (current) => {
+      const record = current as { key: string; issuer: string } | undefined;
+      before = record?.issuer;
+      return before === issuer ? current : { key: record?.key ?? drawn, issuer };
+    }) as { key: string };
+    if (before !== undefined && before !== issuer) {
+      emit(
+        "store_shared",
+        `this store was last used by a server at ${
+          quote(before)
+        }: if that one still runs, give each a store of its own; ` +
+          "if the address has changed, all clients must connect again",
+      );
+    }
     return hmac(key);
   });
   // JSON, so that no two lists of parts come out as the same bytes.
   return async (purpose, ...parts) => (await keyed())(JSON.stringify([purpose, ...parts]));
 }
 
-/** Whether two strings are equal, in a time that tells only their lengths. */
+/** Compares two strings in constant time; leaks only the lengths. */
 function equal(a: string, b: string): boolean {
   let difference = a.length ^ b.length;
   for (let i = 0; i < a.length; i++) difference |= a.charCodeAt(i) ^ b.charCodeAt(i);
@@ -3840,20 +4673,38 @@ function once<T>(compute: () => Promise<T>): () => Promise<T> {
     });
 }
 
-/** The same for a value that is computed at once. */
+/** Computes a value when it is first needed. */
 function lazy<T>(compute: () => T): () => T {
   let value: T | undefined;
   return () => value ??= compute();
 }
 
-/** The members that have a value: JSON for other people's parsers holds no null. */
+// deno-lint-ignore no-explicit-any
+function isObject(value: unknown): value is Record<string, any> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+function isStringList(value: unknown): value is string[] {
+  return Array.isArray(value) && value.every(isString);
+}
+
+/** Returns the members that have a value: other people's JSON parsers stumble over null. */
 function defined<T extends Record<string, unknown>>(members: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
   return Object.fromEntries(Object.entries(members).filter(([, value]) => value !== undefined)) as {
     [K in keyof T]?: Exclude<T[K], undefined>;
   };
 }
 
-/** A module of Node's, which Deno and Bun have as well. Asked for only where it is used: this file loads without. */
+/** Quotes an unknown value for a message: short, on one line, in plain ASCII, so that it cannot forge a log entry. */
+function quote(value: unknown): string {
+  const json = JSON.stringify(value) ?? String(value);
+  return json.slice(0, 200).replace(
+    /[^\x20-\x7e]/g,
+    (char) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`,
+  );
+}
+
+/** Returns a module of Node's, which Deno and Bun have as well. Asked for only where used, so the file loads without. */
 function builtinModule(name: string): unknown {
   const { process } = globalThis as { process?: { getBuiltinModule?: (name: string) => unknown } };
   return process?.getBuiltinModule?.(name);
@@ -3869,14 +4720,15 @@ function nodeModule(name: string): any {
 }
 
 /**
- * OAuth parameters. One without a value counts as absent, and one that comes twice is refused, because two parsers may
- * take different ones of the two (RFC 6749 §3.1); only `resource` may repeat (RFC 8707 §2).
+ * Reads OAuth parameters. One without a value counts as absent. One that comes twice is refused, because two parsers may
+ * take different ones of the two; only `resource` may repeat (RFC 8707 §2).
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-3.1 | RFC 6749 §3.1}
  */
 function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
-  const params = new URLSearchParams(encoded);
   const seen = new Set<string>();
   const known = new URLSearchParams();
-  for (const [name, value] of params) {
+  for (const [name, value] of new URLSearchParams(encoded)) {
     if (value === "") continue;
     if (seen.has(name) && name !== repeatable) {
       throw new OAuthError("invalid_request", `The parameter ${quote(name)} is given more than once`);
@@ -3888,7 +4740,7 @@ function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
   return known;
 }
 
-/** Far more than any client sends; looking one up takes a walk over all of them. */
+/** Far more than any client sends. To look one up takes a walk over all of them. */
 const MAX_PARAMETERS = 100;
 
 async function readForm(c: Context, repeatable?: string): Promise<URLSearchParams> {
@@ -3906,13 +4758,19 @@ async function readJson(c: Context): Promise<unknown> {
   }
 }
 
-/** The body, and never more of it than may be. */
+function assertContentType(c: Context, type: string): void {
+  if (c.req.header("Content-Type")?.split(";", 1)[0]?.trim().toLowerCase() !== type) {
+    throw new OAuthError("invalid_request", `The Content-Type must be ${type}`, { status: 415 });
+  }
+}
+
+/** Reads the body, and never more of it than allowed. */
 async function readBody(c: Context): Promise<string> {
   const announced = Number(c.req.header("Content-Length") ?? NaN);
   try {
     if (announced > MAX_BODY_BYTES) throw new TooLarge();
-    // A server takes no more from the wire than was announced, unless it comes in chunks (RFC 9112 §6.3): then it is
-    // counted as it comes, which is slower.
+    // A server takes no more from the wire than was announced, unless it comes in chunks (RFC 9112 §6.3). Chunks are
+    // counted as they come, which is slower.
     if (announced <= MAX_BODY_BYTES && c.req.header("Transfer-Encoding") === undefined) {
       const text = await c.req.text();
       if (text.length > MAX_BODY_BYTES) throw new TooLarge(); // no server was in between
@@ -3923,7 +4781,7 @@ async function readBody(c: Context): Promise<string> {
     if (!(cause instanceof TooLarge)) {
       throw new OAuthError("invalid_request", "The body did not arrive whole", { cause });
     }
-    // What is left of it would be taken for the next request: the connection ends with the answer.
+    // The rest of the body would be taken for the next request, so the connection ends with the answer.
     throw new OAuthError("invalid_request", `The body is larger than ${MAX_BODY_BYTES} bytes`, {
       status: 413,
       headers: { Connection: "close" },
@@ -3931,9 +4789,10 @@ async function readBody(c: Context): Promise<string> {
   }
 }
 
-/** A stream that is longer than somebody was willing to read. */
+/** A stream was longer than allowed. */
 class TooLarge extends Error {}
 
+/** Reads a stream as text, and cancels it when it is longer than allowed. */
 async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: number): Promise<string> {
   const reader = stream?.getReader(); // not for await: not every set of types knows that a stream can be iterated
   const decoder = new TextDecoder();
@@ -3944,7 +4803,7 @@ async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: num
     if (done) break;
     length += value.length;
     if (length > limit) {
-      reader.cancel().catch(() => {}); // the sender is told to stop; whether it listens is its own affair
+      reader.cancel().catch(() => {}); // tells the sender to stop; it need not listen
       throw new TooLarge(`is larger than ${limit} bytes`);
     }
     text += decoder.decode(value, { stream: true });
@@ -3952,46 +4811,54 @@ async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: num
   return text + decoder.decode();
 }
 
-function assertContentType(c: Context, type: string): void {
-  if (c.req.header("Content-Type")?.split(";")[0]?.trim().toLowerCase() !== type) {
-    throw new OAuthError("invalid_request", `The Content-Type must be ${type}`, { status: 415 });
-  }
-}
-
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // Errors
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-type ErrorStatus = 400 | 401 | 403 | 405 | 413 | 415 | 500 | 503;
+/** What an {@linkcode OAuthError} has besides its code and description. */
+export interface OAuthErrorDetails {
+  /** The HTTP status. Default: 400. */
+  status?: 400 | 401 | 403 | 405 | 413 | 415 | 500 | 503;
+  /** HTTP headers of the answer. */
+  headers?: Record<string, string>;
+  /** Why it was refused, for the owner only. */
+  reason?: string | undefined;
+  /** The event to raise, and the name that the client gives itself. */
+  event?: AuthEvent["type"];
+  /** The name the client gives itself. */
+  clientName?: string;
+  /** What was thrown before. */
+  cause?: unknown;
+}
+
+type ErrorStatus = NonNullable<OAuthErrorDetails["status"]>;
 
 /**
- * An error in OAuth's own form (RFC 6749 §5.2). `code` and `message` go to the client; what only the owner may read
- * goes into `cause` or an event, never into the message.
+ * An error in OAuth's own form. `code` and `message` go to the client; the reason is for the owner only.
+ *
+ * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-5.2 | RFC 6749 §5.2}
  */
 export class OAuthError extends Error {
   override name = "OAuthError";
+  /** The error code of the standard, such as `invalid_grant`. */
   readonly code: string;
-  readonly status: ErrorStatus;
-  readonly headers: Record<string, string>;
-  /** The event to raise when this is answered. */
-  readonly event: AuthEvent["type"] | undefined;
+  /** The HTTP status. */
+  readonly status: NonNullable<OAuthErrorDetails["status"]>;
+  /** What else belongs to the answer, or to the owner's log. */
+  readonly details: OAuthErrorDetails;
 
-  constructor(
-    code: string,
-    description: string,
-    more: {
-      status?: ErrorStatus;
-      headers?: Record<string, string>;
-      event?: AuthEvent["type"];
-      cause?: unknown;
-    } = {},
-  ) {
-    super(description, { cause: more.cause });
+  /** Makes an error with a code of the standard and a description for the client's developer. */
+  constructor(code: string, description: string, details: OAuthErrorDetails = {}) {
+    super(description, { cause: details.cause });
     this.code = code;
-    this.status = more.status ?? 400;
-    this.headers = more.headers ?? {};
-    this.event = more.event;
+    this.status = details.status ?? 400;
+    this.details = details;
   }
+}
+
+/** Replaces the characters that RFC 6749 §5.2 does not allow in an error_description. */
+function errorDescription(message: string): string {
+  return message.replaceAll('"', "'").replace(/[^\x20-\x21\x23-\x5b\x5d-\x7e]/g, "?");
 }
 
 function methodNotAllowed(allow: string): never {
@@ -4001,46 +4868,57 @@ function methodNotAllowed(allow: string): never {
   });
 }
 
-/** Anything that was thrown, as an OAuthError. What is none is a fault of this file, and tells the wire nothing. */
-function asOAuthError(error: unknown, emit: Emit): OAuthError {
+/** Returns anything that was thrown as an OAuthError. What is none is a fault of this file, and tells the wire nothing. */
+function asOAuthError({ emit }: Server, error: unknown): OAuthError {
   if (error instanceof OAuthError) return error;
   emit("server_error", "an unexpected error", { cause: error });
   return new OAuthError("server_error", "Something went wrong here", { status: 500 });
 }
 
-function errorResponse(c: Context, thrown: unknown, { emit }: Settings): Response {
-  const { code, message, status, headers } = asOAuthError(thrown, emit);
-  // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own says it by itself.
-  const all: Record<string, string> = { ...headers, "Cache-Control": "no-store" };
+/** Answers an error as JSON. */
+function errorResponse(server: Server, c: Context, thrown: unknown, headers?: Record<string, string>): Response {
+  const { code, message, status, details } = asOAuthError(server, thrown);
+  const all: Record<string, string> = { ...details.headers, ...headers, "Cache-Control": "no-store", ...NOSNIFF };
+  // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own answers say it by themselves.
   if (status === 401) all["WWW-Authenticate"] ??= 'Basic realm="token"';
   return c.json({ error: code, error_description: errorDescription(message) }, status, all);
 }
 
-/** The same for an endpoint that people see. */
-function errorPage(c: Context, thrown: unknown, settings: Settings): Response | Promise<Response> {
-  const { message, status, headers } = asOAuthError(thrown, settings.emit);
-  for (const [name, value] of Object.entries(headers)) c.header(name, value);
-  return messagePage(
-    c,
-    settings,
-    status,
-    status < 500 ? "This request cannot be answered" : "Something went wrong here",
-    `${message}.`,
-  );
+/** Answers an error as a page. */
+function errorPage(server: Server, c: Context, thrown: unknown): Response | Promise<Response> {
+  const { message, status, details } = asOAuthError(server, thrown);
+  for (const [name, value] of Object.entries(details.headers ?? {})) c.header(name, value);
+  const title = status < 500 ? "This request cannot be answered" : "Something went wrong here";
+  return messagePage(server, c, status, title, `${message}.`);
 }
 
-type Handler = (c: Context) => Response | Promise<Response>;
-
-/** A handler that answers what it throws. */
-function answering(handler: Handler, settings: Settings, answer: typeof errorPage = errorResponse) {
+/** Makes a route of an endpoint: whatever it throws is answered. */
+function withErrors(server: Server, handler: Handler, answer: typeof errorPage = errorResponse) {
   return async (c: Context): Promise<Response> => {
+    for (const [name, value] of Object.entries(NOSNIFF)) c.header(name, value);
     try {
-      return await handler(c);
+      return await handler(server, c);
     } catch (error) {
-      return await answer(c, error, settings);
+      return await answer(server, c, error);
     }
   };
 }
+
+/**
+ * Parts that tests check on their own. Programs have no use for them, and they may change.
+ *
+ * @internal
+ */
+// deno-lint-ignore no-explicit-any
+export const internals: any = {
+  approveGrant,
+  redeemGrant,
+  refreshGrant,
+  verifyGrant,
+  presentGrant,
+  revokeGrant,
+  isPublicAddress,
+};
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // Setup check
@@ -4048,495 +4926,638 @@ function answering(handler: Handler, settings: Settings, answer: typeof errorPag
 
 /** One thing that {@linkcode checkSetup} looked at. */
 export interface SetupFinding {
-  /** `failed`: would keep a client out. `warning`: some clients stumble, or something is weaker than it could be. */
+  /** The part of the setup, in the order in which a client meets them. */
+  heading: "Address" | "Guard" | "Discovery" | "Sign-in" | "Browser apps";
+  /** `failed`: keeps a client out. `warning`: some clients stumble, or something is weaker than it could be. */
   result: "ok" | "warning" | "failed";
   /** What was found. */
   what: string;
-  /** What to do about it, in one sentence. */
+  /** What any server should do instead. */
   fix?: string;
+  /** The option or line to change on a server with `personalAuth()`, where it can be named. */
+  withPersonalAuth?: string;
 }
 
-/** What {@linkcode checkSetup} found. */
+/** The result of {@linkcode checkSetup}. */
 export interface SetupReport {
   url: string;
-  /** `unreachable`: nothing could be asked at all, and the last finding says why. */
+  /** `unreachable`: no answer came at all, and the last finding says why. */
   verdict: "ready" | "broken" | "unreachable";
   findings: SetupFinding[];
+  /** What to do now, line by line: what to type into Claude, or the one thing to repair first. */
+  next: string[];
 }
 
-/** How to ask. */
+/** Options of {@linkcode checkSetup}. */
 export interface SetupOptions {
-  /** Told what is being asked, before each request. */
+  /** Called before each request with what it asks for. */
   onProgress?: (what: string) => void;
-  /** In place of the built-in `fetch`. */
+  /** Replaces the built-in `fetch`. */
   fetch?: (request: Request) => Response | Promise<Response>;
+  /** An access token, for example a personal one: with it, `initialize` and `tools/list` are called as well. */
+  token?: string | undefined;
 }
 
-/** What the stages of a check share. */
-interface Checkup {
-  url: URL;
-  ask(what: string, path: string | URL, init?: RequestInit): Promise<Answer>;
-  note(result: SetupFinding["result"], what: string, fix?: string): void;
-  /** ok, or the other with its fix. */
-  expect(good: unknown, what: string, fix: string, otherwise?: "warning" | "failed"): boolean;
-  metadataUrl?: string;
-  // deno-lint-ignore no-explicit-any
-  resource?: any;
-  // deno-lint-ignore no-explicit-any
-  server?: any;
-  client_id?: string;
-}
-
-interface Answer {
-  status: number;
-  headers: Headers;
-  text: string;
-  /** The body, if it is JSON and says so. */
-  // deno-lint-ignore no-explicit-any
-  json: any;
-  seconds: number;
-}
-
-/** How hosted Claude introduces itself: the one for discovery, registration and tokens, the other for MCP itself. */
-const OAUTH_AGENT = "python-httpx/0.28.1";
-const MCP_AGENT = "Claude-User";
-/** Claude's own limit for everything but a refresh. */
-const CLIENT_PATIENCE_SECONDS = 10;
 const CHECK_REDIRECT = "https://claude.ai/api/mcp/auth_callback";
-const CHECK_CHALLENGE = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"; // RFC 7636 appendix B; nothing is ever redeemed
-
-/** Where no answer came at all. */
-class Unreachable extends Error {}
 
 /**
- * Asks a server the questions that a client will ask, from outside and without the owner's password: any server, not
- * only one of this file. On the command line: `deno run -A mod.ts https://your-domain.com/mcp`, or with `bun`, `node`.
- * It registers a client and starts an authorization that it never finishes.
+ * The checklist: what is expected, what is found where it is not so, and the fix. `{}` stands for what was found,
+ * `{origin}` and the like for that part of the address.
+ */
+const EXPECTED = {
+  "The address is https": "The address is http → Type https://{host}{pathname}: clients send no token over http.",
+  "The address is no local one":
+    "{} is this computer or in its private network → For claude.ai, put a tunnel with https in front, and use its address.",
+  "The port is 443": "The port is {} → Serve it on port 443: claude.ai reaches no other.",
+  "The address has a path": "The address has no path → Type the whole address, with /mcp at the end.",
+  "The address has no slash at its end": "The address ends with a slash → Leave it out: clients compare addresses.",
+
+  "The server answers":
+    "The proxy answers {}, your server does not → Start the server on the port that the proxy uses.",
+  "The server names public URLs":
+    "The server refers to {}; a private or http address is not asked → Build its URLs from the public base URL.",
+
+  "The MCP endpoint is closed":
+    "The MCP endpoint is open to everybody: it answers {} → Check the token before the MCP handler runs.",
+  "The MCP endpoint does not redirect":
+    "The MCP endpoint redirects to {} → Type the final address: a redirect loses the method or the token.",
+  "The first request is not answered 403":
+    "A request without a token is answered 403 → Let it through the firewall, login or Host check in front.",
+  "Something is served at the path":
+    "Nothing is served at {pathname}: it answers 404 → Check the address, and the routes of the proxy.",
+  "The guard comes first":
+    "{} comes before the 401 → Check the token first, whatever the method, Content-Type or Accept header is.",
+  "A request without a token is answered 401": "A request without a token is answered {} → Answer 401 to it.",
+  "The 401 comes in {} s": "The 401 takes {} s → Find out what is slow: Claude gives up after 10 seconds.",
+  "The 401 has a Bearer challenge":
+    'The 401 has no Bearer challenge → Send WWW-Authenticate: Bearer resource_metadata="…" through the proxy.',
+  "The challenge says where the metadata is":
+    'The challenge does not say where the metadata is → Add resource_metadata="https://…" (RFC 9728 §5.1).',
+  "The challenge names the scope":
+    'The challenge names no scope → Add scope="…": without it Claude asks for every scope there is.',
+  "The challenge has no error": "The challenge has an error, but no token was sent → Leave error out (RFC 6750 §3.1).",
+  "GET without a token is answered 401":
+    "GET without a token is answered {} → Answer 401 to every method: mcp-remote and Codex ask by GET first.",
+  "Claude-User is let through":
+    "The user agent Claude-User is answered {}, others 401 → Allow it (Cloudflare: Block AI bots, AI Crawl Control).",
+  "A made-up token is answered 401":
+    "A made-up token is answered {} → Answer 401: only then clients refresh or sign in again.",
+  "The Authorization header arrives":
+    "The token did not arrive: the proxy drops Authorization → Let the proxy pass it on (Apache: CGIPassAuth On).",
+  "A made-up token is called invalid_token":
+    'A made-up token is answered without invalid_token → Add error="invalid_token", or let the proxy pass tokens.',
+  "The address with a slash is served": "The address with a slash is answered {} → Serve it too: some clients add one.",
+
+  "The token is accepted": "The token is answered {} → Use one that is valid, such as a new one of /connections.",
+  "{} is answered with a result": "{} gives no result → See the server's log: the token was accepted.",
+  "The calls with a token take {} s": "The calls with a token take {} s → Find out what is slow.",
+  "Every tool has a name that Claude accepts":
+    "Claude refuses the tools named {} → Name them with at most 64 letters, digits, _ or -.",
+
+  "resource_metadata is on this server":
+    "resource_metadata is {}, not on this server → Build it from the public base URL, not from the request.",
+  "The resource's metadata is served":
+    "The resource's metadata is answered {} → Serve it at {metadata} as application/json (RFC 9728 §3).",
+  "resource is the address": "resource is {} → Send what is typed, {href}, byte for byte.",
+  "resource has no slash at its end":
+    "resource ends with a slash → Leave it out: Codex and Gemini CLI compare strings.",
+  "An authorization server is named": "No authorization server is named → Add authorization_servers (RFC 9728 §2).",
+  "The resource does not list offline_access":
+    "The resource's metadata lists offline_access → List it in the authorization server's metadata only.",
+  "The metadata is where clients guess it":
+    "The metadata is answered {} where clients guess it → Serve it at {metadata} too.",
+  "The metadata is at the root":
+    "The metadata at the root is answered {} → Serve it there too: Claude Code signs out with it.",
+  "The authorization server's metadata is served":
+    "The authorization server's metadata is answered {} → Serve it as application/json (RFC 8414 §3).",
+  "The OpenID configuration is whole or absent":
+    "The OpenID configuration ({}) is incomplete → Answer 404, or all that OpenID Connect Discovery requires.",
+  "issuer is what the resource names":
+    "issuer is {} → Send what authorization_servers has, byte for byte; mind a slash at the end, and http.",
+  "The endpoints are named": "The {} is missing → Add it to the metadata: every client needs it.",
+  "Every endpoint is https or on this computer":
+    "{} is not an https URL → Build it from the public https address, not from the request.",
+  "PKCE with S256 is on offer":
+    'PKCE with S256 is not on offer → Add code_challenge_methods_supported: ["S256"]: clients refuse to go on.',
+  "The response type code is on offer":
+    'The response type code is not on offer → Add response_types_supported: ["code"]: clients cannot parse less.',
+  "A client can introduce itself":
+    "A client cannot introduce itself → Add registration_endpoint (RFC 7591) or client ID metadata documents.",
+  "Clients without a secret are accepted":
+    'Clients without a secret are not accepted → Add "none" to token_endpoint_auth_methods_supported.',
+  "private_key_jwt is accepted":
+    "private_key_jwt is not accepted: ChatGPT may insist on it → Support it (RFC 7523), and advertise it.",
+  "offline_access is on offer":
+    "offline_access is not on offer → Add it to scopes_supported: without it some clients ask for no refresh token.",
+  "Answers carry iss":
+    "Answers carry no iss (RFC 9207) → Send and advertise it: ChatGPT and Codex then keep one address.",
+  "No member is null or empty": "Members without a value: {} → Leave them out: strict clients refuse the answer.",
+  "HEAD is answered like GET": "HEAD is answered {} → Answer HEAD like GET.",
+
+  "A client can register":
+    "Registration is answered {} → Accept Claude's redirect URI, and do not limit registrations by address.",
+  "Registration gives a client_id": "Registration gives no client_id → Answer with client_id (RFC 7591 §3.2.1).",
+  "Registration echoes the redirect URIs":
+    "Registration does not echo the redirect URIs → Answer redirect_uris: clients cannot parse less.",
+  "Registration is answered 201": "Registration is answered {} → Answer 201 (RFC 7591 §3.2.1).",
+  "No code is given without the owner":
+    "A code is given to anybody → Ask the owner first: every account at an allowed client can connect.",
+  "A good request is accepted": "A good authorization request is refused: {} → See the server's log.",
+  "The owner is asked": "The consent page redirects to {}, which is no URL → Redirect to a whole URL.",
+  "The consent page is shown": "The consent page is answered {} → See the server's log.",
+  "The page has no form-action":
+    "The page's policy has form-action → Leave it out: Chromium then blocks the redirect back to the app.",
+  "The page cannot be framed":
+    "The page can be framed → Send frame-ancestors 'none': another site can lead the owner's click.",
+  "The page keeps its opener":
+    "The page is cut off from its opener → Leave out Cross-Origin-Opener-Policy: same-origin: pop-ups need it.",
+  "The form posts to its own origin":
+    "The consent form posts to {}; it was not sent → Post it to the page's own origin.",
+  "The consent form leads back":
+    "The consent form is answered {} → Redirect with 302: 307 posts the owner's form on to the app.",
+  "A denial is told to the app": "A denial leads to {} → Redirect with error=access_denied and the state as it came.",
+  "A denial carries iss": "A denial carries iss {} → Send the issuer, on errors too (RFC 9207 §2).",
+  "PKCE is required": "A request without PKCE gets a code → Require PKCE with S256 (OAuth 2.1 §4.1.1).",
+  "PKCE is S256": "A request with plain PKCE gets a code → Accept S256 only.",
+  "Redirect URIs are compared":
+    "A redirect URI that is not registered is followed → Compare redirect URIs exactly, before all else.",
+  "An unknown client gets no redirect":
+    "An unknown client is answered by a redirect → Show a page: nothing is known about the address.",
+  "The token endpoint answers errors in JSON":
+    "The token endpoint answers an error with {} → Answer JSON: clients take anything but JSON for a broken server.",
+  "A dead refresh token is answered 400 invalid_grant":
+    "A dead refresh token is answered {} → Answer 400 invalid_grant: clients then ask to sign in again.",
+
+  "A browser may use the {} endpoint":
+    "A browser may not use the {} endpoint → Answer OPTIONS before the guard, with Access-Control-Allow-Origin.",
+} satisfies Record<string, `${string} → ${string}`>;
+
+type Expectation = keyof typeof EXPECTED;
+
+const PUBLIC_URL = 'set baseUrl: "{origin}", the address that you type without its path';
+const GUARD_FIRST = 'app.all("{pathname}", auth.guard, handler)';
+const ROUTES = 'app.route("/", auth) serves it: let the proxy send its path there';
+
+/** The same fixes on a server with `personalAuth()`, where an option or a line can be named. */
+const WITH_PERSONAL_AUTH: Partial<Record<Expectation, string>> = {
+  "The server names public URLs": PUBLIC_URL,
+  "The MCP endpoint is closed": GUARD_FIRST,
+  "Something is served at the path": "type the path of the option mcpPath, /mcp by default",
+  "The guard comes first": GUARD_FIRST,
+  "GET without a token is answered 401": GUARD_FIRST,
+  "resource_metadata is on this server": PUBLIC_URL,
+  "The resource's metadata is served": ROUTES,
+  "resource is the address": PUBLIC_URL,
+  "The authorization server's metadata is served": ROUTES,
+  "The OpenID configuration is whole or absent": ROUTES,
+  "issuer is what the resource names": PUBLIC_URL,
+  "Every endpoint is https or on this computer": PUBLIC_URL,
+  "A client can register": "keep claude.ai in allowedRedirectDomains",
+  "No code is given without the owner": "set password, or an authenticateOwner that is true for the owner alone",
+  "The token endpoint answers errors in JSON": ROUTES,
+};
+
+/** Records a finding; tells whether it is good. */
+type Judge = (good: unknown, expected: Expectation, found?: unknown) => boolean;
+
+type Checkup = ReturnType<typeof startCheckup>;
+
+interface Question {
+  method?: string;
+  headers?: Record<string, string>;
+  body?: string;
+  /** Whether an event stream is read, up to its first answer. */
+  events?: boolean;
+}
+
+type Answer = Awaited<ReturnType<typeof exchange>>;
+
+/** The user agents of hosted Claude: the first for discovery, registration and tokens, the second for MCP itself. */
+const OAUTH_AGENT = "python-httpx/0.28.1";
+const MCP_AGENT = "Claude-User";
+/** Claude waits so many seconds for everything but a refresh. */
+const CLIENT_PATIENCE = 10;
+const MAX_ANSWER_BYTES = 1024 * 1024;
+const CHECK_CHALLENGE = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"; // RFC 7636 appendix B; nothing is ever redeemed
+
+/** Ends a check, because what is asked after a failed `need` would only repeat it. */
+class RootCause extends Error {}
+
+const STAGES: [SetupFinding["heading"], (checkup: Checkup) => void | Promise<void>][] = [
+  ["Address", checkAddress],
+  ["Guard", checkGuard],
+  ["Guard", checkCalls],
+  ["Discovery", checkResourceMetadata],
+  ["Discovery", checkServerMetadata],
+  ["Sign-in", checkRegistration],
+  ["Sign-in", checkConsent],
+  ["Sign-in", checkAuthorization],
+  ["Sign-in", checkToken],
+  ["Browser apps", checkBrowserAccess],
+];
+
+/**
+ * Asks any MCP server, from outside and without the owner's password, what a client will ask. On the command line:
+ * `deno run -A mod.ts https://your-domain.com/mcp`, or with `bun` or `node`. Registers a client, and starts an
+ * authorization that it never finishes.
  *
- * @throws {TypeError} if `mcpUrl` is not an http or https URL.
+ * @throws {TypeError} if `mcpUrl` is not an http or https URL, or `token` cannot be one.
  */
 export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Promise<SetupReport> {
-  const url = URL.parse(mcpUrl);
-  assert(
-    url && /^https?:$/.test(url.protocol),
-    `Give the URL that you type into Claude, such as "https://your-domain.com/mcp"`,
-  );
-  const findings: SetupFinding[] = [];
-  let answers = 0;
-  const note: Checkup["note"] = (result, what, fix) =>
-    void findings.push({ result, what, ...(result !== "ok" && defined({ fix })) });
-  const expect: Checkup["expect"] = (good, what, fix, otherwise = "failed") => {
-    note(good ? "ok" : otherwise, what, fix);
+  const url = webUrl(mcpUrl);
+  assert(url, `Give the URL that you type into Claude, such as "https://your-domain.com/mcp"`);
+  url.hash = "";
+  // RFC 6750 §2.1. Anything else fetch() would refuse, with a message that holds the token.
+  assert(/^[\w.~+/-]+=*$/.test(options.token ?? "x"), "The token holds a character that no token has");
+  const checkup = startCheckup(url, options);
+  const { findings } = checkup;
+  try {
+    for (const [heading, check] of STAGES) {
+      checkup.heading = heading;
+      await check(checkup);
+    }
+  } catch (error) {
+    if (!(error instanceof RootCause)) throw error;
+  }
+  const failed = findings.filter(({ result }) => result === "failed");
+  const first = checkup.isUnreachable ? failed.at(-1) : failed[0];
+  const next = first ? [`Repair this first: ${first.what}`] : whatToType(checkup);
+  return { url: url.href, verdict: checkup.isUnreachable ? "unreachable" : first ? "broken" : "ready", findings, next };
+}
+
+/** What the stages of a check share: how to ask and to judge, and what was found on the way. */
+function startCheckup(url: URL, options: SetupOptions) {
+  const { href, host, origin, pathname } = url;
+  const address = { href, host, origin, pathname, metadata: wellKnown("oauth-protected-resource", url) };
+  const judge = (otherwise: "warning" | "failed"): Judge => (good, expected, found) => {
+    const parts: Record<string, string> = { ...address, "": show(found, options.token) };
+    const fill = (text: string) => text.replace(/\{(\w*)\}/g, (_, part) => parts[part]!);
+    const [what = "", fix = ""] = EXPECTED[expected].split(" → ").map(fill);
+    const own = WITH_PERSONAL_AUTH[expected];
+    const { heading } = checkup;
+    if (good) checkup.findings.push({ heading, result: "ok", what: fill(expected) });
+    else checkup.findings.push({ heading, result: otherwise, what, fix, ...(own && { withPersonalAuth: fill(own) }) });
     return Boolean(good);
   };
-  const checkup: Checkup = {
+  const must = judge("failed");
+  const checkup = {
     url,
-    async ask(what, path, init = {}) {
-      const answer = await ask(what, new URL(path, url), init, options);
-      answers++;
-      return answer;
+    options,
+    heading: "Address" as SetupFinding["heading"],
+    findings: [] as SetupFinding[],
+    hasAnswered: false,
+    isUnreachable: false,
+    /** Without this, everything after it would fail as well: the check ends here. */
+    need(good: unknown, expected: Expectation, found?: unknown): void {
+      if (!must(good, expected, found)) throw new RootCause();
     },
-    note,
-    expect,
+    /** Without this, some client cannot connect. */
+    must,
+    /** Without this, some clients stumble. */
+    should: judge("warning"),
+    /** What the challenge says; empty where it says nothing. */
+    metadataUrl: "",
+    issuer: "",
+    // deno-lint-ignore no-explicit-any
+    server: {} as any,
+    client_id: "",
+    /** How long the calls with a token took. */
+    calls: "",
   };
-  const stages = [
-    checkAddress,
-    checkChallenge,
-    checkUserAgents,
-    checkResourceMetadata,
-    checkServerMetadata,
-    checkOpenidConfiguration,
-    checkRegistration,
-    checkAuthorization,
-    checkConsent,
-    checkToken,
-    checkBrowserAccess,
-  ];
-  try {
-    for (const stage of stages) await stage(checkup);
-    const broken = findings.some(({ result }) => result === "failed");
-    return { url: mcpUrl, verdict: broken ? "broken" : "ready", findings };
-  } catch (error) {
-    if (!(error instanceof Unreachable)) throw error;
-    note("failed", error.message, unreachableFix(error.cause));
-    return { url: mcpUrl, verdict: answers > 0 ? "broken" : "unreachable", findings };
-  }
+  return checkup;
 }
 
-async function ask(what: string, url: URL, init: RequestInit, options: SetupOptions): Promise<Answer> {
+/**
+ * Quotes what a server chose: in ASCII, so that no control character reaches a terminal, and without the token that it
+ * was sent. An object is only named: it may be nested deeper than JSON.stringify() goes.
+ */
+function show(value: unknown, token?: string): string {
+  if (typeof value === "object" && value !== null) return Array.isArray(value) ? "a list" : "an object";
+  return quote(token && typeof value === "string" ? value.replaceAll(token, "[token]") : value);
+}
+
+/** Parses an http or https URL without credentials, which fetch() refuses. Undefined if it is none. */
+function webUrl(value: unknown, base?: URL): URL | undefined {
+  const url = typeof value === "string" && value.length < 8192 ? URL.parse(value, base) : undefined;
+  return url && /^https?:$/.test(url.protocol) && !url.username && !url.password ? url : undefined;
+}
+
+/** Whether the host is this computer or an address of a private network. A name is not looked up. */
+function isInside(hostname: string): boolean {
+  const address = hostname.replace(/^\[|\]$/g, "");
+  return isLoopback(hostname) || nodeModule("node:net").isIP(address) > 0 && !isPublicAddress(address);
+}
+
+/**
+ * Whether a URL that the server chose may be asked. The server may be hostile and this computer may reach what the
+ * server cannot, so only the origin that was typed and public ones are asked. A public one must be https: a name that
+ * resolves to an inside address a moment after it was looked up then fails at the certificate, before anything is sent.
+ * A server that was typed as an inside address may also refer to this computer; a name never counts as such, because
+ * whoever owns it decides what it resolves to.
+ */
+async function mayAsk(target: URL, typed: URL): Promise<boolean> {
+  if (target.origin === typed.origin) return true;
+  if (isInside(target.hostname)) return isLoopback(target.hostname) && isInside(typed.hostname);
+  if (target.protocol !== "https:") return false;
+  const { lookup } = nodeModule("node:dns");
+  const addresses = await new Promise<{ address: string }[]>((resolve) =>
+    lookup(target.hostname.replace(/^\[|\]$/g, ""), { all: true }, (_: unknown, found = []) => resolve(found))
+  );
+  return addresses.length > 0 && addresses.every(({ address }) => isPublicAddress(address));
+}
+
+/**
+ * Asks one question, bounded in time and size.
+ *
+ * @throws {RootCause} if nothing usable answers, or the server refers to where it may not be asked.
+ */
+async function ask(checkup: Checkup, what: string, place: string | URL, question: Question = {}): Promise<Answer> {
+  const { options } = checkup;
   options.onProgress?.(what);
-  const headers = new Headers(init.headers);
-  if (!headers.has("User-Agent")) headers.set("User-Agent", OAUTH_AGENT);
-  if (!headers.has("Accept")) headers.set("Accept", "*/*");
-  const start = performance.now();
+  const target = webUrl(String(place));
+  const limit = new AbortController(); // not AbortSignal.timeout(): with a listener it keeps the process alive
+  const timer = setTimeout(() => limit.abort(new Error("timed out")), 3 * CLIENT_PATIENCE * 1000);
   try {
-    const signal = AbortSignal.timeout(3 * CLIENT_PATIENCE_SECONDS * 1000);
-    const request = new Request(url, { ...init, headers, redirect: "manual", signal });
-    const response = await (options.fetch ?? fetch)(request);
-    // A stream that stays open, as an event stream does, has said enough with its headers.
-    const streams = response.headers.get("Content-Type")?.startsWith("text/event-stream");
-    const text = streams ? "" : (await readLimited(response.body, 1024 * 1024));
-    if (streams) await response.body?.cancel();
-    return {
-      status: response.status,
-      headers: response.headers,
-      text,
-      json: parseJson(response.headers, text),
-      seconds: (performance.now() - start) / 1000,
-    };
-  } catch (cause) {
-    throw new Unreachable(`No answer from ${url.origin}${url.pathname} (${what})`, { cause });
+    if (!target || !await inTime(mayAsk(target, checkup.url), limit.signal)) {
+      checkup.need(false, "The server names public URLs", String(place));
+    }
+    const answer = await inTime(exchange(target!, question, limit.signal, options.fetch ?? fetch), limit.signal);
+    checkup.hasAnswered = true;
+    // A server that is busy says so in OAuth's own form (RFC 6749 §5.2); a proxy shows a page.
+    const isProxys = [502, 503, 504].includes(answer.status) && !isObject(answer.json);
+    if (isProxys) checkup.need(false, "The server answers", answer.status);
+    return answer;
+  } catch (error) {
+    if (error instanceof RootCause) throw error;
+    const { message, cause } = error as Error;
+    const detail = [message, (cause as Error | undefined)?.message].filter(Boolean).join(": ");
+    const [, reason = "", fix = ""] = REASONS.find(([pattern]) => pattern.test(detail)) ?? [];
+    checkup.isUnreachable = !checkup.hasAnswered && !(error instanceof TooLarge);
+    if (checkup.isUnreachable) checkup.heading = "Address";
+    const what = `No answer from ${show(target!.host)}: ${reason} (${show(detail, options.token)})`;
+    checkup.findings.push({ heading: checkup.heading, result: "failed", what, fix });
+    throw new RootCause();
+  } finally {
+    clearTimeout(timer);
   }
 }
 
-function parseJson(headers: Headers, text: string): unknown {
+/** Why no answer came: a pattern for the error's message, and what to say about it. */
+const REASONS: [RegExp, string, string][] = [
+  [/dns|ENOTFOUND|EAI_AGAIN|lookup|resolve/i, "the name does not resolve", "Set the DNS record of the name."],
+  [/cert|tls|ssl|handshake/i, "TLS failed", "Serve a certificate that browsers trust, with its whole chain."],
+  [/refused|unable to connect/i, "Nothing listens there", "Start the server, or open the port."],
+  [/larger than/, "the answer is too large", "Answer with less: clients expect small documents."],
+  [/time|abort/i, "it took too long", `Find out what is slow: Claude gives up after ${CLIENT_PATIENCE} seconds.`],
+  [/^/, "the request failed", "See that the server runs, and that it can be reached from here."],
+];
+
+/** Sends one request. Never follows a redirect: it could lead to an inside address. */
+async function exchange(url: URL, question: Question, signal: AbortSignal, fetch: NonNullable<SetupOptions["fetch"]>) {
+  const start = performance.now();
+  const { events, ...init } = question;
+  const headers = { "User-Agent": OAUTH_AGENT, Accept: "*/*", ...init.headers };
+  const response = await fetch(new Request(url.href, { ...init, headers, redirect: "manual", signal }));
+  const type = response.headers.get("Content-Type") ?? "";
+  let text = "";
+  // deno-lint-ignore no-explicit-any
+  let json: any;
+  if (!type.startsWith("text/event-stream")) {
+    text = await readLimited(response.body, MAX_ANSWER_BYTES);
+    if (/^application\/([a-z.-]+\+)?json/i.test(type)) json = parseJson(text);
+  } else if (events) json = await readMessage(response.body);
+  else response.body?.cancel().catch(() => {}); // it may stay open for ever, and has said enough with its headers
+  return {
+    status: response.status,
+    headers: response.headers,
+    text,
+    json,
+    seconds: (performance.now() - start) / 1000,
+  };
+}
+
+function parseJson(text: string): unknown {
   try {
-    return /^application\/([a-z.+-]+\+)?json/i.test(headers.get("Content-Type") ?? "") ? JSON.parse(text) : undefined;
+    return JSON.parse(text);
   } catch {
     return undefined;
   }
 }
 
-function unreachableFix(cause: unknown): string {
-  const detail = [cause, (cause as Error | undefined)?.cause].map((error) => (error as Error | undefined)?.message)
-    .filter(Boolean).join(": ");
-  if (/dns|ENOTFOUND|EAI_AGAIN|lookup|resolve/i.test(detail)) {
-    return `The name does not resolve; set its DNS record. (${detail})`;
-  }
-  if (/cert|tls|ssl|handshake/i.test(detail)) {
-    return `TLS failed; serve a certificate that browsers trust, with its whole chain. (${detail})`;
-  }
-  if (/refused/i.test(detail)) return `Nothing listens there; start the server, or open the port. (${detail})`;
-  if (/time|abort/i.test(detail)) {
-    return `It took too long; clients give up after ${CLIENT_PATIENCE_SECONDS} seconds. (${detail})`;
-  }
-  return `See that the server runs and is reachable from here. (${detail || "no detail"})`;
-}
-
-function checkAddress({ url, note, expect }: Checkup): void {
-  const local = isLoopback(url.hostname);
-  if (local) {
-    note(
-      "warning",
-      `${url.host} is this computer`,
-      "Only programs on it can connect; for Claude on the web, put a tunnel or proxy with https in front.",
-    );
-  } else {
-    expect(
-      url.protocol === "https:",
-      "the address is https",
-      `Write https://${url.host}${url.pathname}; clients send no token over plain http.`,
-    );
-    expect(url.port === "", "the port is 443", "Serve it on port 443: Claude on the web reaches no other.");
-  }
-  expect(url.pathname.length > 1, "the address has a path", "Type the whole address, with /mcp at the end.", "warning");
-  if (url.pathname.length > 1) {
-    expect(
-      !url.pathname.endsWith("/"),
-      "the address has no slash at its end",
-      "Leave the slash out: clients compare the address as a string.",
-      "warning",
-    );
+/** Reads an event stream up to the first JSON-RPC response. Looks at each character once, however it was cut up. */
+async function readMessage(stream: ReadableStream<Uint8Array> | null): Promise<unknown> {
+  const reader = stream?.getReader();
+  const decoder = new TextDecoder();
+  let [line, data]: [string[], string[]] = [[], []];
+  for (let length = 0; reader;) {
+    const { done, value } = await reader.read();
+    length += value?.length ?? 0;
+    if (length > MAX_ANSWER_BYTES) throw new TooLarge(`is larger than ${MAX_ANSWER_BYTES} bytes`);
+    if (done) return undefined;
+    const [first = "", ...rest] = decoder.decode(value, { stream: true }).split("\n");
+    line.push(first);
+    for (const next of rest) {
+      const text = line.join("");
+      line = [next];
+      if (text.startsWith("data:")) data.push(text.slice(5));
+      if (text.trim() !== "" || data.length === 0) continue;
+      const message = parseJson(data.join("\n"));
+      data = [];
+      if (!isObject(message) || !("result" in message || "error" in message)) continue;
+      reader.cancel().catch(() => {});
+      return message;
+    }
   }
 }
 
-const CHECK_INITIALIZE = JSON.stringify({
-  jsonrpc: "2.0",
+function checkAddress({ url, need, must, should }: Checkup): void {
+  if (!isLoopback(url.hostname)) {
+    need(url.protocol === "https:", "The address is https");
+    must(url.port === "", "The port is 443", Number(url.port));
+  }
+  should(!isInside(url.hostname), "The address is no local one", url.host);
+  if (should(url.pathname !== "/", "The address has a path")) {
+    should(!url.pathname.endsWith("/"), "The address has no slash at its end");
+  }
+}
+
+const INITIALIZE = {
   id: 0,
   method: "initialize",
   params: { protocolVersion: "2025-11-25", capabilities: {}, clientInfo: { name: "setup-check", version: "1" } },
-});
+};
 
-function initializeAs(agent: string, more: Record<string, string> = {}): RequestInit {
-  const headers = {
-    "Content-Type": "application/json",
-    "User-Agent": agent,
-    "MCP-Protocol-Version": "2025-11-25",
-    ...more,
-  };
-  return { method: "POST", headers, body: CHECK_INITIALIZE };
+function mcpRequest(agent: string, headers: Record<string, string> = {}, message: object = INITIALIZE): Question {
+  const common = { "Content-Type": "application/json", "MCP-Protocol-Version": "2025-11-25", "User-Agent": agent };
+  return { method: "POST", headers: { ...common, ...headers }, body: JSON.stringify({ jsonrpc: "2.0", ...message }) };
 }
 
-/** Everything begins with the 401: it is how a client learns that, and where, it has to sign in. */
-async function checkChallenge(checkup: Checkup): Promise<void> {
-  const { url, note, expect, ask } = checkup;
-  const answer = await ask("the MCP endpoint, without a token", url, initializeAs(OAUTH_AGENT));
-  const fix: Record<number, string> = {
-    200: "The server is open to everybody: put the guard in front of the MCP handler.",
-    403: "A firewall or host check refuses the request before the server sees it: let it through.",
-    404: "Nothing is served at this path: check the address and the proxy's routes.",
-    405: "The method is refused before the token is looked at: put the guard first, for every method.",
-    406: "The Accept header is refused before the token is looked at: put the guard in front of the MCP handler.",
-    415: "The content type is refused before the token is looked at: put the guard in front of the MCP handler.",
-  };
-  const redirects = answer.status >= 300 && answer.status < 400;
-  const advice = redirects
-    ? `It redirects to ${
-      quote(answer.headers.get("Location"))
-    }: clients lose the method or the token on the way; type the final address, or serve it here.`
-    : fix[answer.status] ?? "The server must answer 401 to a request without a token, whatever else is in it.";
-  if (
-    !expect(
-      answer.status === 401,
-      `a request without a token is answered ${answer.status}${answer.status === 401 ? "" : ", not 401"}`,
-      advice,
-    )
-  ) return;
-  expect(
-    answer.seconds < CLIENT_PATIENCE_SECONDS / 3,
-    `it answers in ${answer.seconds.toFixed(1)} s`,
-    `Clients give up after ${CLIENT_PATIENCE_SECONDS} seconds: find out what is slow.`,
-    answer.seconds < CLIENT_PATIENCE_SECONDS ? "warning" : "failed",
-  );
-  const challenge = answer.headers.get("WWW-Authenticate") ?? "";
-  checkup.metadataUrl = challenge.match(/resource_metadata="([^"]+)"/)?.[1] ?? "";
-  if (
-    expect(
-      /^Bearer\b/i.test(challenge),
-      "the 401 has a Bearer challenge",
-      'Send WWW-Authenticate: Bearer resource_metadata="…" with the 401; a proxy may have removed it.',
-    )
-  ) {
-    expect(
-      checkup.metadataUrl,
-      "the challenge says where the metadata is",
-      'Add resource_metadata="https://…/.well-known/oauth-protected-resource…" to the challenge (RFC 9728 §5.1).',
-      "warning",
-    );
-    expect(
-      /scope="[^"]+"/.test(challenge),
-      "the challenge names the scope",
-      'Add scope="…": without it Claude asks for every scope there is.',
-      "warning",
-    );
-    expect(
-      !/error=/.test(challenge),
-      "the challenge blames nobody for a token that was not sent",
-      "Leave error out where no token came (RFC 6750 §3.1).",
-      "warning",
-    );
-  }
-  const get = await ask("the same by GET", url, { headers: { Accept: "text/event-stream" } });
-  expect(
-    get.status === 401,
-    `GET without a token is answered ${get.status}`,
-    "Answer 401 to every method: mcp-remote and Codex ask by GET first.",
-  );
-  const bad = await ask(
-    "the same with a made-up token",
+/**
+ * Words by which a server says that no token came. Where one was sent, something in between dropped it. Servers that
+ * say nothing of the kind are not accused: their answer without `invalid_token` can have either reason.
+ */
+const NO_TOKEN =
+  /(missing (authorization|access token)|no (authorization|access token|token)|token is (needed|required))/i;
+
+/** The 401 is the beginning of everything: from it a client learns that, and where, it has to sign in. */
+async function checkGuard(checkup: Checkup): Promise<void> {
+  const { url, need, must, should } = checkup;
+  const { status, headers, seconds } = await ask(
+    checkup,
+    "the MCP endpoint, without a token",
     url,
-    initializeAs(MCP_AGENT, { Authorization: "Bearer made-up" }),
+    mcpRequest(OAUTH_AGENT),
   );
-  if (
-    expect(
-      bad.status === 401,
-      `a made-up token is answered ${bad.status}`,
-      "Answer 401, so that clients refresh or sign in again; on anything else they give up.",
-    )
-  ) {
-    expect(
-      /error="?invalid_token/.test(bad.headers.get("WWW-Authenticate") ?? ""),
-      "a bad token is called invalid_token",
-      'Add error="invalid_token" to the challenge (RFC 6750 §3.1).',
-      "warning",
-    );
+  need(status < 200 || status > 299, "The MCP endpoint is closed", status);
+  need(status < 300 || status > 399, "The MCP endpoint does not redirect", headers.get("Location"));
+  need(status !== 403, "The first request is not answered 403");
+  need(status !== 404, "Something is served at the path");
+  need(![405, 406, 415].includes(status), "The guard comes first", status);
+  need(status === 401, "A request without a token is answered 401", status);
+  const [level, took] = [seconds < CLIENT_PATIENCE ? should : must, Number(seconds.toFixed(2))];
+  level(seconds < CLIENT_PATIENCE / 3, "The 401 comes in {} s", took);
+  const challenge = headers.get("WWW-Authenticate")?.slice(0, 8192) ?? "";
+  checkup.metadataUrl = challenge.match(/resource_metadata="([^"]+)"/)?.[1] ?? "";
+  const hasChallenge = must(/^Bearer\b/i.test(challenge), "The 401 has a Bearer challenge");
+  if (hasChallenge) {
+    should(checkup.metadataUrl, "The challenge says where the metadata is");
+    should(/scope="[^"]+"/.test(challenge), "The challenge names the scope");
+    should(!/error=/.test(challenge), "The challenge has no error");
   }
-  if (!url.pathname.endsWith("/")) {
-    const slash = await ask("the address with a slash", new URL(`${url.pathname}/`, url), initializeAs(OAUTH_AGENT));
-    expect(
-      slash.status === 401 || slash.status === 308,
-      `the address with a slash at its end is answered ${slash.status}`,
-      "Serve it like the one without: some clients add a slash.",
-      "warning",
-    );
+  const get = await ask(checkup, "the MCP endpoint by GET", url, { headers: { Accept: "text/event-stream" } });
+  must(get.status === 401, "GET without a token is answered 401", get.status);
+  const agent = await ask(checkup, `the MCP endpoint as ${MCP_AGENT}`, url, mcpRequest(MCP_AGENT));
+  need(agent.status === 401, "Claude-User is let through", agent.status);
+  const made = mcpRequest(MCP_AGENT, { Authorization: "Bearer made-up" });
+  const bad = await ask(checkup, "the MCP endpoint, with a made-up token", url, made);
+  if (must(bad.status === 401, "A made-up token is answered 401", bad.status)) {
+    const said = bad.headers.get("WWW-Authenticate") ?? "";
+    if (NO_TOKEN.test(`${said} ${bad.text}`.slice(0, 8192))) need(false, "The Authorization header arrives");
+    if (hasChallenge) should(/error="?invalid_token/.test(said), "A made-up token is called invalid_token");
   }
-  note("ok", "the endpoint asks for a token");
+  if (url.pathname.endsWith("/")) return;
+  const slashed = await ask(
+    checkup,
+    "the address with a slash",
+    `${url.origin}${url.pathname}/`,
+    mcpRequest(OAUTH_AGENT),
+  );
+  should([401, 308].includes(slashed.status), "The address with a slash is served", slashed.status);
 }
 
-async function checkUserAgents({ url, expect, ask, metadataUrl }: Checkup): Promise<void> {
-  if (metadataUrl === undefined) return;
-  const answer = await ask(`the MCP endpoint as ${MCP_AGENT}`, url, initializeAs(MCP_AGENT));
-  expect(
-    answer.status === 401,
-    `${MCP_AGENT} is answered ${answer.status}`,
-    `Something in front blocks this user agent (in Cloudflare: Block AI bots, AI Crawl Control): allow ${MCP_AGENT}, or sign-in succeeds and every call fails.`,
-  );
+/** Goes where only a token leads. It is sent to the address that was typed, and to no other. */
+async function checkCalls(checkup: Checkup): Promise<void> {
+  const { url, options: { token }, need, should } = checkup;
+  if (!token) return;
+  const headers: Record<string, string> = {
+    "User-Agent": MCP_AGENT,
+    Authorization: `Bearer ${token}`,
+    Accept: "application/json, text/event-stream",
+  };
+  const call = (message: { method: string; id?: number; params?: object }) =>
+    ask(checkup, message.method, url, { ...mcpRequest(MCP_AGENT, headers, message), events: true });
+  const hello = await call(INITIALIZE);
+  need(hello.status !== 401 && hello.status !== 403, "The token is accepted", hello.status);
+  need(isObject(hello.json?.result), "{} is answered with a result", "initialize");
+  const session = hello.headers.get("Mcp-Session-Id");
+  if (session) headers["Mcp-Session-Id"] = session;
+  await call({ method: "notifications/initialized" });
+  let [seconds, count, cursor]: [number, number, unknown] = [0, 0, undefined];
+  const refused: string[] = [];
+  for (let page = 0; page < 20 && (page === 0 || typeof cursor === "string"); page++) {
+    const answer = await call({ id: page + 1, method: "tools/list", params: defined({ cursor }) });
+    const { tools, nextCursor } = isObject(answer.json?.result) ? answer.json.result : {} as Record<string, unknown>;
+    need(Array.isArray(tools), "{} is answered with a result", "tools/list");
+    for (const tool of tools) {
+      const name = typeof tool?.name === "string" ? tool.name : "";
+      if (!/^[a-zA-Z0-9_-]{1,64}$/.test(name)) refused.push(name);
+    }
+    [seconds, count, cursor] = [seconds + answer.seconds, count + tools.length, nextCursor];
+  }
+  if (session) await ask(checkup, "the end of the session", url, { method: "DELETE", headers });
+  should(refused.length === 0, "Every tool has a name that Claude accepts", refused.join(", "));
+  const [first, list] = [hello.seconds.toFixed(2), seconds.toFixed(2)];
+  checkup.calls = `initialize took ${first} s, tools/list ${list} s: ${count} tools`;
+  const total = Number((hello.seconds + seconds).toFixed(2));
+  should(total < CLIENT_PATIENCE / 3, "The calls with a token take {} s", total);
 }
 
-/** Where RFC 8414 and RFC 9728 put a document for this URL. */
+/** The place of a metadata document for this URL (RFC 8414 §3.1, RFC 9728 §3.1). */
 function wellKnown(name: string, url: URL): string {
   return `${url.origin}/.well-known/${name}${url.pathname === "/" ? "" : url.pathname.replace(/\/$/, "")}`;
 }
 
-async function readDocument({ ask, expect }: Checkup, what: string, place: string) {
-  const { status, json, headers } = await ask(what, place);
-  const served = `Serve it at ${place}, without a redirect (RFC 8414 §3, RFC 9728 §3); it must pass every firewall.`;
-  if (!expect(status === 200, `${what} is answered ${status}`, served)) return undefined;
-  const type = quote(headers.get("Content-Type"));
-  return expect(isObject(json), "it is JSON", `It is ${type}: serve application/json, not a page of the app.`)
-    ? json
-    : undefined;
-}
+const lists = (list: unknown, value: string): boolean => Array.isArray(list) && list.includes(value);
+const inShort = ({ status, headers }: Answer): string => `${status} ${headers.get("Content-Type") ?? ""}`.trim();
+const emptyMembers = (json: object): string =>
+  Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name).join(", ");
 
 async function checkResourceMetadata(checkup: Checkup): Promise<void> {
-  const { url, expect, ask, metadataUrl, note } = checkup;
-  const place = metadataUrl || wellKnown("oauth-protected-resource", url);
-  if (!URL.canParse(place)) {
-    return note("failed", "resource_metadata is not a URL", "Write it in full, with https:// and the host.");
-  }
-  if (metadataUrl && new URL(metadataUrl).origin !== url.origin) {
-    note(
-      "failed",
-      `resource_metadata points to ${new URL(metadataUrl).origin}`,
-      `Build it from the public base URL, ${url.origin}, not from what the request says behind the proxy.`,
-    );
-  }
-  const json = await readDocument(checkup, "the resource's metadata", place);
-  if (!json) return;
-  checkup.resource = json;
+  const { url, metadataUrl, need, must, should } = checkup;
+  const guessed = wellKnown("oauth-protected-resource", url);
+  const place = metadataUrl || guessed;
+  need(webUrl(place)?.origin === url.origin, "resource_metadata is on this server", place);
+  const answer = await ask(checkup, "the resource's metadata", place);
+  const { status, json } = answer;
+  need(status === 200 && isObject(json), "The resource's metadata is served", inShort(answer));
   const typed = url.href.replace(/\/$/, "");
-  const same = String(json.resource).replace(/\/$/, "") === typed;
-  expect(
-    same,
-    `resource is ${quote(json.resource)}`,
-    `It must be what is typed into the client, ${quote(typed)}, byte for byte.`,
-  );
-  if (same) {
-    expect(
-      json.resource === typed,
-      "resource has no slash at its end",
-      "Leave it out: Codex and Gemini CLI compare strings.",
-    );
+  need([typed, `${typed}/`].includes(json.resource), "resource is the address", json.resource);
+  must(json.resource === typed, "resource has no slash at its end");
+  checkup.issuer = json.authorization_servers?.[0];
+  need(webUrl(checkup.issuer), "An authorization server is named");
+  should(!lists(json.scopes_supported, "offline_access"), "The resource does not list offline_access");
+  if (place !== guessed) {
+    const other = await ask(checkup, "the metadata where clients guess it", guessed);
+    should(other.status === 200, "The metadata is where clients guess it", other.status);
   }
-  const servers = json.authorization_servers;
-  expect(
-    Array.isArray(servers) && servers.length > 0 && servers.every((server) => typeof server === "string"),
-    "it names an authorization server",
-    "Add authorization_servers with the issuer (RFC 9728 §2).",
-  );
-  expect(
-    !json.scopes_supported?.includes?.("offline_access"),
-    "it does not list offline_access",
-    "That belongs in the authorization server's metadata only.",
-    "warning",
-  );
-  const direct = wellKnown("oauth-protected-resource", url);
-  if (place !== direct) {
-    const other = await ask("the metadata where clients guess it", direct);
-    expect(
-      other.status === 200,
-      `${direct} is answered ${other.status}`,
-      "Serve it there too: some clients do not read the challenge.",
-      "warning",
-    );
-  }
-  const root = await ask("the metadata at the root", `${url.origin}/.well-known/oauth-protected-resource`);
-  expect(
-    root.status === 200 && isObject(root.json),
-    `the root form of it is answered ${root.status}`,
-    "Serve the same document there: Claude Code looks there when it signs out.",
-    "warning",
-  );
+  const root = await ask(checkup, "the metadata at the root", `${url.origin}/.well-known/oauth-protected-resource`);
+  should(root.status === 200 && isObject(root.json), "The metadata is at the root", inShort(root));
 }
 
 async function checkServerMetadata(checkup: Checkup): Promise<void> {
-  const { url, resource, expect, note, ask } = checkup;
-  const issuer = resource?.authorization_servers?.[0] ?? url.origin;
-  if (!URL.canParse(issuer)) return note("failed", `authorization_servers names ${quote(issuer)}`, "It must be a URL.");
-  const place = wellKnown("oauth-authorization-server", new URL(issuer));
-  const json = await readDocument(checkup, "the authorization server's metadata", place);
-  if (!json) return;
-  checkup.server = json;
-  expect(
-    json.issuer === issuer,
-    `issuer is ${quote(json.issuer)}`,
-    `It must be ${
-      quote(issuer)
-    }, byte for byte, as authorization_servers has it; mind a slash at the end and http behind a proxy.`,
-  );
-  const endpoints = ["authorization_endpoint", "token_endpoint", "registration_endpoint", "revocation_endpoint"].filter(
-    (name) => name in json,
-  );
-  for (const name of ["authorization_endpoint", "token_endpoint"]) {
-    if (!endpoints.includes(name)) note("failed", `${name} is missing`, "Every client needs it.");
-  }
-  for (const name of endpoints) {
-    const endpoint = URL.parse(String(json[name]));
-    const secure = endpoint?.protocol === "https:" || (endpoint !== null && isLoopback(endpoint.hostname));
-    expect(
-      secure,
-      `${name} is https`,
-      `It is ${
-        quote(json[name])
-      }: build it from the public https address, not from what the request says behind the proxy.`,
-    );
-  }
-  const has = (name: string, value: string) => Array.isArray(json[name]) && json[name].includes(value);
-  expect(
-    has("code_challenge_methods_supported", "S256"),
-    "PKCE with S256 is on offer",
-    'Add code_challenge_methods_supported: ["S256"]: without it clients refuse to go on.',
-  );
-  expect(
-    has("response_types_supported", "code"),
-    "response_types_supported holds code",
-    "Add it: the document does not parse without.",
-  );
-  const cimd = json.client_id_metadata_document_supported === true;
-  expect(
-    cimd || json.registration_endpoint,
-    "a client can introduce itself",
-    "Add registration_endpoint (RFC 7591), or client_id_metadata_document_supported: true.",
-  );
-  expect(
-    has("token_endpoint_auth_methods_supported", "none"),
-    "public clients are welcome",
-    'Add "none" to token_endpoint_auth_methods_supported: Claude and most others are public clients.',
-    json.registration_endpoint ? "warning" : "failed",
-  );
-  expect(
-    has("scopes_supported", "offline_access"),
-    "offline_access is on offer",
-    "Add it to scopes_supported: several clients ask for a refresh token only then.",
-    "warning",
-  );
-  expect(
-    json.authorization_response_iss_parameter_supported,
-    "answers carry iss (RFC 9207)",
-    "Send iss and advertise it: ChatGPT and Codex then use their stable addresses.",
-    "warning",
-  );
-  const nulls = Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name);
-  expect(
-    nulls.length === 0,
-    "no member is null or empty",
-    `Leave out ${nulls.join(", ")}: strict clients refuse the whole document.`,
-  );
-  const head = await ask("the same by HEAD", place, { method: "HEAD" });
-  expect(head.status === 200, `HEAD is answered ${head.status}`, "Answer HEAD like GET.", "warning");
-}
-
-async function checkOpenidConfiguration({ url, server, note, ask }: Checkup): Promise<void> {
-  const { status, json } = await ask("the OpenID configuration", `${url.origin}/.well-known/openid-configuration`);
-  if (status === 404) return note("ok", "there is no OpenID configuration to mistake for one");
-  const complete = isObject(json) &&
-    ["jwks_uri", "subject_types_supported", "id_token_signing_alg_values_supported"].every((name) => json[name]);
-  if (status === 200 && !complete) {
-    note(
-      server ? "warning" : "failed",
-      "the OpenID configuration is incomplete",
-      "Answer 404 there, or serve all that OpenID Connect Discovery requires: clients that try it cannot parse it.",
-    );
-  } else if (status !== 200) note("warning", `the OpenID configuration is answered ${status}`, "Answer 404 there.");
+  const { issuer, need, must, should } = checkup;
+  const oauth = wellKnown("oauth-authorization-server", new URL(issuer));
+  const openid = wellKnown("openid-configuration", new URL(issuer));
+  const answer = await ask(checkup, "the authorization server's metadata", oauth);
+  const other = await ask(checkup, "the OpenID configuration", openid);
+  const isServed = answer.status === 200 && isObject(answer.json);
+  const isFound = other.status === 200 && isObject(other.json);
+  const isWhole = isFound &&
+    ["jwks_uri", "subject_types_supported", "id_token_signing_alg_values_supported"].every((name) => other.json[name]);
+  // Clients take either document (RFC 8414 §5), and stumble over half of one.
+  if (!isServed && isFound) need(isWhole, "The OpenID configuration is whole or absent", other.status);
+  need(isServed || isWhole, "The authorization server's metadata is served", inShort(answer));
+  should(isWhole || other.status === 404, "The OpenID configuration is whole or absent", other.status);
+  const json = checkup.server = isServed ? answer.json : other.json;
+  need(json.issuer === issuer, "issuer is what the resource names", json.issuer);
+  const needed = ["authorization_endpoint", "token_endpoint"];
+  const missing = needed.find((name) => !json[name]);
+  need(!missing, "The endpoints are named", missing);
+  const given = [...needed, "registration_endpoint", "revocation_endpoint"].filter((name) => json[name]);
+  const unsafe = given.find((name) => {
+    const endpoint = webUrl(json[name]);
+    return !endpoint || endpoint.protocol === "http:" && !isLoopback(endpoint.hostname);
+  });
+  need(!unsafe, "Every endpoint is https or on this computer", unsafe);
+  must(lists(json.code_challenge_methods_supported, "S256"), "PKCE with S256 is on offer");
+  must(lists(json.response_types_supported, "code"), "The response type code is on offer");
+  const takesDocuments = json.client_id_metadata_document_supported === true;
+  need(takesDocuments || json.registration_endpoint, "A client can introduce itself");
+  const methods = json.token_endpoint_auth_methods_supported;
+  (json.registration_endpoint ? should : must)(lists(methods, "none"), "Clients without a secret are accepted");
+  if (takesDocuments) should(lists(methods, "private_key_jwt"), "private_key_jwt is accepted");
+  should(lists(json.scopes_supported, "offline_access"), "offline_access is on offer");
+  should(json.authorization_response_iss_parameter_supported, "Answers carry iss");
+  const empty = emptyMembers(json);
+  must(!empty, "No member is null or empty", empty);
+  const head = await ask(checkup, "the metadata by HEAD", isServed ? oauth : openid, { method: "HEAD" });
+  should(head.status === 200, "HEAD is answered like GET", head.status);
 }
 
 async function checkRegistration(checkup: Checkup): Promise<void> {
-  const { url, server, expect, note, ask } = checkup;
-  const endpoint = server?.registration_endpoint ?? (server ? undefined : `${url.origin}/register`);
-  if (!endpoint) {
-    if (server?.client_id_metadata_document_supported === true) {
-      checkup.client_id = "https://claude.ai/oauth/mcp-oauth-client-metadata";
-    }
+  const { server, must, should } = checkup;
+  if (!server.registration_endpoint) {
+    checkup.client_id = "https://claude.ai/oauth/mcp-oauth-client-metadata";
     return;
   }
   const body = JSON.stringify({
@@ -4546,41 +5567,22 @@ async function checkRegistration(checkup: Checkup): Promise<void> {
     response_types: ["code"],
     token_endpoint_auth_method: "none",
   });
-  const { status, json, text } = await ask("registration", endpoint, {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body,
-  });
-  const reason = isObject(json) ? `${json.error ?? ""} ${json.error_description ?? ""}`.trim() : text.slice(0, 100);
-  const advice = status === 429
-    ? "Do not limit registrations by address: all of Claude's users share a few."
-    : `Accept open registration with Claude's redirect URI ${CHECK_REDIRECT}. (${reason})`;
-  if (!expect(status === 201 || status === 200, `registration is answered ${status}`, advice)) return;
-  if (
-    !expect(
-      isObject(json) && typeof json.client_id === "string" && json.client_id,
-      "it gives a client_id",
-      "Answer JSON with client_id (RFC 7591 §3.2.1).",
-    )
-  ) return;
+  const headers = { "Content-Type": "application/json" };
+  const answer = await ask(checkup, "registration", server.registration_endpoint, { method: "POST", headers, body });
+  const { status, json, text } = answer;
+  const accepted = status === 201 || status === 200;
+  if (!must(accepted, "A client can register", `${status} ${text}`)) return;
+  const client_id = isObject(json) && typeof json.client_id === "string" && json.client_id;
+  if (!must(client_id, "Registration gives a client_id")) return;
   checkup.client_id = json.client_id;
-  expect(
-    json.redirect_uris?.includes?.(CHECK_REDIRECT),
-    "it echoes the redirect URIs",
-    "Answer redirect_uris as they were registered: clients cannot parse the answer without.",
-  );
-  const nulls = Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name);
-  expect(
-    nulls.length === 0,
-    "no member of the answer is null or empty",
-    `Leave out ${nulls.join(", ")}: strict clients refuse the whole answer.`,
-  );
-  if (status !== 201) note("warning", "registration answers 200", "Answer 201 (RFC 7591 §3.2.1).");
+  must(lists(json.redirect_uris, CHECK_REDIRECT), "Registration echoes the redirect URIs");
+  const empty = emptyMembers(json);
+  must(!empty, "No member is null or empty", empty);
+  should(status === 201, "Registration is answered 201", status);
 }
 
-function authorizationUrl(checkup: Checkup, change: Record<string, string | undefined> = {}): URL {
-  const { url, server, resource, client_id = "" } = checkup;
-  const target = new URL(server?.authorization_endpoint ?? "/authorize", url);
+function authorizationUrl({ url, server, client_id }: Checkup, change: Record<string, string> = {}): URL {
+  const target = new URL(server.authorization_endpoint);
   const params = {
     response_type: "code",
     client_id,
@@ -4588,250 +5590,239 @@ function authorizationUrl(checkup: Checkup, change: Record<string, string | unde
     code_challenge: CHECK_CHALLENGE,
     code_challenge_method: "S256",
     state: "setup-check",
-    resource: typeof resource?.resource === "string" ? resource.resource : url.href,
+    resource: url.href.replace(/\/$/, ""),
     ...change,
   };
-  for (const [name, value] of Object.entries(params)) if (value !== undefined) target.searchParams.set(name, value);
+  for (const [name, value] of Object.entries(params)) if (value) target.searchParams.set(name, value);
   return target;
 }
 
-/** What must not be waved through. */
-async function checkAuthorization(checkup: Checkup): Promise<void> {
-  const { client_id, expect, ask } = checkup;
-  if (!client_id) return;
-  const headers = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
-  const location = async (what: string, change: Record<string, string | undefined>) =>
-    (await ask(what, authorizationUrl(checkup, change), { headers })).headers.get("Location") ?? "";
-  const without = await location("authorization without PKCE", {
-    code_challenge: undefined,
-    code_challenge_method: undefined,
-  });
-  expect(
-    !/[?&]code=/.test(without),
-    "a request without PKCE gets no code",
-    "Require PKCE with S256 (OAuth 2.1 §4.1.1).",
-  );
-  const plain = await location("authorization with plain PKCE", { code_challenge_method: "plain" });
-  expect(!/[?&]code=/.test(plain), "a request with plain PKCE gets no code", "Accept S256 only.");
-  const elsewhere = await location("authorization with another redirect", { redirect_uri: "https://evil.example/" });
-  expect(
-    !elsewhere.startsWith("https://evil.example"),
-    "a redirect URI that is not registered is not followed",
-    "Compare redirect URIs exactly, before anything is sent to them.",
-  );
-  const unknown = await location("authorization for an unknown client", { client_id: "nobody" });
-  expect(
-    !unknown.startsWith(CHECK_REDIRECT),
-    "an unknown client is not answered by a redirect",
-    "Show a page instead: nothing is known about the address.",
-  );
-}
+const AS_BROWSER = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
+const hasCode = (location: string) => /[?&]code=/.test(location);
 
-/** The page the owner sees, and the way back from it: the form's own button to deny shows that without a password. */
+/** Looks at the page that the owner sees, and at the way back: the form's own button to deny needs no password. */
 async function checkConsent(checkup: Checkup): Promise<void> {
-  const { client_id, expect, note, ask } = checkup;
+  const { client_id, need, must, should } = checkup;
   if (!client_id) return;
-  const headers = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
   const target = authorizationUrl(checkup);
-  const shown = await ask("the consent page", target, { headers });
-  const location = shown.headers.get("Location") ?? "";
-  if (
-    !expect(
-      !/[?&]code=/.test(location),
-      "nobody gets a code without the owner",
-      "Ask the owner first: as it is, anybody with an account at an allowed client can connect.",
-    )
-  ) return;
-  if (location.startsWith(CHECK_REDIRECT)) {
-    const error = new URL(location).searchParams;
-    note(
-      "failed",
-      `a good authorization request is refused: ${error.get("error")}`,
-      error.get("error_description") ?? "See the server's log.",
-    );
-    return;
-  }
-  if (location) return note("ok", `the owner is sent to ${new URL(location, target).origin} to sign in`);
-  const reason = shown.text.replace(/<(style|script)[^]*?<\/\1>|<[^>]*>/g, " ").replace(/\s+/g, " ").trim().slice(
-    0,
-    200,
-  );
-  if (!expect(shown.status === 200, `the consent page is answered ${shown.status}`, `It says: ${reason}`)) return;
-  const policy = shown.headers.get("Content-Security-Policy") ?? "";
-  expect(
-    !/form-action/.test(policy),
-    "its Content-Security-Policy has no form-action",
-    "Leave form-action out: Chromium applies it to the redirect back to the app, and the button does nothing.",
-  );
-  const framed = /frame-ancestors/.test(policy) || shown.headers.has("X-Frame-Options");
-  expect(
-    framed,
-    "it cannot be framed",
-    "Send frame-ancestors 'none': another site can otherwise lead the owner's click.",
-    "warning",
-  );
-  expect(
-    shown.headers.get("Cross-Origin-Opener-Policy") !== "same-origin",
-    "it keeps its opener",
-    "Leave out Cross-Origin-Opener-Policy: same-origin, which cuts pop-up sign-ins off.",
-    "warning",
-  );
+  const shown = await ask(checkup, "the consent page", target, { headers: AS_BROWSER });
+  const { status, headers } = shown;
+  const location = headers.get("Location") ?? "";
+  need(!hasCode(location), "No code is given without the owner");
+  if (!must(!location.startsWith(CHECK_REDIRECT), "A good request is accepted", location)) return;
+  if (location) return void must(webUrl(location, target), "The owner is asked", location);
+  if (!must(status === 200, "The consent page is shown", `${status} ${pageText(shown.text)}`.trim())) return;
+  const policy = headers.get("Content-Security-Policy") ?? "";
+  must(!/form-action/.test(policy), "The page has no form-action");
+  should(/frame-ancestors/.test(policy) || headers.has("X-Frame-Options"), "The page cannot be framed");
+  should(headers.get("Cross-Origin-Opener-Policy") !== "same-origin", "The page keeps its opener");
   await checkDenial(checkup, target, shown);
 }
 
-async function checkDenial({ expect, ask, server }: Checkup, page: URL, shown: Answer): Promise<void> {
-  const form = shown.text.match(/<form\b[^]*?<\/form>/i)?.[0] ?? "";
-  const attribute = (tag: string, name: string) =>
-    tag.match(new RegExp(`\\b${name}=(?:"([^"]*)"|'([^']*)')`, "i"))?.slice(1).find((value) => value !== undefined)
-      ?.replace(
-        /&(amp|quot|lt|gt|#39);/g,
-        (_, entity) => ({ amp: "&", quot: '"', lt: "<", gt: ">", "#39": "'" })[entity as "amp"]!,
-      );
-  const tags = form.match(/<(input|button)\b[^>]*>/gi) ?? [];
-  const deny = tags.find((tag) =>
-    /deny|denied|cancel|reject/i.test(attribute(tag, "value") ?? attribute(tag, "name") ?? "")
-  );
-  if (!deny || !attribute(deny, "name")) return; // a page of its own kind: nothing can be said without its owner
-  const fields = tags.filter((tag) => /type=["']?hidden/i.test(tag)).map((
-    tag,
-  ) => [attribute(tag, "name") ?? "", attribute(tag, "value") ?? ""]);
-  const cookies = shown.headers.getSetCookie().map((cookie) => cookie.split(";")[0]).join("; ");
-  const answer = await ask(
-    "the way back from the consent page",
-    new URL(attribute(form, "action") || page.href, page),
-    {
-      method: "POST",
-      headers: {
-        "Content-Type": "application/x-www-form-urlencoded",
-        "User-Agent": "Mozilla/5.0",
-        Accept: "text/html",
-        Cookie: cookies,
-        Origin: page.origin,
-      },
-      body: new URLSearchParams([...fields, [attribute(deny, "name")!, attribute(deny, "value") ?? ""]]).toString(),
-    },
-  );
-  const { status, headers } = answer;
-  if (
-    !expect(
-      status === 302 || status === 303,
-      `the consent form is answered ${status}`,
-      status === 307 || status === 308
-        ? "Redirect with 302: after 307 the browser posts the owner's form on to the app, which refuses it."
-        : "Answer the form with a redirect (302) back to the app.",
-    )
-  ) return;
-  const back = new URL(headers.get("Location") ?? "", page).searchParams;
-  expect(
-    back.get("error") === "access_denied" && back.get("state") === "setup-check",
-    "a denial is told to the app, with its state",
-    "Redirect back with error=access_denied and the state as it came.",
-  );
-  if (server?.authorization_response_iss_parameter_supported) {
-    expect(
-      back.get("iss") === server.issuer,
-      `the answer's iss is ${quote(back.get("iss"))}`,
-      `It must be the issuer, ${quote(server.issuer)}, on errors too (RFC 9207 §2).`,
-    );
-  }
+async function checkDenial(checkup: Checkup, page: URL, shown: Answer): Promise<void> {
+  const { must, should, server } = checkup;
+  const isDenial = ({ name = "", value = "" }: Attributes) => name && /deny|denied|cancel|reject/i.test(value || name);
+  const form = readForms(shown.text).find(({ fields }) => fields.some(isDenial));
+  if (!form) return; // a page of its own kind: nothing can be said without its owner
+  // A form for elsewhere is not sent: the page could choose any address, with any fields.
+  const action = webUrl(form.action || page.href, page);
+  if (!should(action?.origin === page.origin, "The form posts to its own origin", form.action)) return;
+  const { name = "", value = "" } = form.fields.find(isDenial)!;
+  const hidden = form.fields.filter(({ type }) => type?.toLowerCase() === "hidden");
+  const fields = [...hidden.map(({ name = "", value = "" }) => [name, value]), [name, value]];
+  // As a browser keeps them, but for this host alone whatever Domain says.
+  const cookies = shown.headers.getSetCookie().map((cookie) => cookie.split(";")[0]!.trim());
+  const headers = {
+    ...AS_BROWSER,
+    "Content-Type": "application/x-www-form-urlencoded",
+    Cookie: cookies.filter((cookie) => /^[\x21-\x3c\x3e-\x7e]+=[\x21-\x7e]*$/.test(cookie)).join("; ").slice(0, 8192),
+    Origin: page.origin,
+  };
+  const body = new URLSearchParams(fields).toString();
+  const answer = await ask(checkup, "the way back from the consent page", action!, { method: "POST", headers, body });
+  if (!must([302, 303].includes(answer.status), "The consent form leads back", answer.status)) return;
+  const location = answer.headers.get("Location") ?? "";
+  const back = webUrl(location, page)?.searchParams;
+  const isTold = location.startsWith(CHECK_REDIRECT) && back?.get("error") === "access_denied";
+  must(isTold && back?.get("state") === "setup-check", "A denial is told to the app", location);
+  if (!isTold || !server.authorization_response_iss_parameter_supported) return;
+  must(back?.get("iss") === server.issuer, "A denial carries iss", back?.get("iss"));
 }
 
-async function checkToken({ url, server, client_id, expect, ask }: Checkup): Promise<void> {
-  const endpoint = server?.token_endpoint ?? new URL("/token", url).href;
-  const post = (what: string, fields: Record<string, string>) =>
-    ask(what, endpoint, {
+/** Asks for what must be refused. */
+async function checkAuthorization(checkup: Checkup): Promise<void> {
+  const { client_id, must } = checkup;
+  if (!client_id) return;
+  const location = async (change: Record<string, string>) => {
+    const target = authorizationUrl(checkup, change);
+    const { headers } = await ask(checkup, "an authorization to refuse", target, { headers: AS_BROWSER });
+    return headers.get("Location") ?? "";
+  };
+  must(!hasCode(await location({ code_challenge: "", code_challenge_method: "" })), "PKCE is required");
+  must(!hasCode(await location({ code_challenge_method: "plain" })), "PKCE is S256");
+  const away = await location({ redirect_uri: "https://evil.example/" });
+  must(!away.startsWith("https://evil.example"), "Redirect URIs are compared");
+  const unknown = await location({ client_id: "nobody" });
+  must(!unknown.startsWith(CHECK_REDIRECT), "An unknown client gets no redirect");
+}
+
+async function checkToken(checkup: Checkup): Promise<void> {
+  const { server, client_id, must } = checkup;
+  const refresh = (what: string, client_id: string) =>
+    ask(checkup, `the token endpoint, ${what}`, server.token_endpoint, {
       method: "POST",
       headers: { "Content-Type": "application/x-www-form-urlencoded" },
-      body: new URLSearchParams(fields).toString(),
+      body: new URLSearchParams({ grant_type: "refresh_token", refresh_token: "made-up", client_id }).toString(),
     });
-  const unknown = await post("the token endpoint, as an unknown client", {
-    grant_type: "refresh_token",
-    refresh_token: "made-up",
-    client_id: "nobody",
-  });
-  expect(
-    isObject(unknown.json) && typeof unknown.json.error === "string",
-    "the token endpoint answers errors in JSON",
-    `It answered ${unknown.status} ${
-      quote(unknown.headers.get("Content-Type"))
-    }: clients take anything but JSON for a broken server.`,
-  );
-  if (!client_id) return;
-  const dead = await post("the token endpoint, with a dead refresh token", {
-    grant_type: "refresh_token",
-    refresh_token: "made-up",
-    client_id,
-  });
-  const found = `${dead.status} ${isObject(dead.json) ? dead.json.error : ""}`.trim();
-  expect(
-    found === "400 invalid_grant",
-    `a dead refresh token is answered ${found}`,
-    "Answer 400 invalid_grant: it is what makes a client ask its user to sign in again.",
-  );
+  const unknown = await refresh("as an unknown client", "nobody");
+  const isError = isObject(unknown.json) && typeof unknown.json.error === "string";
+  if (!must(isError, "The token endpoint answers errors in JSON", inShort(unknown)) || !client_id) return;
+  const { status, json } = await refresh("with a dead refresh token", client_id);
+  const found = isObject(json) && typeof json.error === "string" ? `${status} ${json.error}` : status;
+  must(found === "400 invalid_grant", "A dead refresh token is answered 400 invalid_grant", found);
 }
 
-/** Only browser-based clients need this, such as Inspector and playgrounds. */
-async function checkBrowserAccess({ url, server, metadataUrl, expect, ask }: Checkup): Promise<void> {
-  if (metadataUrl === undefined) return;
+/** Asks as a browser does for an app within a page, such as Inspector and playgrounds. */
+async function checkBrowserAccess(checkup: Checkup): Promise<void> {
+  const { url, server, should } = checkup;
   const headers = {
     Origin: "https://inspector.example",
     "Access-Control-Request-Method": "POST",
     "Access-Control-Request-Headers": "authorization,content-type,mcp-protocol-version",
   };
-  const opens = ({ status, headers }: Answer) =>
-    status < 300 && /^\*$|inspector\.example/.test(headers.get("Access-Control-Allow-Origin") ?? "");
-  const fix =
-    "Answer the preflight before the guard, with Access-Control-Allow-Origin; only clients inside a browser need it.";
-  for (const [what, place] of [["the MCP endpoint", url.href], ["the token endpoint", server?.token_endpoint]]) {
-    if (!place) continue;
-    const answer = await ask(`a browser's preflight for ${what}`, place, { method: "OPTIONS", headers });
-    expect(opens(answer), `a browser may use ${what}`, fix, "warning");
+  for (const [name, place] of [["MCP", url.href], ["token", server.token_endpoint]]) {
+    const answer = await ask(checkup, `a browser's preflight, ${name}`, place, { method: "OPTIONS", headers });
+    const allowed = answer.headers.get("Access-Control-Allow-Origin") ?? "";
+    should(answer.status < 300 && ["*", headers.Origin].includes(allowed), "A browser may use the {} endpoint", name);
   }
 }
 
-// deno-lint-ignore no-explicit-any
-function isObject(value: unknown): value is Record<string, any> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
+type Attributes = Partial<Record<"action" | "name" | "type" | "value", string>>;
+
+/** So much of a page is read for its forms and its text. */
+const MAX_PAGE_LENGTH = 64 * 1024;
+const TAG = /<(\/?form|input|button)(?![\w-])/gi;
+const ATTRIBUTE = /[\s/]*([^\s"'<>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'<>]+)))?/y;
+const ENTITIES: Record<string, string> = { amp: "&", quot: '"', lt: "<", gt: ">", "#39": "'" };
+
+/**
+ * Reads the forms of a page with their inputs and buttons, in one pass: each match begins where the last one ended, and
+ * no two parts of a pattern can share a run of characters, so the time grows with the length alone.
+ */
+function readForms(page: string): { action?: string; fields: Attributes[] }[] {
+  const text = page.slice(0, MAX_PAGE_LENGTH);
+  const forms: { action?: string; fields: Attributes[] }[] = [];
+  let form: (typeof forms)[number] | undefined;
+  TAG.lastIndex = 0;
+  for (let tag = TAG.exec(text); tag; tag = TAG.exec(text)) {
+    const attributes: Record<string, string> = {};
+    ATTRIBUTE.lastIndex = TAG.lastIndex;
+    for (let found = ATTRIBUTE.exec(text); found; found = ATTRIBUTE.exec(text)) {
+      const [, name = "", ...values] = found;
+      const value = values.find((value) => value !== undefined) ?? "";
+      attributes[name.toLowerCase()] ??= value.replace(/&(amp|quot|lt|gt|#39);/g, (_, entity) => ENTITIES[entity]!);
+      TAG.lastIndex = ATTRIBUTE.lastIndex;
+    }
+    const { action, name, type, value, method } = attributes;
+    const kind = tag[1]!.toLowerCase();
+    if (kind === "/form") form = undefined;
+    else if (kind !== "form") form?.fields.push(defined({ name, type, value }));
+    else if (method?.toLowerCase() === "post") forms.push(form = { ...defined({ action }), fields: [] });
+  }
+  return forms;
 }
 
-/** `deno run -A mod.ts https://your-domain.com/mcp`: exit status 0 ready, 1 broken, 2 unreachable. */
-async function setupCheckCommand(process: CommandProcess): Promise<void> {
-  const args = process.argv.slice(2);
-  const [url] = args.filter((arg) => !arg.startsWith("--"));
-  if (!url) {
-    console.error("Say which server to check: mod.ts [--json] https://your-domain.com/mcp");
-    process.exitCode = 2;
-    return;
-  }
-  const terminal = Boolean(process.stdout.isTTY) && !process.env.NO_COLOR;
-  const quiet = args.includes("--json");
-  const progress = (text: string) => process.stdout.write(`\r\x1b[K${text}`);
-  const onProgress = (what: string) => terminal && !quiet && progress(`… ${what}`);
-  let report: SetupReport;
+/** The words of a page, without its tags, styles and scripts. */
+function pageText(page: string): string {
+  const parts = `>${page.slice(0, MAX_PAGE_LENGTH)}`.split("<");
+  const words = parts.map((part) => /^(style|script)\b/i.test(part) ? "" : part.slice(part.indexOf(">") + 1));
+  return words.join(" ").replace(/\s+/g, " ").trim();
+}
+
+/** Returns the lines that add a good server to Claude. */
+function whatToType({ url, calls }: Checkup): string[] {
+  const href = /[^\w:/.~%-]/.test(url.href) ? `'${url.href.replaceAll("'", "%27")}'` : url.href; // for a shell
+  return [
+    ...(calls ? [calls] : []),
+    isInside(url.hostname)
+      ? "claude.ai: cannot reach this address"
+      : `claude.ai: Customize → Connectors → Add, and type ${url.href}`,
+    `Claude Code: claude mcp add --transport http personal ${href}`,
+  ];
+}
+
+const HELP =
+  `Asks an MCP server what Claude will ask, and says what to repair. It needs no password and changes nothing.
+
+Usage: mod.ts [options] https://your-domain.com/mcp
+
+  --token pat_…   also call initialize and tools/list with this access token, for example one made at /connections;
+                  the environment variable MCP_TOKEN does the same and keeps it out of the list of processes
+  -v, --verbose   show the checks that passed, too
+  --json          print { url, verdict, findings: [{ heading, result, what, fix, withPersonalAuth }], next }
+  -h, --help      show this
+
+Exit status: 0 clients can connect; 1 some clients will fail; 2 no answer, or wrong arguments.`;
+
+const COMMAND_OPTIONS = {
+  token: { type: "string" },
+  verbose: { type: "boolean", short: "v" },
+  json: { type: "boolean" },
+  help: { type: "boolean", short: "h" },
+};
+
+/** Runs `deno run -A mod.ts https://your-domain.com/mcp`: exit status 0 ready, 1 broken, 2 unreachable. */
+async function setupCheckCommand({ argv, env, stdout }: CommandProcess): Promise<number> {
+  const isTerminal = Boolean(stdout.isTTY);
+  const progress = (text: string) => isTerminal && stdout.write(`\r\x1b[K${text}`);
   try {
-    report = await checkSetup(url, { onProgress });
+    const args = { args: argv.slice(2), allowPositionals: true, options: COMMAND_OPTIONS };
+    const { values, positionals } = nodeModule("node:util").parseArgs(args);
+    const { token = env.MCP_TOKEN, verbose, json, help } = values;
+    if (help) {
+      console.log(HELP);
+      return 0;
+    }
+    const onProgress = (what: string) => void (json || progress(`… ${what}`));
+    const report = await checkSetup(positionals[0] ?? "", { onProgress, token: token || undefined });
+    if (!json) progress("");
+    console.log(json ? JSON.stringify(report, null, 2) : reportText(report, verbose, isTerminal && !env.NO_COLOR));
+    return { ready: 0, broken: 1, unreachable: 2 }[report.verdict];
   } catch (error) {
-    console.error((error as Error).message);
-    process.exitCode = 2;
-    return;
+    progress("");
+    console.error(`${(error as Error).message}\nFor help: mod.ts --help`);
+    return 2;
   }
-  if (terminal && !quiet) progress("");
-  console.log(quiet ? JSON.stringify(report, null, 2) : setupReportText(report, terminal));
-  process.exitCode = { ready: 0, broken: 1, unreachable: 2 }[report.verdict];
 }
 
-function setupReportText({ findings, verdict }: SetupReport, terminal: boolean): string {
-  const marks = { ok: ["✓", "32"], warning: ["!", "33"], failed: ["✗", "31"] };
-  const lines = findings.map(({ result, what, fix }) => {
-    const [mark, colour] = marks[result];
-    return `${terminal ? `\x1b[${colour}m${mark}\x1b[0m` : mark} ${what}${fix ? `\n  ${fix}` : ""}`;
-  });
-  const conclusion = {
-    ready: "Clients can connect.",
-    broken: "Some clients cannot connect: see the lines with ✗.",
-    unreachable: "Nothing could be asked.",
+const MARKS = { ok: ["✓", "32"], warning: ["!", "33"], failed: ["✗", "31"] } as const;
+
+/** Formats a report for a terminal: a line for each heading, then what is to be repaired, the next step last. */
+function reportText({ url, findings, next }: SetupReport, verbose: boolean, colours: boolean): string {
+  const marked = (result: keyof typeof MARKS, text: string) => {
+    const [mark, colour] = MARKS[result];
+    return `${colours ? `\x1b[${colour}m${mark}\x1b[0m` : mark} ${text}`;
   };
-  return [...lines, "", conclusion[verdict]].join("\n");
+  const lines = [`Setup of ${url}`, ""];
+  for (const heading of new Set(STAGES.map(([heading]) => heading))) {
+    const here = findings.filter((finding) => finding.heading === heading);
+    const count = (result: string) => here.filter((finding) => finding.result === result).length;
+    const [passed, warnings, failed] = [count("ok"), count("warning"), count("failed")];
+    const counts = [`${passed} passed`, warnings && `${warnings} to look at`, failed && `${failed} failed`];
+    const worst = failed ? "failed" : warnings ? "warning" : "ok";
+    const summary = `${heading.padEnd(12)} ${counts.filter(Boolean).join(", ")}`;
+    lines.push(here.length > 0 ? marked(worst, summary) : `- ${heading.padEnd(12)} not asked yet`);
+    if (verbose) { for (const { result, what } of here) if (result === "ok") lines.push(`  ${marked(result, what)}`); }
+  }
+  for (const kind of ["warning", "failed"] as const) {
+    for (const { result, what, fix, withPersonalAuth } of findings) {
+      if (result !== kind) continue;
+      lines.push("", marked(kind, what));
+      if (withPersonalAuth) lines.push(`    with personalAuth(): ${withPersonalAuth}`);
+      lines.push(`    ${withPersonalAuth ? "another server: " : ""}${fix}`);
+    }
+  }
+  return [...lines, "", ...next].join("\n");
 }
 
 /** The part of Node's `process` that the command uses; Deno and Bun have it too. */
@@ -4844,5 +5835,6 @@ interface CommandProcess {
 
 /** Only where this very file is the program: bundled into another one, it is nobody's command. */
 if ((import.meta as { main?: boolean }).main && /\/mod\.[jt]s$/.test(import.meta.url)) {
-  void setupCheckCommand((globalThis as unknown as { process: CommandProcess }).process);
+  const { process } = globalThis as unknown as { process: CommandProcess };
+  void setupCheckCommand(process).then((status) => process.exitCode = status);
 }

@@ -6,12 +6,14 @@
 import node from "node:assert/strict";
 import { createHmac } from "node:crypto";
 import dns from "node:dns";
-import { spawn } from "node:child_process";
+import https from "node:https";
+import { spawn, spawnSync } from "node:child_process";
 import {
   chmodSync,
   mkdtempSync,
   readdirSync,
   readFileSync,
+  renameSync,
   rmSync,
   statSync,
   utimesSync,
@@ -20,8 +22,10 @@ import {
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { PassThrough } from "node:stream";
 import process from "node:process";
 import { test, type TestContext } from "node:test";
+import { fileURLToPath } from "node:url";
 import { serve } from "@hono/node-server";
 import type { OAuthClientProvider } from "@modelcontextprotocol/sdk/client/auth.js";
 import { Client } from "@modelcontextprotocol/sdk/client/index.js";
@@ -29,16 +33,15 @@ import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/
 import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 import { WebStandardStreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/webStandardStreamableHttp.js";
 import * as schemas from "@modelcontextprotocol/sdk/shared/auth.js";
-import { Hono } from "hono";
+import { type Context, Hono } from "hono";
 import { z } from "zod";
+import { storeContract } from "./.ci/stores/contract.ts";
 import {
-  approveGrant,
   type AuthEnv,
   type AuthEvent,
   checkSetup,
   fileStore,
-  type Grant,
-  isPublicAddress,
+  internals,
   type KvLike,
   kvStore,
   memoryStore,
@@ -46,16 +49,13 @@ import {
   type PersonalAuth,
   personalAuth,
   type PersonalAuthOptions,
-  presentGrant,
-  redeemGrant,
   redirects,
-  refreshGrant,
-  revokeGrant,
   type SetupOptions,
   type SetupReport,
   type Store,
-  verifyGrant,
 } from "./mod.ts";
+
+const { approveGrant, isPublicAddress, presentGrant, redeemGrant, refreshGrant, revokeGrant, verifyGrant } = internals;
 
 // ─── Assertions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -235,6 +235,15 @@ async function connect(app: World["app"], metadata: Record<string, unknown> = {}
   return { client, code, ...body } as Json;
 }
 
+/** The same on a server with a password. */
+async function connectAs(app: World["app"], password: string): Promise<Json> {
+  const client = await register(app);
+  const { location } = await browse(app).approve(authorizeUrl(client.client_id), password);
+  const code = location!.searchParams.get("code")!;
+  const fields = { grant_type: "authorization_code", client_id: client.client_id, code, code_verifier: VERIFIER };
+  return { client, ...(await post(app, "/token", fields)).body };
+}
+
 const refreshing = (app: World["app"], client_id: string, refresh_token: string, more: Record<string, string> = {}) =>
   post(app, "/token", { grant_type: "refresh_token", client_id, refresh_token, ...more });
 
@@ -273,6 +282,7 @@ function assertNoNull(value: Json): void {
 }
 
 const seconds = () => Date.now() / 1000;
+const pause = (milliseconds: number) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 // ─── Options ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -361,6 +371,7 @@ test("personalAuth() serves both documents wherever clients look, as real client
     schemas.OAuthProtectedResourceMetadataSchema.parse(document);
     assertEquals(document, {
       resource: `${BASE}/mcp`,
+      resource_name: "mcp.example.com",
       authorization_servers: [BASE],
       scopes_supported: ["mcp"],
       bearer_methods_supported: ["header"],
@@ -642,6 +653,7 @@ test("a client of the clients option comes with its own redirects, outside the a
 // ─── Client ID Metadata Documents ──────────────────────────────────────────────────────────────────────────────────
 
 const DOCUMENT = "https://app.example/oauth/client.json";
+type MetadataFetcher = NonNullable<PersonalAuthOptions["fetchClientMetadata"]>;
 const document = (more: Record<string, unknown> = {}) => ({
   client_id: DOCUMENT,
   client_name: "Published App",
@@ -714,9 +726,53 @@ test("a document is cached as its headers say, within bounds, and outlives an ou
   assertEquals(await visit(), [200, 3]);
   up = false;
   travel(2);
-  assertEquals([await visit(), await visit()], [[200, 4], [200, 4]]);
+  assertEquals([await visit(), await visit()], [[200, 4], [200, 5]]); // the old copy stands in, and no error is cached
   travel(61);
-  assertEquals(await visit(), [200, 5]);
+  assertEquals(await visit(), [200, 6]);
+});
+
+test("a document's errors are never cached, and only what is unreachable has a stand-in", async (t) => {
+  const travel = timeMachine(t);
+  let answer: () => Response = () => Response.json(document());
+  let fetched = 0;
+  const { app, events } = world({
+    fetchClientMetadata: async () => {
+      fetched++;
+      return await Promise.resolve(answer());
+    },
+  });
+  const visit = async (id = DOCUMENT) => (await browse(app).open(authorizeUrl(id))).status;
+  const status = (code: number) => () => new Response(null, { status: code });
+  const network = () => {
+    throw new TypeError("fetch failed");
+  };
+  const cut = () => new Response(new ReadableStream({ pull: (controller) => controller.error(new Error("reset")) }));
+  for (const unreachable of [network, cut, status(500), status(502), status(503), status(403), status(429)]) {
+    answer = () => Response.json(document());
+    assertEquals(await visit(), 200);
+    travel(3601);
+    answer = unreachable;
+    assertEquals([await visit(), await visit()], [200, 200]);
+    assertEquals(await visit("https://claude.ai/oauth/mcp-oauth-client-metadata"), 200);
+  }
+  const invalid = () => Response.json(document({ client_id: "https://other.example/" }));
+  const noJson = () => new Response("<!doctype html>");
+  for (const withdrawn of [status(404), status(410), status(302), status(204), noJson, invalid]) {
+    answer = () => Response.json(document());
+    assertEquals(await visit(), 200);
+    travel(3601);
+    answer = withdrawn;
+    const before = fetched;
+    assertEquals([await visit(), await visit()], [400, 400]);
+    assertEquals(fetched - before, 2, "an error was cached");
+    assertEquals(await visit("https://claude.ai/oauth/mcp-oauth-client-metadata"), 400);
+    assertEquals(events.at(-1)!.type, "client_document_refused");
+    answer = network; // what was withdrawn before does not come back
+    assertEquals(await visit(), 400);
+    answer = () => Response.json(document());
+    assertEquals(await visit(), 200); // repaired by its author, it works at once
+    travel(61);
+  }
 });
 
 test("a document that is not what it should be lets nobody in", async () => {
@@ -827,7 +883,7 @@ test("documents are fetched once for many who ask, and few at a time", async () 
   });
   const visit = async (id: string) => (await browse(app).open(authorizeUrl(id))).status;
   const many = Array.from({ length: 10 }, () => visit(DOCUMENT));
-  const others = Array.from({ length: 20 }, (_, i) => visit(`${DOCUMENT}?${i}`));
+  const others = Array.from({ length: 20 }, (_, i) => visit(`https://app${i}.example/client.json`));
   while (fetched < 8) await new Promise((resolve) => setTimeout(resolve, 5));
   const { client_id } = await register(app); // nobody else has to wait
   assertEquals(await visit(client_id), 200);
@@ -835,6 +891,55 @@ test("documents are fetched once for many who ask, and few at a time", async () 
   assertEquals(new Set(await Promise.all(many)), new Set([200]));
   assertEquals((await Promise.all(others)).filter((status) => status === 503).length, 13);
   assertEquals(fetched, 8);
+  const sameHost = Array.from({ length: 5 }, (_, i) => visit(`https://app99.example/${i}.json`));
+  while (fetched < 10) await new Promise((resolve) => setTimeout(resolve, 5));
+  open.forEach((answer) => answer());
+  assertEquals((await Promise.all(sameHost)).sort(), [200, 200, 503, 503, 503]);
+});
+
+test("a download counts until it is really over, and a slow one gives way to another app", async () => {
+  let running = 0;
+  let most = 0;
+  const silent: MetadataFetcher = (url, signal) => {
+    if (url === DOCUMENT) return Promise.resolve(Response.json(document()));
+    most = Math.max(most, ++running);
+    return new Promise((_, reject) =>
+      signal.addEventListener("abort", () => {
+        setTimeout(() => (running--, reject(signal.reason)), 20); // ends a little later than it is told to, as sockets do
+      })
+    );
+  };
+  const { app } = world({ fetchClientMetadata: silent });
+  const visit = async (id: string) => (await browse(app).open(authorizeUrl(id))).status;
+  const flood = Array.from({ length: 8 }, (_, i) => visit(`https://silent${i}.example/client.json`));
+  assertEquals(await visit(DOCUMENT), 503); // all are young
+  await new Promise((resolve) => setTimeout(resolve, 1100));
+  for (let i = 8; i < 12; i++) flood.push(visit(`https://silent${i}.example/client.json`));
+  assertEquals(await visit(DOCUMENT), 200);
+  assertEquals(most, 8);
+  await Promise.all(flood);
+  await new Promise((resolve) => setTimeout(resolve, 50));
+  assertEquals(running, 0);
+
+  let begun = 0;
+  const deaf = world({ fetchClientMetadata: () => (begun++, new Promise(() => {})) }).app; // hears no signal
+  const ask = (i: number) => browse(deaf).open(authorizeUrl(`https://silent${i}.example/client.json`));
+  await Promise.all(Array.from({ length: 8 }, (_, i) => ask(i)));
+  for (let i = 8; i < 12; i++) assertEquals((await ask(i)).status, 503);
+  assertEquals([(await ask(0)).status, begun], [400, 8]);
+});
+
+test("a host that fails is asked sixty times a minute at the most", async (t) => {
+  const travel = timeMachine(t);
+  let fetched = 0;
+  const { app } = world({ fetchClientMetadata: () => (fetched++, Promise.reject(new Error("down"))) });
+  const visit = async (id: string) => (await browse(app).open(authorizeUrl(id))).status;
+  for (let i = 0; i < 70; i++) await visit(`${DOCUMENT}?${i}`);
+  assertEquals(fetched, 60);
+  assertEquals(await visit(DOCUMENT), 503);
+  assertEquals(await visit("https://other.example/client.json"), 400);
+  travel(61);
+  assertEquals(await visit(DOCUMENT), 400);
 });
 
 test("a document that never comes is given up, and holds up nobody", async () => {
@@ -880,6 +985,494 @@ test("the clients that most people use need no document to be reachable", async 
   }
 });
 
+// ─── Client assertions (private_key_jwt) ───────────────────────────────────────────────────────────────────────────
+
+const ALGORITHMS: Record<string, Json> = {
+  ES256: { name: "ECDSA", namedCurve: "P-256", hash: "SHA-256" },
+  RS256: {
+    name: "RSASSA-PKCS1-v1_5",
+    modulusLength: 2048,
+    publicExponent: new Uint8Array([1, 0, 1]),
+    hash: "SHA-256",
+  },
+  PS256: {
+    name: "RSA-PSS",
+    modulusLength: 2048,
+    publicExponent: new Uint8Array([1, 0, 1]),
+    hash: "SHA-256",
+    saltLength: 32,
+  },
+  EdDSA: { name: "Ed25519" },
+};
+
+interface Signer {
+  jwk: Json;
+  sign(claims?: Json, header?: Json): Promise<string>;
+}
+
+const encodePart = (part: unknown) =>
+  Buffer.from(typeof part === "string" ? part : JSON.stringify(part)).toString("base64url");
+
+async function signer(alg = "ES256", kid = "key-1", client_id = DOCUMENT): Promise<Signer> {
+  const pair = await crypto.subtle.generateKey(ALGORITHMS[alg], true, ["sign", "verify"]) as Json;
+  const { kty, crv, x, y, n, e } = await crypto.subtle.exportKey("jwk", pair.publicKey);
+  const jwk = JSON.parse(JSON.stringify({ kty, crv, x, y, n, e, kid, alg, use: "sig" }));
+  return {
+    jwk,
+    async sign(claims = {}, header = {}) {
+      const now = Math.floor(seconds());
+      const all = { iss: client_id, sub: client_id, aud: BASE, exp: now + 300, iat: now, jti: crypto.randomUUID() };
+      const signed = `${encodePart({ alg, kid, typ: "JWT", ...header })}.${encodePart({ ...all, ...claims })}`;
+      const signature = await crypto.subtle.sign(ALGORITHMS[alg], pair.privateKey, Buffer.from(signed));
+      return `${signed}.${Buffer.from(signature).toString("base64url")}`;
+    },
+  };
+}
+
+const asserting = (client_assertion: string) => ({
+  client_assertion_type: "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+  client_assertion,
+});
+
+const KEYS = "https://keys.example/jwks.json";
+
+/** A site that publishes a client's document and keys; both can be changed, or be out of reach. */
+function site(document: Json, keys: Json[] = []) {
+  const state = { document, keys, documentUp: true, keysUp: true, fetched: [] as string[] };
+  const fetchClientMetadata: MetadataFetcher = (url) => {
+    state.fetched.push(url);
+    const isUp = url === KEYS ? state.keysUp : state.documentUp;
+    if (!isUp) return Promise.reject(new TypeError("fetch failed"));
+    return Promise.resolve(Response.json(url === KEYS ? { keys: state.keys } : state.document));
+  };
+  return Object.assign(state, { fetchClientMetadata });
+}
+
+const asserted = (more: Json = {}) =>
+  document({ token_endpoint_auth_method: "private_key_jwt", jwks_uri: KEYS, ...more });
+const redeeming = (code: string) => ({ grant_type: "authorization_code", code, code_verifier: VERIFIER });
+
+test("private_key_jwt signs in, refreshes and revokes, with each algorithm and both places for keys", async () => {
+  for (const alg of Object.keys(ALGORITHMS)) {
+    for (const inline of [true, false]) {
+      const { jwk, sign } = await signer(alg);
+      const keys = [(await signer("ES256", "other")).jwk, jwk];
+      const { fetchClientMetadata } = site(asserted(inline ? { jwks: { keys }, jwks_uri: undefined } : {}), keys);
+      const { app, auth } = world({ fetchClientMetadata });
+      const code = await approvedCode(app, DOCUMENT);
+      // client_id may be left out (RFC 7521 §4.2), and so may kid and typ
+      const first = { ...redeeming(code), ...asserting(await sign({}, { kid: undefined, typ: undefined })) };
+      const { status, body } = await post(app, "/token", first);
+      assertEquals(status, 200, `${alg} ${body.error_description}`);
+      const more = asserting(await sign({ aud: [`${BASE}/token`] }, { typ: "client-authentication+jwt" }));
+      const next = await refreshing(app, DOCUMENT, body.refresh_token, more);
+      assertEquals(next.status, 200);
+      const ending = { token: next.body.access_token, client_id: DOCUMENT };
+      assertEquals((await post(app, "/revoke", ending)).status, 401);
+      assertEquals((await auth.connections()).length, 1);
+      assertEquals((await post(app, "/revoke", { ...ending, ...asserting(await sign()) })).status, 200);
+      assertEquals((await auth.connections()).length, 0);
+    }
+  }
+});
+
+test("a client that asked for assertions only is held to them, whatever is out of reach", async () => {
+  const { jwk, sign } = await signer();
+  const published = site(asserted(), [jwk]);
+  const { app, store, events } = world({ fetchClientMetadata: published.fetchClientMetadata });
+  const code = await approvedCode(app, DOCUMENT);
+  const bare = await post(app, "/token", { ...redeeming(code), client_id: DOCUMENT });
+  assertEquals([bare.status, bare.body.error], [401, "invalid_client"]);
+  assertEquals(events.at(-1)!.type, "client_assertion_refused");
+  const request = { ...redeeming(code), client_id: DOCUMENT };
+  const { body } = await post(app, "/token", { ...request, ...asserting(await sign()) });
+  const without = await refreshing(app, DOCUMENT, body.refresh_token);
+  assertEquals([without.status, without.body.error], [401, "invalid_client"]);
+  const hidden = { code: "x", token: "y" };
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, hidden)).status, 401);
+
+  // another process, which has read nothing yet
+  const restarted = world({ store, fetchClientMetadata: published.fetchClientMetadata }).app;
+  for (const down of ["documentUp", "keysUp"] as const) {
+    published[down] = false;
+    const late = await refreshing(restarted, DOCUMENT, body.refresh_token, asserting(await sign()));
+    assertEquals([late.status, late.body.error], [503, "temporarily_unavailable"], down);
+    assert(Number(late.headers.get("Retry-After")) > 0);
+    assert((await refreshing(restarted, DOCUMENT, body.refresh_token)).status >= 401);
+    published[down] = true;
+  }
+  const signed = asserting(await sign());
+  assertEquals((await refreshing(restarted, DOCUMENT, body.refresh_token, signed)).status, 200);
+
+  // what its document asks for now is what counts
+  published.document = asserted({ token_endpoint_auth_methods_supported: ["none", "private_key_jwt"] });
+  const later = world({ store, fetchClientMetadata: published.fetchClientMetadata }).app;
+  assertEquals((await refreshing(later, DOCUMENT, body.refresh_token)).status, 200);
+});
+
+test("a client that offers none as well gets in by either, and goes on while its keys are out of reach", async () => {
+  const { jwk, sign } = await signer();
+  const both = asserted({ token_endpoint_auth_methods_supported: ["none", "private_key_jwt"] });
+  const published = site(both, [jwk]);
+  const { app, store, events } = world({ fetchClientMetadata: published.fetchClientMetadata });
+  const signed = { ...redeeming(await approvedCode(app, DOCUMENT)), ...asserting(await sign()) };
+  const { body } = await post(app, "/token", signed);
+  const bare = await refreshing(app, DOCUMENT, body.refresh_token);
+  assertEquals(bare.status, 200);
+  const plain = { ...redeeming(await approvedCode(app, DOCUMENT)), client_id: DOCUMENT };
+  assertEquals((await post(app, "/token", plain)).status, 200);
+  published.documentUp = published.keysUp = false;
+  const restarted = world({ store, fetchClientMetadata: published.fetchClientMetadata });
+  const more = asserting(await sign());
+  assertEquals((await refreshing(restarted.app, DOCUMENT, bare.body.refresh_token, more)).status, 200);
+  assertMatch(restarted.events[0]!.type, /client_assertion_refused/);
+  published.documentUp = published.keysUp = true;
+  const wrong = asserting(await (await signer()).sign());
+  assertEquals((await refreshing(app, DOCUMENT, bare.body.refresh_token, wrong)).status, 401);
+  assert(events.some(({ type, message }) => type === "client_assertion_refused" && message.includes(DOCUMENT)));
+});
+
+const CHATGPT = "https://chatgpt.com/oauth/client.json";
+const CHATGPT_REDIRECT = "https://chatgpt.com/connector_platform_oauth_redirect";
+const chatgpt = (more: Json) => ({
+  client_id: CHATGPT,
+  client_name: "ChatGPT",
+  client_uri: "https://chatgpt.com",
+  redirect_uris: [CHATGPT_REDIRECT],
+  grant_types: ["authorization_code", "refresh_token"],
+  response_types: ["code"],
+  token_endpoint_auth_method: "private_key_jwt",
+  token_endpoint_auth_signing_alg: "RS256",
+  jwks_uri: KEYS,
+  ...more,
+});
+
+/** From the consent page to the second refresh, with whatever the client sends to authenticate. */
+async function chatgptJourney(document: Json, keys: Json[], credentials: () => Promise<Record<string, string>>) {
+  const { fetchClientMetadata } = site(document, keys);
+  const { app } = world({ fetchClientMetadata, allowedRedirectDomains: redirects.chatgpt });
+  const code = await approvedCode(app, CHATGPT, { redirect_uri: CHATGPT_REDIRECT });
+  const request = { ...redeeming(code), redirect_uri: CHATGPT_REDIRECT, client_id: CHATGPT };
+  const first = await post(app, "/token", { ...request, ...await credentials() });
+  if (first.status !== 200) return [first.status];
+  const second = await refreshing(app, CHATGPT, first.body.refresh_token, await credentials());
+  const third = await refreshing(app, CHATGPT, second.body.refresh_token, await credentials());
+  return [first.status, second.status, third.status, (await callMcp(app, third.body.access_token)).status];
+}
+
+test("S14a: ChatGPT's document of May 2026 offers private_key_jwt only", async () => {
+  const { jwk, sign } = await signer("RS256", "chatgpt-1", CHATGPT);
+  const signed = async () => asserting(await sign({ aud: `${BASE}/token` }));
+  assertEquals(await chatgptJourney(chatgpt({}), [jwk], signed), [200, 200, 200, 200]);
+  assertEquals(await chatgptJourney(chatgpt({}), [jwk], () => Promise.resolve({})), [401]);
+});
+
+test("S14b: ChatGPT's document of August 2026 offers none as well, and it sends no assertion", async () => {
+  const both = chatgpt({ token_endpoint_auth_methods_supported: ["none", "private_key_jwt"] });
+  const { jwk } = await signer("RS256", "chatgpt-1", CHATGPT);
+  assertEquals(await chatgptJourney(both, [jwk], () => Promise.resolve({})), [200, 200, 200, 200]);
+});
+
+test("S14c: ChatGPT of November 2026 offers both, and signs where the server can verify it", async () => {
+  const both = chatgpt({ token_endpoint_auth_methods_supported: ["none", "private_key_jwt"] });
+  const { jwk, sign } = await signer("RS256", "chatgpt-1", CHATGPT);
+  const signed = async () => asserting(await sign({ aud: `${BASE}/token` }));
+  assertEquals(await chatgptJourney(both, [jwk], signed), [200, 200, 200, 200]);
+  const { app } = world();
+  const metadata = await (await app.request(`${BASE}/.well-known/oauth-authorization-server`)).json();
+  for (const endpoint of ["token", "revocation"]) {
+    assert(metadata[`${endpoint}_endpoint_auth_methods_supported`].includes("private_key_jwt"));
+    assertEquals(metadata[`${endpoint}_endpoint_auth_signing_alg_values_supported`], Object.keys(ALGORITHMS));
+  }
+});
+
+test("hostile assertions are refused in the standard's form, in bounded time", async () => {
+  const { jwk, sign } = await signer("RS256");
+  const published = site(asserted(), [jwk]);
+  const { app, store } = world({ fetchClientMetadata: published.fetchClientMetadata });
+  const code = await approvedCode(app, DOCUMENT);
+  const good = { ...redeeming(code), client_id: DOCUMENT };
+  const { body } = await post(app, "/token", { ...good, ...asserting(await sign()) });
+  const all = async (entries: AsyncIterable<[string, unknown]>) => {
+    const list = [];
+    for await (const entry of entries) list.push(entry);
+    return list;
+  };
+  const now = Math.floor(seconds());
+  const [claims, signature] = (await sign()).split(".").slice(1);
+  const hmacSigned = (secret: string) => {
+    const signed = `${encodePart({ alg: "HS256", kid: "key-1" })}.${claims}`;
+    return `${signed}.${createHmac("sha256", secret).update(signed).digest("base64url")}`;
+  };
+  const spent = await sign();
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, asserting(spent))).status, 200);
+  const ours = await signer("RS256");
+  const other = "https://other.example/client.json";
+  const hostile: Record<string, string> = {
+    "wrong key": await ours.sign(),
+    "wrong key, unknown kid": await ours.sign({}, { kid: "key-2" }),
+    "wrong key, no kid": await ours.sign({}, { kid: undefined }),
+    "its own key in the header": await ours.sign({}, { jwk: ours.jwk, kid: undefined }),
+    "none": `${encodePart({ alg: "none", kid: "key-1" })}.${claims}.`,
+    "none, with a signature": `${encodePart({ alg: "None" })}.${claims}.${signature}`,
+    "no alg": `${encodePart({ kid: "key-1" })}.${claims}.${signature}`,
+    "HS256 with the public key": hmacSigned(JSON.stringify(jwk)),
+    "HS256 with the modulus": hmacSigned(jwk.n),
+    "PS256 with the key of RS256": await sign({}, { alg: "PS256" }),
+    "ES256 with the key of RS256": await sign({}, { alg: "ES256" }),
+    "alg of the prototype": await sign({}, { alg: "constructor" }),
+    "altered claims": `${(await sign()).split(".")[0]}.${
+      encodePart({ ...JSON.parse(atob(claims!)), jti: "x" })
+    }.${signature}`,
+    "expired": await sign({ exp: now - 61 }),
+    "far future": await sign({ exp: now + 86_400 }),
+    "no exp": await sign({ exp: undefined }),
+    "exp as text": await sign({ exp: String(now + 60) }),
+    "endless": await sign({ exp: 1e308 }),
+    "not yet": await sign({ nbf: now + 3600 }),
+    "issued in the future": await sign({ iat: now + 3600 }),
+    "no jti": await sign({ jti: undefined }),
+    "a long jti": await sign({ jti: "x".repeat(300) }),
+    "replayed": spent,
+    "other audience": await sign({ aud: "https://other.example" }),
+    "no audience": await sign({ aud: undefined }),
+    "audience that begins alike": await sign({ aud: `${BASE}.evil.example` }),
+    "other client": await sign({ iss: other, sub: other }),
+    "other issuer": await sign({ iss: other }),
+    "other subject": await sign({ sub: other }),
+    "another type": await sign({}, { typ: "at+jwt" }),
+    "a critical extension": await sign({}, { crit: ["exp"] }),
+    "not JSON": `${encodePart("{")}.${encodePart("{")}.x`,
+    "null": `${encodePart("null")}.${encodePart("null")}.x`,
+    "two parts": "a.b",
+    "five parts, as of a JWE": `${await sign()}.x.y`,
+    "60 KB": `${await sign()}${"A".repeat(50_000)}`,
+    "dots": ".".repeat(50_000),
+    "nothing": "x",
+  };
+  const records = async () => JSON.stringify([await all(store.list("grant/")), await all(store.list("assertion/"))]);
+  const before = await records();
+  const refused = async (what: string, assertion: string) => {
+    const start = performance.now();
+    const answer = await refreshing(app, DOCUMENT, body.refresh_token, asserting(assertion));
+    assertEquals([answer.status, answer.body.error], [401, "invalid_client"], what);
+    assert(answer.headers.get("WWW-Authenticate"));
+    assert(performance.now() - start < 1000, what);
+  };
+  for (const [what, assertion] of Object.entries(hostile)) await refused(what, assertion);
+  const mistyped = {
+    ...asserting(await sign()),
+    client_assertion_type: "urn:ietf:params:oauth:client-assertion-type:saml2",
+  };
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, mistyped)).status, 401);
+  const twice = { ...asserting(await sign()), client_secret: "x" };
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, twice)).body.error, "invalid_request");
+  const foreign = { ...asserting(await sign()) };
+  assertEquals((await refreshing(app, other, body.refresh_token, foreign)).status, 401);
+  assertEquals(await records(), before, "a refused assertion changes something");
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, asserting(await sign()))).status, 200);
+});
+
+test("hostile keys are refused in the standard's form, in bounded time", async () => {
+  const { jwk, sign } = await signer("RS256");
+  const large = Buffer.alloc(9000, 0xff).toString("base64url");
+  const sets: Record<string, { document?: Json; keys?: Json[] }> = {
+    "keys of 1 MB": { keys: [{ ...jwk, x5c: ["A".repeat(1_000_000)] }] },
+    "1,000 keys": { keys: Array.from({ length: 1000 }, () => ({})) },
+    "a modulus of 72,000 bits": { keys: [{ ...jwk, n: large }] },
+    "an exponent of 72,000 bits": { keys: [{ ...jwk, e: large }] },
+    "a modulus of 512 bits": { keys: [{ ...jwk, n: Buffer.alloc(64, 0xff).toString("base64url") }] },
+    "a key that is none": { keys: [{ kty: "RSA", kid: "key-1" }] },
+    "keys for encryption": { keys: [{ ...jwk, use: "enc" }] },
+    "a key for another algorithm": { keys: [{ ...jwk, alg: "PS256" }] },
+    "no list": { keys: {} as Json[] },
+    "a list of numbers": { keys: [1, 2] },
+    "a private key": { keys: [{ ...jwk, d: "x" }] },
+    "jwks_uri gone": { document: asserted({ jwks_uri: `${KEYS}?gone` }) },
+  };
+  for (const [what, { document, keys }] of Object.entries(sets)) {
+    const published = site(document ?? asserted(), [jwk]);
+    const fetchClientMetadata: MetadataFetcher = (url, signal) =>
+      url.endsWith("gone")
+        ? Promise.resolve(new Response(null, { status: 404 }))
+        : published.fetchClientMetadata(url, signal);
+    const { app } = world({ fetchClientMetadata });
+    const code = await approvedCode(app, DOCUMENT);
+    published.keys = keys ?? [];
+    const start = performance.now();
+    const answer = await post(app, "/token", { ...redeeming(code), ...asserting(await sign()) });
+    assertEquals([answer.status, answer.body.error], [401, "invalid_client"], what);
+    assert(performance.now() - start < 1000, what);
+  }
+});
+
+test("keys are fetched from public addresses only", async (t) => {
+  const { sign } = await signer();
+  const { get } = https;
+  t.after(() => Object.assign(https, { get }));
+  patchResolver(t, (name) => [name === "app.example" ? "93.184.216.34" : "10.0.0.1"]);
+  for (
+    const jwks_uri of [
+      "https://inside.example/jwks",
+      "https://127.0.0.1/jwks",
+      "https://localhost/jwks",
+      "https://[::1]/x",
+    ]
+  ) {
+    const asked: string[] = [];
+    const answer = (url: string, _options: Json, callback: (message: unknown) => void) => {
+      asked.push(url);
+      const message = Object.assign(new PassThrough(), { statusCode: 200, headers: {} });
+      message.end(JSON.stringify(asserted({ jwks_uri })));
+      queueMicrotask(() => callback(message));
+      return new PassThrough();
+    };
+    Object.assign(https, { get: answer });
+    const { app } = world();
+    const code = await approvedCode(app, DOCUMENT);
+    const { status, body } = await post(app, "/token", { ...redeeming(code), ...asserting(await sign()) });
+    assertEquals([status, body.error], [401, "invalid_client"], jwks_uri);
+    assertEquals(asked, [DOCUMENT]);
+  }
+});
+
+test("a key rotation at the client's end costs nobody a sign-in", async () => {
+  for (const inline of [true, false]) {
+    const [old, fresh] = [await signer("ES256", "old"), await signer("ES256", "new")];
+    const document = (keys: Json[]) => asserted(inline ? { jwks: { keys }, jwks_uri: undefined } : {});
+    const published = site(document([old.jwk]), [old.jwk]);
+    const { app } = world({ fetchClientMetadata: published.fetchClientMetadata });
+    const code = await approvedCode(app, DOCUMENT);
+    const { body } = await post(app, "/token", { ...redeeming(code), ...asserting(await old.sign()) });
+    published.document = document([fresh.jwk]);
+    published.keys = [fresh.jwk];
+    const rotated = await refreshing(app, DOCUMENT, body.refresh_token, asserting(await fresh.sign()));
+    assertEquals(rotated.status, 200);
+    const before = published.fetched.length;
+    const again = await refreshing(app, DOCUMENT, rotated.body.refresh_token, asserting(await fresh.sign()));
+    assertEquals([again.status, published.fetched.length], [200, before]); // cached
+    // without kid, too; and a wrong kid is looked for once
+    const next = await signer("ES256", "next");
+    published.document = document([next.jwk]);
+    published.keys = [next.jwk];
+    const nameless = asserting(await next.sign({}, { kid: undefined }));
+    const third = await refreshing(app, DOCUMENT, again.body.refresh_token, nameless);
+    assertEquals(third.status, 200);
+    const count = published.fetched.length;
+    const wrong = asserting(await next.sign({}, { kid: "nobody's" }));
+    assertEquals((await refreshing(app, DOCUMENT, third.body.refresh_token, wrong)).status, 401);
+    assertEquals(published.fetched.length - count, inline ? 1 : 2);
+  }
+});
+
+test("an assertion is spent for every server of the store, and strangers store none", async () => {
+  const { jwk, sign } = await signer();
+  const { fetchClientMetadata } = site(asserted(), [jwk]);
+  const { app, store } = world({ fetchClientMetadata });
+  const second = world({ store, fetchClientMetadata }).app;
+  const code = await approvedCode(app, DOCUMENT);
+  const { body } = await post(app, "/token", { ...redeeming(code), ...asserting(await sign()) });
+  const spent = asserting(await sign());
+  assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, spent)).status, 200);
+  assertEquals((await refreshing(second, DOCUMENT, body.refresh_token, spent)).status, 401);
+  const once = asserting(await sign());
+  const parallel = await Promise.all(
+    [app, second, app].map((app) => refreshing(app, DOCUMENT, body.refresh_token, once)),
+  );
+  assertEquals(parallel.map(({ status }) => status).sort(), [200, 401, 401]);
+  const before = await contents(store);
+  for (let i = 0; i < 20; i++) {
+    assertEquals((await refreshing(app, DOCUMENT, `prt_${"0".repeat(64)}`, asserting(await sign()))).status, 400);
+  }
+  assertEquals(await contents(store), before);
+});
+
+test("a document with a secret or a private key is refused with a sentence for its author", async () => {
+  const { jwk } = await signer();
+  const wrong: [Json, RegExp][] = [
+    [{ client_secret: "x" }, /client_secret/],
+    [{ client_secret_expires_at: 0 }, /client_secret_expires_at/],
+    [{ jwks: { keys: [{ ...jwk, d: "x" }] } }, /private key \(d\)/],
+    [{ jwks: { keys: [{ kty: "oct", k: "x" }] } }, /private key \(k\)/],
+    [{ jwks: { keys: [{ kty: "RSA", p: "x" }] } }, /private key \(p\)/],
+    [{ jwks: { keys: 5 } }, /JWK Set/],
+    [{ token_endpoint_auth_method: "private_key_jwt" }, /neither jwks nor a jwks_uri/],
+    [asserted({ jwks_uri: "http://app.example/jwks" }), /neither jwks nor a jwks_uri/],
+    [asserted({ jwks_uri: { toString: 1 } }), /neither jwks nor a jwks_uri/],
+    [{ token_endpoint_auth_method: "tls_client_auth" }, /tls_client_auth/],
+  ];
+  for (const [more, says] of wrong) {
+    const { app, events } = world({ fetchClientMetadata: () => Promise.resolve(Response.json(document(more))) });
+    const page = await browse(app).open(authorizeUrl(DOCUMENT));
+    assertEquals(page.status, 400);
+    assertMatch(unescapeHtml(page.text), says);
+    assertMatch(events[0]!.message, says);
+    assertEquals(events[0]!.type, "client_document_refused");
+  }
+});
+
+test("with registration off, a metadata document carries the whole journey", async () => {
+  const { jwk, sign } = await signer();
+  const { fetchClientMetadata } = site(document(), [jwk]);
+  const off = world({ registration: false, fetchClientMetadata });
+  const metadata = await (await off.app.request(`${BASE}/.well-known/oauth-authorization-server`)).json();
+  assert(!("registration_endpoint" in metadata) && metadata.client_id_metadata_document_supported);
+  schemas.OAuthMetadataSchema.parse(metadata);
+  for (const path of ["/register", "/register/"]) {
+    assertEquals((await off.app.request(BASE + path, json({ redirect_uris: [CLAUDE] }))).status, 404);
+  }
+  const code = await approvedCode(off.app, DOCUMENT);
+  const { body } = await post(off.app, "/token", { ...redeeming(code), client_id: DOCUMENT });
+  const { body: next } = await refreshing(off.app, DOCUMENT, body.refresh_token);
+  assertEquals((await callMcp(off.app, next.access_token)).status, 200);
+  assertEquals((await post(off.app, "/revoke", { client_id: DOCUMENT, token: next.refresh_token })).status, 200);
+  assertEquals((await callMcp(off.app, next.access_token)).status, 401);
+  const held = site(asserted(), [jwk]);
+  const { app } = world({ registration: false, fetchClientMetadata: held.fetchClientMetadata });
+  const signed = { ...redeeming(await approvedCode(app, DOCUMENT)), ...asserting(await sign()) };
+  assertEquals((await post(app, "/token", signed)).status, 200);
+  assertThrows(() => world({ registration: "no" as Json }), TypeError, "registration");
+});
+
+test("a client that registered before registration was turned off stays connected", async () => {
+  const { app, store } = world();
+  const { client, refresh_token } = await connect(app);
+  assertEquals(
+    (await refreshing(world({ store, registration: false }).app, client.client_id, refresh_token)).status,
+    200,
+  );
+});
+
+/** Answers the names that mod.ts looks up, once for both families; `undefined` is a name server that stays silent. */
+function patchResolver(t: TestContext, answer: (name: string) => string[] | undefined): { waiting: number } {
+  const { Resolver } = dns;
+  const state = { waiting: 0 };
+  class Patched {
+    #found = new Map<string, string[] | undefined>();
+    #waiting = new Set<() => void>();
+    #resolve(name: string, family: 4 | 6, callback: (error: Error | null, found?: string[]) => void): void {
+      if (!this.#found.has(name)) this.#found.set(name, answer(name));
+      const found = this.#found.get(name);
+      if (found) return callback(null, found.filter((address) => address.includes(":") === (family === 6)));
+      state.waiting++;
+      this.#waiting.add(() => (state.waiting--, callback(new Error("ECANCELLED"))));
+    }
+    resolve4(name: string, callback: () => void): void {
+      this.#resolve(name, 4, callback);
+    }
+    resolve6(name: string, callback: () => void): void {
+      this.#resolve(name, 6, callback);
+    }
+    cancel(): void {
+      this.#waiting.forEach((end) => end());
+      this.#waiting.clear();
+    }
+  }
+  Object.assign(dns, { Resolver: Patched });
+  t.after(() => Object.assign(dns, { Resolver }));
+  return state;
+}
+
 test("no request for a document leaves for an address that is not public", async (t) => {
   let connections = 0;
   const server = createServer((socket) => {
@@ -891,7 +1484,6 @@ test("no request for a document leaves for an address that is not public", async
   const { port } = server.address() as { port: number };
 
   // names that resolve inside, at once, beside a public address, or at the second look
-  const lookup = dns.lookup;
   const asked: string[] = [];
   const answers: Record<string, string[][]> = {
     "inside.example": [["127.0.0.1"]],
@@ -901,17 +1493,11 @@ test("no request for a document leaves for an address that is not public", async
     "nothing.example": [[]],
     "rebinding.example": [["127.0.0.1"], ["93.184.216.34"]],
   };
-  // deno-lint-ignore no-explicit-any
-  (dns as any).lookup = (name: string, options: any, callback: any) => {
+  patchResolver(t, (name) => {
     asked.push(name);
     const list = answers[name]?.[0] ?? ["127.0.0.1"];
     if ((answers[name]?.length ?? 0) > 1) answers[name]!.shift();
-    const addresses = list.map((address) => ({ address, family: address.includes(":") ? 6 : 4 }));
-    if (options.all) callback(null, addresses);
-    else callback(null, addresses[0]?.address, addresses[0]?.family);
-  };
-  t.after(() => {
-    dns.lookup = lookup;
+    return list;
   });
 
   const { app, events } = world();
@@ -940,6 +1526,68 @@ test("no request for a document leaves for an address that is not public", async
     told.some(({ cause }) => /mixed\.example resolves to 127\.0\.0\.1/.test(String(cause))),
     String(told[0]?.cause),
   );
+});
+
+test("a silent name server takes none of the runtime's threads, and is given up for another app", async (t) => {
+  const { lookup } = dns;
+  Object.assign(dns, { lookup: () => assert(false, "a look-up that nobody can end") });
+  t.after(() => Object.assign(dns, { lookup }));
+  const state = patchResolver(t, (name) => name === "inside.example" ? ["10.0.0.1"] : undefined);
+  const { app, events } = world();
+  const visit = async (host: string) => (await browse(app).open(authorizeUrl(`https://${host}/client.json`))).status;
+  const flood = Array.from({ length: 20 }, (_, i) => visit(`silent${i}.example`));
+  await new Promise((resolve) => setTimeout(resolve, 50));
+  assertEquals(state.waiting, 16); // 8 names, 2 families
+  assertEquals(await visit("inside.example"), 503);
+  await new Promise((resolve) => setTimeout(resolve, 1100));
+  assertEquals(await visit("inside.example"), 400);
+  assertMatch(String((events.at(-1)!.cause as Error).message), /inside.example resolves to 10.0.0.1/);
+  assertEquals(state.waiting, 14);
+  await Promise.all(flood);
+  assertEquals(state.waiting, 0);
+});
+
+test("a response other than 200 is destroyed, and no proxy of the environment is used", async (t) => {
+  patchResolver(t, () => ["93.184.216.34"]);
+  const { get } = https;
+  const messages: (PassThrough & { statusCode?: number; headers?: unknown })[] = [];
+  const agents: Json[] = [];
+  const fake = (_url: string, options: Json, callback: (message: unknown) => void) => {
+    agents.push(options.agent);
+    const message = Object.assign(new PassThrough(), { statusCode: 404 + messages.length, headers: {} });
+    messages.push(message);
+    queueMicrotask(() => callback(message));
+    return new PassThrough();
+  };
+  Object.assign(https, { get: fake });
+  t.after(() => Object.assign(https, { get }));
+  const { app } = world();
+  for (let i = 0; i < 3; i++) await browse(app).open(authorizeUrl(`${DOCUMENT}?${i}`));
+  assertEquals(messages.map(({ destroyed }) => destroyed), [true, true, true]);
+  for (const agent of agents) assertEquals(agent.options.proxyEnv, {});
+});
+
+test("no request for a document goes through a proxy of the environment", async (t) => {
+  const asked: string[] = [];
+  const proxy = createServer((socket) => {
+    socket.once("data", (data) => (asked.push(String(data).split("\r\n")[0]!), socket.destroy())).on("error", () => {});
+  });
+  await new Promise<void>((resolve) => proxy.listen(0, "127.0.0.1", resolve));
+  t.after(() => new Promise((resolve) => proxy.close(resolve)));
+  const { port } = proxy.address() as { port: number };
+  const url = `http://127.0.0.1:${port}`;
+  const names = ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
+  const file = fileURLToPath(new URL("./.ci/lib/proxied.ts", import.meta.url));
+  const args = "Deno" in globalThis ? ["run", "-A", "--cached-only", file] : [file];
+  const env = {
+    ...process.env,
+    NODE_USE_ENV_PROXY: "1",
+    DENO_NO_UPDATE_CHECK: "1",
+    ...Object.fromEntries(names.map((name) => [name, url])),
+  };
+  const child = spawn(process.execPath, args, { env, stdio: "inherit" });
+  assertEquals(await new Promise((resolve) => child.on("exit", resolve)), 0);
+  assertEquals(asked, []);
 });
 
 test("isPublicAddress() knows the inside in every form", () => {
@@ -1089,6 +1737,33 @@ test("redirect_uri at /authorize is compared as a string, but for the port of a 
     "http://localhost:1111/callback#x",
   ];
   for (const uri of different) assertEquals(await status(uri), 400, uri);
+});
+
+test("a redirect URI that was not registered is told to the owner, with those that were", async () => {
+  const { app, events } = world();
+  const { client_id } = await register(app);
+  const page = await browse(app).open(authorizeUrl(client_id, { redirect_uri: "https://claude.ai/other" }));
+  assertEquals(page.status, 400);
+  assert(!page.text.includes(CLAUDE));
+  const { type, message, clientName } = events.at(-1)!;
+  assertEquals([type, clientName], ["redirect_refused", "Claude"]);
+  assert(
+    message.includes('"https://claude.ai/other" is not one that the client registered') && message.includes(CLAUDE),
+  );
+});
+
+test("a redirect URI is read in a time that grows with its length", async () => {
+  const { app } = world({ allowedRedirectDomains: null });
+  const { client_id } = await register(app);
+  const start = performance.now();
+  for (const unit of ["/", "a", "@", ":", ".", "?", "%41", "xn--a", "[", "\\", "-", "+", " "]) {
+    for (const prefix of ["", "https://", "http://localhost:", "x:", "https://xn--"]) {
+      const uri = (prefix + unit.repeat(30_000)).slice(0, 30_000);
+      assertEquals((await app.request(`${BASE}/register`, json({ redirect_uris: [uri] }))).status, 400);
+      await browse(app).open(authorizeUrl(client_id, { redirect_uri: uri.slice(0, 15_000) }));
+    }
+  }
+  assert(performance.now() - start < 5000, `${performance.now() - start} ms`);
 });
 
 test("a shorter allow-list holds for clients that registered before", async () => {
@@ -1331,7 +2006,7 @@ test("a double click shows the address for another computer again, also after th
   assert(first[0] === 200 && first[1]);
   assertEquals([second, third], [first, first]);
   assertEquals(events.filter(({ type }) => type === "connection_approved").length, 1);
-  assertEquals((await auth.connections()).length, 0);
+  assertEquals((await auth.connections()).map(({ state }) => state), ["pending"]);
 });
 
 test("resource is compared after normalising, and the audience is always the canonical URL", async () => {
@@ -1512,7 +2187,7 @@ test("a changed password ends every session", async () => {
   assertEquals((await browse(changed.app).approve(authorizeUrl(client_id), PASSWORD)).status, 403);
 });
 
-test("a password is generated once, printed once, and kept hashed", async () => {
+test("a password is generated and printed at every start until the first sign-in, and kept hashed", async () => {
   const printed: string[] = [];
   const log = console.log;
   console.log = (...args: unknown[]) => printed.push(args.join(" "));
@@ -1526,13 +2201,25 @@ test("a password is generated once, printed once, and kept hashed", async () => 
   } finally {
     console.log = log;
   }
-  assertEquals(printed.length, 1);
-  const password = printed[0]!.match(/[a-z1-9]{5}(-[a-z1-9]{5}){3}/)![0];
-  assert(!(await contents(store)).includes(password));
+  const passwords = printed.map((text) => text.match(/[a-z1-9]{5}(-[a-z1-9]{5}){3}/)![0]);
+  assertEquals(new Set(passwords).size, 2);
+  for (const password of passwords) assert(!(await contents(store)).includes(password));
+  const [unused = "", password = ""] = passwords.reverse();
   const { app, events } = world({ store, password: undefined });
   const { client_id } = await register(app);
+  // The one that was printed first is as good as the last one, until one is used.
   assertEquals((await browse(app).approve(authorizeUrl(client_id), ` ${password} `)).status, 302);
+  assertEquals((await browse(app).approve(authorizeUrl(client_id), unused)).status, 403);
+  assertEquals((await browse(app).approve(authorizeUrl(client_id), password)).status, 302);
   assert(!JSON.stringify(events).includes(password));
+  printed.length = 0;
+  console.log = (...args: unknown[]) => printed.push(args.join(" "));
+  try {
+    await browse(world({ store, password: undefined }).app).open(authorizeUrl(client_id));
+  } finally {
+    console.log = log;
+  }
+  assertEquals(printed, []);
 });
 
 test("guessing is throttled for everybody together, and does not lock out the owner's browser", async (t) => {
@@ -1606,7 +2293,8 @@ test("a short password is warned about", () => {
 
 test("servers on one host do not share a cookie name", async () => {
   const names = new Set<string>();
-  for (const baseUrl of ["http://localhost:1", "http://localhost:2", BASE, `${BASE}/vault`]) {
+  const paths = ["", "/vault", "/8443", "/a/b", "/a-b"].flatMap((path) => [BASE + path, `${BASE}:8443${path}`]);
+  for (const baseUrl of ["http://localhost:1", "http://localhost:2", ...paths]) {
     const { app } = world({ baseUrl });
     const response = await app.request(`${baseUrl}/authorize?client_id=x`);
     assertEquals(response.status, 400);
@@ -1617,7 +2305,7 @@ test("servers on one host do not share a cookie name", async () => {
     assertEquals(cookie!.includes("; Secure"), baseUrl.startsWith("https"));
     assertEquals(cookie!.startsWith("__Host-"), baseUrl.startsWith("https"));
   }
-  assertEquals(names.size, 4);
+  assertEquals(names.size, 12);
 });
 
 // ─── Owner's page ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1782,7 +2470,7 @@ test("/connections shows the token of a double click, and makes it once", async 
   const create = formsOf(page).find(({ action }) => action === "create_token")!;
   const made = async (more: Record<string, string> = {}) => {
     const { status, text } = await browser.open(PAGE, form({ ...create, name: "x", days: "30", ...more }));
-    return [status, text.match(/pat_[0-9a-f]{96}/)?.[0]] as const;
+    return [status, text.match(/pat_[\w-]{65}/)?.[0]] as const;
   };
   const [first, second] = [await made(), await made()];
   assertEquals(second, first);
@@ -1808,6 +2496,62 @@ test("/connections signs in by a double click, too", async () => {
   }
 });
 
+test("the owner's pages refuse a form that names another site, even with everything else right", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { browser } = await signedIn(app);
+  const { client_id } = await register(app);
+  const headers: [headers: Record<string, string>, isOwn: boolean][] = [
+    [{ Origin: "https://evil.example" }, false],
+    [{ Origin: "https://sub.mcp.example.com" }, false],
+    [{ Origin: "http://mcp.example.com:8080" }, false],
+    [{ Origin: "null" }, false],
+    [{ Origin: "nonsense" }, false],
+    [{ "Sec-Fetch-Site": "cross-site" }, false],
+    [{ "Sec-Fetch-Site": "same-site" }, false],
+    [{ "Sec-Fetch-Site": "same-origin", Origin: "https://evil.example" }, false],
+    [{ "Sec-Fetch-Site": "cross-site", Origin: BASE }, false],
+    [{ "Sec-Fetch-Site": "same-origin", Origin: BASE }, true],
+    [{ "Sec-Fetch-Site": "same-origin", Origin: "null" }, true],
+    [{ Origin: "http://127.0.0.1:8050", Host: "127.0.0.1:8050" }, true],
+    [{}, true],
+  ];
+  for (const [more, isOwn] of headers) {
+    const page = await browser.open(authorizeUrl(client_id));
+    const { headers, ...init } = form({ ...page.fields, decision: "approve" });
+    const answer = await browser.open(`${BASE}/authorize`, { ...init, headers: { ...headers, ...more } });
+    assertEquals(answer.status, isOwn ? 302 : 403, JSON.stringify(more));
+    const list = await browser.open(PAGE);
+    const fields = { ...list.fields, action: "sign_out_nowhere" };
+    const changed = await browser.open(PAGE, { ...form(fields), headers: { ...headers, ...more } });
+    assertEquals(changed.status, isOwn ? 303 : 403, JSON.stringify(more));
+  }
+});
+
+test("every answer says that its type is not to be guessed", async () => {
+  const { app, auth } = world();
+  const { client, refresh_token } = await connect(app);
+  const { token } = await auth.createToken({ name: "x" });
+  const answers = [
+    app.request(`${BASE}/register`, json({ redirect_uris: [CLAUDE] })),
+    app.request(`${BASE}/register`, json("{")),
+    app.request(`${BASE}/token`, form({ grant_type: "refresh_token", client_id: client.client_id, refresh_token })),
+    app.request(`${BASE}/token`, form({})),
+    app.request(`${BASE}/revoke`, form({ client_id: client.client_id, token })),
+    app.request(`${BASE}/introspect`, form({ token })),
+    app.request(authorizeUrl(client.client_id)),
+    app.request(authorizeUrl("nobody")),
+    app.request(PAGE),
+    app.request(`${BASE}/mcp`),
+    app.request(`${BASE}/token`),
+    app.request(`${BASE}/.well-known/openid-configuration`),
+    app.request(`${BASE}/.well-known/oauth-authorization-server`),
+    app.request(`${BASE}/.well-known/oauth-protected-resource/mcp`),
+  ];
+  for (const answer of await Promise.all(answers)) {
+    assertEquals(answer.headers.get("X-Content-Type-Options"), "nosniff", `${answer.url} ${answer.status}`);
+  }
+});
+
 test("/connections makes a personal access token, shown once and made once", async () => {
   const { app, auth } = world({ password: PASSWORD, scopes: ["read", "write"] });
   const { browser, page } = await signedIn(app);
@@ -1818,7 +2562,7 @@ test("/connections makes a personal access token, shown once and made once", asy
   ]];
   const shown = await browser.open(PAGE, form(fields));
   assertEquals([shown.status, shown.headers.get("Cache-Control")], [200, "no-store"]);
-  const token = shown.text.match(/pat_[0-9a-f]{96}/)![0];
+  const token = shown.text.match(/pat_[\w-]{65}/)![0];
   assert(
     unescapeHtml(shown.text).includes(
       `claude mcp add --transport http nightly-backup ${BASE}/mcp --header "Authorization: Bearer ${token}"`,
@@ -1879,7 +2623,7 @@ test("/connections tells what happened lately, of each kind, across a restart", 
 });
 
 test("/connections counts each kind of event once, and keeps what needs a look apart", async () => {
-  const { app } = world({ password: PASSWORD });
+  const { app, store } = world({ password: PASSWORD });
   for (let i = 0; i < 7; i++) {
     await app.request(`${BASE}/register`, json({ redirect_uris: [`https://app${i % 2}.example/`] }));
   }
@@ -1894,6 +2638,10 @@ test("/connections counts each kind of event once, and keeps what needs a look a
   ]);
   assertEquals([look.match(/app0\.example&quot; to/g)?.length, look.match(/app1\.example&quot; to/g)?.length], [1, 1]);
   assert(look.includes("7 times") && !look.includes("signed in") && !activity.includes("allowedRedirectDomains"));
+  await connect(world({ store }).app);
+  const [, , routine = ""] = (await signedIn(world({ store, password: PASSWORD }).app)).page.text
+    .match(/^([^]*)Recent activity([^]*)$/)!;
+  assert(routine.includes("fetched its token"), "a connection that works needs no look");
 });
 
 test("a browser at / is led to /connections, but for an app that has something there", async () => {
@@ -1930,6 +2678,155 @@ test("a browser at / is led to /connections, but for an app that has something t
   );
   for (const path of ["/vault", "/vault/"]) assertEquals(await at(below, path), [302, "/vault/connections"]);
   assertEquals((await at(below, "/"))[0], 404);
+});
+
+/** The text of the owner's page, without tags. */
+async function pageText(app: World["app"]): Promise<string> {
+  const { text } = await browse(app).open(PAGE);
+  return unescapeHtml(text.replace(/<style[^]*<\/style>/, "").replace(/<[^>]*>/g, " ").replace(/\s+/g, " "));
+}
+
+/** Registers, opens the page and approves; returns what is needed to go on. */
+async function approved(app: World["app"], redirect_uri = CLAUDE) {
+  const { client_id } = await register(app, { redirect_uris: [redirect_uri], client_name: "Notes app" });
+  const code = await approvedCode(app, client_id, { redirect_uri });
+  const fields = { grant_type: "authorization_code", client_id, code, code_verifier: VERIFIER, redirect_uri };
+  return { client_id, fields };
+}
+
+test("/connections says where a broken set-up stopped, and whose turn it is", async (t) => {
+  type Setup = { app: World["app"]; auth: PersonalAuth; store: Store; travel: (seconds: number) => void };
+  const setups: Record<string, [spoil: (setup: Setup) => Promise<unknown>, says: string[]]> = {
+    "page never opened": [async ({ app }) => await register(app, { client_name: "Notes app" }), [
+      "introduced itself",
+      "no browser has opened the page",
+      `mod.ts ${BASE}/mcp`,
+    ]],
+    "page opened and left": [async ({ app }) => {
+      const { client_id } = await register(app, { client_name: "Notes app" });
+      await browse(app).open(authorizeUrl(client_id));
+    }, ["was shown to you for approval", "It is your turn"]],
+    "denied": [async ({ app }) => {
+      const { client_id } = await register(app, { client_name: "Notes app" });
+      const browser = browse(app);
+      await browser.submit(await browser.open(authorizeUrl(client_id)), { decision: "deny" });
+    }, ["was denied by you", "You denied it"]],
+    "wrong resource": [async ({ app }) => {
+      const { client_id } = await register(app, { client_name: "Notes app" });
+      await browse(app).open(authorizeUrl(client_id, { resource: "https://elsewhere.example/mcp" }));
+    }, ['the client asked for "https://elsewhere.example/mcp"', "Mend that"]],
+    "waiting for the app": [async ({ app }) => await approved(app), ["Notes app's turn", "claude.ai"]],
+    "app never redeems": [async ({ app, travel }) => {
+      await approved(app);
+      travel(3600);
+    }, ["never fetched its token", "Its servers may not reach", `${BASE}/token`]],
+    "nothing listens on the port": [async ({ app, travel }) => {
+      await approved(app, "http://localhost:4711/callback");
+      travel(3600);
+    }, ["nothing listens at localhost:4711", "on another computer"]],
+    "verifier lost": [async ({ app }) => {
+      const { fields } = await approved(app);
+      await post(app, "/token", { ...fields, code_verifier: "x".repeat(43) });
+    }, ["code_verifier does not match the code_challenge", "Connect again in Notes app"]],
+    "clock wrong by an hour": [async ({ app, travel }) => {
+      const { fields } = await approved(app);
+      travel(3600);
+      await post(app, "/token", fields);
+    }, ["the code expired 55 minutes ago"]],
+    "another redirect_uri at the token endpoint": [async ({ app }) => {
+      const { fields } = await approved(app);
+      await post(app, "/token", { ...fields, redirect_uri: "https://claude.ai/other" });
+    }, ['redirect_uri "https://claude.ai/other" differs from', CLAUDE]],
+    "user agent blocked": [async ({ app, travel }) => {
+      const { fields } = await approved(app);
+      await post(app, "/token", fields);
+      travel(120);
+    }, ["got its token 2 minutes ago and has not called since", "block the user agent Claude-User"]],
+    "Authorization stripped": [async ({ app, travel }) => {
+      const { fields } = await approved(app);
+      await post(app, "/token", fields);
+      travel(120);
+      await app.request(`${BASE}/mcp`, { method: "POST", headers: { "User-Agent": "Claude-User" } });
+    }, ["a request without a token came", "may remove the Authorization header"]],
+    "refresh token lost": [async ({ app, travel }) => {
+      const { fields } = await approved(app);
+      const { body } = await post(app, "/token", fields);
+      await callMcp(app, body.access_token);
+      travel(31 * 86400);
+    }, ["access token expired 1 day ago", "has not come back", "Open Notes app"]],
+    "expired token used": [async ({ app, travel }) => {
+      const { fields } = await approved(app);
+      const { body } = await post(app, "/token", fields);
+      await callMcp(app, body.access_token);
+      travel(33 * 86400);
+      assertEquals((await callMcp(app, body.access_token)).status, 401);
+    }, ["access token: it expired 3 days ago"]],
+  };
+  const travel = timeMachine(t);
+  for (const [name, [spoil, says]] of Object.entries(setups)) {
+    const { app, auth, store } = world();
+    await spoil({ app, auth, store, travel });
+    const text = await pageText(app);
+    for (const part of says) assert(text.includes(part), `${name}: ${part} is not in ${text}`);
+    assert(!/p(at|rt|ac)_[0-9a-f]/.test(text), name);
+  }
+});
+
+test("the timeline of a good connection holds every step, and outlives a restart", async (t) => {
+  const travel = timeMachine(t);
+  const { app, store, events } = world();
+  await app.request(`${BASE}/mcp`);
+  const { fields, client_id } = await approved(app);
+  const { body } = await post(app, "/token", fields);
+  await callMcp(app, body.access_token);
+  travel(60);
+  await refreshing(app, client_id, body.refresh_token);
+  const types = events.map(({ type }) => type);
+  assert(types.includes("code_redeemed") && types.filter((type) => type === "first_call").length === 1);
+  const steps = ["found this server", "introduced itself", "was shown to you", "was approved by you"];
+  steps.push("fetched its token", "called for the first time", "refreshed its token");
+  for (const server of [app, world({ store }).app]) {
+    const text = await pageText(server);
+    const places = steps.map((step) => text.indexOf(step));
+    assert(places.every((place, i) => place > (places[i - 1] ?? 0)), text);
+  }
+});
+
+test("a flood of attempts costs no memory and no write, and leaves the owner's own attempts", async () => {
+  const memory = memoryStore();
+  let writes = 0;
+  const store: Store = { ...memory, update: (...args) => (writes++, memory.update(...args)) };
+  const { app } = world({ store });
+  await approved(app);
+  const { client_id } = await register(app, { client_name: "Opened by me" });
+  await browse(app).open(authorizeUrl(client_id));
+  const before = [writes, await contents(memory)];
+  for (let i = 0; i < 2000; i++) {
+    const { client_id } = await register(app, { client_name: `<b>stranger ${i}</b>` });
+    if (i % 10 === 0) await post(app, "/token", { client_id, grant_type: "refresh_token", refresh_token: "prt_x" });
+    if (i % 10 === 1) await callMcp(app, `pat_${"0".repeat(96)}`);
+  }
+  assertEquals([writes, await contents(memory)], before as [number, string]);
+  const { text } = await browse(app).open(PAGE);
+  assert(text.includes("Notes app") && text.includes("Opened by me") && !text.includes("<b>stranger"));
+  assert(text.length < 60_000, `${text.length} characters`);
+});
+
+test("a client that fell silent is shown as such", async (t) => {
+  const travel = timeMachine(t);
+  const { app, auth } = world();
+  const state = async () => (await auth.connections()).map(({ state }) => state);
+  const { fields, client_id } = await approved(app);
+  assertEquals(await state(), ["pending"]);
+  const { body } = await post(app, "/token", fields);
+  assertEquals(await state(), ["unused"]);
+  await callMcp(app, body.access_token);
+  assertEquals(await state(), ["active"]);
+  travel(31 * 86400);
+  assertEquals(await state(), ["silent"]);
+  const again = await refreshing(app, client_id, body.refresh_token);
+  await callMcp(app, again.body.access_token);
+  assertEquals(await state(), ["active"]);
 });
 
 test("/connections with authenticateOwner or without any owner", async () => {
@@ -2085,7 +2982,7 @@ test("a code that is redeemed again ends the connection", async () => {
   assertEquals((await callMcp(app, access_token)).status, 401);
   assertEquals((await refreshing(app, client.client_id, refresh_token)).body.error, "invalid_grant");
   assertEquals(await auth.connections(), []);
-  assertEquals(events.at(-1)!.type, "code_replayed");
+  assertEquals(events.filter(({ type }) => type !== "token_refused").at(-1)!.type, "code_replayed");
 });
 
 test("a code redeemed by many at once gives exactly one token, which works", async () => {
@@ -2211,6 +3108,48 @@ test("a lost answer can be asked for again, however late, with an access token t
   assertEquals(again.expires_in, 3600);
   assertEquals((await callMcp(app, again.access_token)).status, 200);
   assertEquals((await refreshing(app, client.client_id, again.refresh_token)).status, 200);
+});
+
+test("an answer that is repeated late is told to the owner, and in two rotations in a row ends the connection", async (t) => {
+  const travel = timeMachine(t);
+  const { app, auth, events } = world();
+  const { client, refresh_token } = await connect(app);
+  const refresh = async (token: string) => await refreshing(app, client.client_id, token);
+  const repeats = () => events.filter(({ type }) => type === "refresh_token_repeated").length;
+  // A thief rotates first, and leaves the answer unused. The honest client comes days later.
+  const stolen = await refresh(refresh_token);
+  travel(3 * 86400);
+  const first = await refresh(refresh_token);
+  assertEquals([first.status, first.body.refresh_token, repeats()], [200, stolen.body.refresh_token, 1]);
+  assertEquals((await callMcp(app, first.body.access_token)).status, 200);
+  // Again in the same rotation: an answer can be lost twice.
+  const next = await refresh(first.body.refresh_token);
+  travel(86400);
+  const again = await refresh(first.body.refresh_token);
+  assertEquals([again.status, again.body.error], [400, "invalid_grant"]);
+  assertEquals(events.at(-1)!.type, "refresh_token_reused");
+  assertEquals((await callMcp(app, next.body.access_token)).status, 401);
+  assertEquals(await auth.connections(), []);
+});
+
+test("lost answers in rotations that are not consecutive cost nothing", async (t) => {
+  const travel = timeMachine(t);
+  const { app, events } = world();
+  const { client, refresh_token } = await connect(app);
+  let token = refresh_token;
+  for (let rotation = 0; rotation < 6; rotation++) {
+    let answer = await refreshing(app, client.client_id, token);
+    if (rotation % 2 === 0) {
+      for (let i = 0; i < 2; i++) {
+        travel(86400);
+        answer = await refreshing(app, client.client_id, token);
+      }
+    }
+    assertEquals(answer.status, 200);
+    token = answer.body.refresh_token;
+    travel(86400);
+  }
+  assertEquals(events.filter(({ type }) => type === "refresh_token_reused").length, 0);
 });
 
 test("a lost answer that is given again prolongs its connection like any other", async (t) => {
@@ -2365,7 +3304,7 @@ const issue = (n: number, now: number, ttl = 3600) => ({
   expires: now + 1e7,
 });
 
-function redeemed(now: number): Grant {
+function redeemed(now: number): Json {
   const request = { client: { id: "c", name: "C" }, redirect_uri: CLAUDE, scopes: ["mcp"], resource: "r" };
   const grant = approveGrant(request, { hash: "code", challenge: "challenge", refreshes: true }, now);
   const right = { hash: "code", challenge: "challenge", client_id: "c", redirect_uri: CLAUDE, arrived: now };
@@ -2538,6 +3477,82 @@ test("the guard tells a bad token from none", async () => {
       Authorization,
     );
   }
+});
+
+test("guard() keeps a handler closed wherever it stands", async () => {
+  const { app: issuing, store } = world();
+  const { access_token } = await connect(issuing);
+  const auth = () => personalAuth({ baseUrl: BASE, store, authenticateOwner: () => true, onEvent: () => {} });
+  const handler = (c: Context<AuthEnv>) => c.json({ clientName: c.var.auth.extra?.clientName });
+  const mistakes: Record<string, (app: Hono, auth: PersonalAuth) => string> = {
+    "before app.route": (app, auth) => {
+      app.all("/mcp", auth.guard, handler);
+      app.route("/", auth);
+      return "/mcp";
+    },
+    "without the routes": (app, auth) => {
+      app.all("/mcp", auth.guard, handler);
+      return "/mcp";
+    },
+    "routes mounted at another path": (app, auth) => {
+      app.route("/auth", auth);
+      app.all("/mcp", auth.guard, handler);
+      return "/mcp";
+    },
+    "at another path": (app, auth) => {
+      app.route("/", auth);
+      app.all("/mcp2", auth.guard, handler);
+      return "/mcp2";
+    },
+    "in an app below": (app, auth) => {
+      app.route("/", auth);
+      app.route("/below", new Hono().all("/mcp", auth.guard, handler));
+      return "/below/mcp";
+    },
+    "in its place": (app, auth) => {
+      app.route("/", auth);
+      app.all("/mcp", auth.guard, handler);
+      return "/mcp";
+    },
+  };
+  for (const [mistake, mount] of Object.entries(mistakes)) {
+    const app = new Hono();
+    const path = mount(app, auth());
+    for (const method of ["GET", "POST", "DELETE"]) {
+      const sent: Record<string, string>[] = [{}, { Authorization: "Bearer x" }, {
+        Origin: "https://elsewhere.example",
+      }];
+      for (const headers of sent) {
+        const refused = await app.request(BASE + path, { method, headers });
+        assertEquals(refused.status, 401, mistake);
+        assert(refused.headers.get("WWW-Authenticate")!.includes(`${BASE}/.well-known/oauth-protected-resource/mcp`));
+      }
+    }
+    const allowed = await app.request(BASE + path, { headers: { Authorization: `Bearer ${access_token}` } });
+    assertEquals([allowed.status, await allowed.json()], [200, { clientName: "Claude" }], mistake);
+  }
+});
+
+test("guard() checks a token once per request, and trusts nobody else's c.var.auth", async () => {
+  const memory = memoryStore();
+  let reads = 0;
+  const { version: _version, ...store } = memory; // a store that cannot tell whether anything changed
+  const counting: Store = { ...store, get: (key) => (reads++, memory.get(key)) };
+  const { auth } = world({ store: counting });
+  const { token } = await auth.createToken({ name: "script" });
+  const app = new Hono();
+  app.use(async (c, next) => {
+    c.set("auth" as never, { token: "forged", clientId: "x", scopes: ["mcp"] } as never);
+    await next();
+  });
+  app.route("/", auth);
+  app.all("/mcp", auth.guard, auth.requireScopes("mcp"), (c) => c.json(c.var.auth.token));
+  reads = 0;
+  const response = await app.request(`${BASE}/mcp`, { headers: { Authorization: `Bearer ${token}` } });
+  assertEquals([response.status, await response.json(), reads], [200, token, 1]);
+  assertEquals((await app.request(`${BASE}/mcp`)).status, 401);
+  // Types: c.var.auth is there without new Hono<AuthEnv>().
+  new Hono().get("/x", auth.guard, (c) => c.json(c.var.auth.scopes satisfies string[]));
 });
 
 test("the guard gives the handler the SDK's AuthInfo", async () => {
@@ -2727,8 +3742,9 @@ test("connections() lists what is connected, and revoke() ends one", async (t) =
   const travel = timeMachine(t);
   const { app, auth, events } = world();
   const first = await connect(app);
-  await approvedCode(app, first.client.client_id); // approved, but never picked up: not a connection
-  travel(100);
+  await approvedCode(app, first.client.client_id); // approved, and never redeemed: gone when its code has expired
+  assertEquals((await auth.connections()).length, 2);
+  travel(301);
   const second = await connect(app, { client_name: "Second" });
   await callMcp(app, second.access_token);
   const list = await auth.connections();
@@ -2740,6 +3756,7 @@ test("connections() lists what is connected, and revoke() ends one", async (t) =
     clientName: "Second",
     redirectUri: CLAUDE,
     scopes: ["mcp"],
+    state: "active",
   });
   assert(
     [createdAt, lastUsedAt, expiresAt].every(Number.isInteger) && createdAt <= lastUsedAt && lastUsedAt < expiresAt,
@@ -2755,7 +3772,7 @@ test("createToken() makes a token that opens the door until it expires or is rev
   const travel = timeMachine(t);
   const { app, auth, store } = world({ scopes: ["read", "write"] });
   const { id, token, expiresAt } = await auth.createToken({ name: "backup script", scopes: ["read"], expiresIn: 3600 });
-  assertMatch(token, /^pat_[0-9a-f]{96}$/);
+  assertMatch(token, /^pat_[\w-]{65}$/);
   assert(!(await contents(store)).includes(token.slice(40)));
   assertEquals((await auth.verifyAccessToken(token)).scopes, ["read"]);
   const { kind, clientName } = (await auth.connections())[0]!;
@@ -2783,97 +3800,43 @@ test("createToken() makes a token that opens the door until it expires or is rev
 // deno-lint-ignore no-explicit-any
 const openKv: ((path: string) => Promise<KvLike>) | undefined = (globalThis as any).Deno?.openKv;
 
-/** What every store owes to the rest of mod.ts. `open` may be called again to look at the same state. */
-export async function storeContract(open: () => Store | Promise<Store>): Promise<void> {
-  const store = await open();
-  const entries = async (prefix: string) => {
-    const list = [];
-    for await (const entry of store.list(prefix)) list.push(entry);
-    return list;
-  };
-  // read, write, delete
-  assertEquals(await store.get("a/1"), undefined);
-  assertEquals(await store.update("a/1", (current) => ({ was: current === undefined })), { was: true });
-  assertEquals(await store.get("a/1"), { was: true });
-  await store.update("a/1", () => undefined);
-  assertEquals(await store.get("a/1"), undefined);
-  assertEquals(await store.update("a/1", (current) => current), undefined);
-  assertEquals(await entries(""), []);
+/** Each of them breaks one promise; the contract must name it. */
+const BROKEN_STORES: [promise: string, (store: Store) => Partial<Store>][] = [
+  ["expiry that the key had", (store) => ({
+    update: (key, change, options) => store.update(key, change, { expiresAt: seconds() + 3600, ...options }),
+  })],
+  ["a change that throws", (store) => ({
+    update: (key, change, options) => store.update(key, change, options).catch(() => undefined),
+  })],
+  ["through one holder", (store) => ({
+    async update(key, change, options) {
+      const next = change(await store.get(key));
+      await pause(1);
+      return await store.update(key, () => next, options);
+    },
+  })],
+  ["in the order of their keys", (store) => ({
+    async *list(prefix) {
+      const entries = [];
+      for await (const entry of store.list(prefix)) entries.unshift(entry);
+      yield* entries;
+    },
+  })],
+  ["keys of a prefix and no others", (store) => ({ list: (prefix) => store.list(prefix.slice(0, -1)) })],
+  ["for every method", (store) => ({
+    update: (key, change, options) => store.update(key, change, options && { expiresAt: options.expiresAt! + 60 }),
+  })],
+  ["version()", (store) => ({ version: () => 1, get: store.get })],
+  ["version()", (store) => ({ version: () => Math.random(), get: store.get })],
+];
 
-  // nobody can change what is stored by holding on to it
-  const value = { list: [1, { deep: "ü\u0000\u{1f510}" }] };
-  await store.update("a/1", () => value);
-  value.list.push(2);
-  const read = await store.get("a/1") as typeof value;
-  assertEquals(read, { list: [1, { deep: "ü\u0000\u{1f510}" }] });
-  read.list.pop();
-  assertEquals(await store.get("a/1"), { list: [1, { deep: "ü\u0000\u{1f510}" }] });
-
-  // a change that throws changes nothing, and the next one works
-  const boom = new Error("boom");
-  const thrown = await store.update("a/1", () => {
-    throw boom;
-  }).catch((error) => error);
-  assert(thrown === boom);
-  assertEquals(await store.get("a/1"), { list: [1, { deep: "ü\u0000\u{1f510}" }] });
-
-  // lists
-  const keys = ["a/", "a/0", "a/10", "a/2", "a/%_*", "a/ü", "a0", "b/1", `a/${"k".repeat(500)}`];
-  for (const key of keys) await store.update(key, () => key);
-  assertEquals(
-    (await entries("a/")).map(([key]) => key).sort(),
-    [...keys.filter((key) => key.startsWith("a/")), "a/1"].sort(),
-  );
-  assertEquals(await entries("a/1"), [["a/1", { list: [1, { deep: "ü\u0000\u{1f510}" }] }], ["a/10", "a/10"]]);
-  assertEquals(await entries("c"), []);
-  for (let i = 0; i < 250; i++) await store.update(`many/${String(i).padStart(3, "0")}`, () => i);
-  assertEquals((await entries("many/")).map(([, value]) => value), Array.from({ length: 250 }, (_, i) => i));
-
-  // expiry: seconds since the epoch; kept by an update that names none; a value of its own each
-  await store.update("e/soon", () => 1, { expiresAt: seconds() + 0.15 });
-  await store.update("e/later", () => 1, { expiresAt: seconds() + 3600 });
-  await store.update("e/past", () => 1, { expiresAt: seconds() - 1 });
-  await store.update("e/soon", () => 2);
-  assertEquals([await store.get("e/soon"), await store.get("e/later"), await store.get("e/past")], [2, 1, undefined]);
-  await new Promise((resolve) => setTimeout(resolve, 200));
-  assertEquals(await store.get("e/soon"), undefined);
-  assertEquals((await entries("e/")).map(([key]) => key), ["e/later"]);
-  assertEquals(await store.update("e/soon", (current) => current ?? "new"), "new");
-  assertEquals(await store.get("e/soon"), "new");
-
-  // values as large as the largest record
-  const large = { text: "x".repeat(40_000) };
-  await store.update("large", () => large);
-  assertEquals(await store.get("large"), large);
-
-  // atomicity
-  const increment = (current: unknown) => (current as number ?? 0) + 1;
-  await Promise.all(Array.from({ length: 200 }, () => store.update("counter", increment)));
-  assertEquals(await store.get("counter"), 200);
-
-  // another holder of the same state
-  const second = await open();
-  assertEquals(await second.get("counter"), 200);
-  await Promise.all(
-    [store, second].flatMap((store) => Array.from({ length: 50 }, () => store.update("counter", increment))),
-  );
-  assertEquals([await store.get("counter"), await second.get("counter")], [300, 300]);
-
-  // the stamp of the state: the same while nothing changes, another one after a change by anybody
-  const stamps = () => [store.version?.(), second.version?.()];
-  if (store.version) {
-    const before = stamps();
-    await store.get("counter");
-    await store.update("counter", (current) => current);
-    assertEquals(stamps(), before);
-    await second.update("counter", increment);
-    const after = stamps();
-    assert(after[0] !== before[0] && after[1] !== before[1]);
-    await store.update("counter", increment);
-    assert(stamps()[0] !== after[0] && stamps()[1] !== after[1]);
-  }
-  for (const each of new Set([store, second])) await each.close?.();
-}
+test("storeContract() names the promise that a store breaks", async () => {
+  await Promise.all(BROKEN_STORES.map(async ([promise, broken]) => {
+    const memory = memoryStore();
+    const error = await storeContract(() => ({ ...memory, ...broken(memory) })).catch((error: unknown) => error);
+    assert(error instanceof Error && error.message.includes(promise), `${promise}: ${error}`);
+  }));
+});
 
 test("memoryStore() keeps the contract of a store", async () => {
   const store = memoryStore();
@@ -2889,25 +3852,24 @@ test("fileStore() tells of every commit by its stamp, whoever closes", async (t)
   const dir = temporaryFolder(t);
   const [one, two] = [fileStore(dir), fileStore(dir)];
   t.after(() => two.close!());
-  assert(process.platform === "win32" || one.version!() !== undefined);
+  assert(one.version!() !== undefined);
   const stamps = new Set([two.version!()]);
   for (let i = 0; i < 3000; i++) { // past the checkpoints that begin the log anew
     await (i < 1000 && i % 2 ? one : two).update(`key/${i % 7}`, () => i);
     stamps.add(two.version!());
     if (i === 1000) one.close!();
   }
-  assert(process.platform === "win32" || stamps.size === 3001, `${stamps.size} stamps`);
+  assertEquals(stamps.size, 3001);
 });
 
 test("fileStore() commits together what is asked for together, and one that fails takes no other with it", async (t) => {
   const dir = temporaryFolder(t);
   const store = fileStore(dir);
   await store.update("key", () => 0);
-  const commits = () => Math.floor(store.version!()! / 2 ** 32);
-  const before = commits();
+  const before = store.version!()!;
   const increments = Array.from({ length: 20 }, () => store.update("key", (current) => current as number + 1));
   assertEquals(await Promise.all(increments), Array.from({ length: 20 }, (_, i) => i + 1));
-  assertEquals(commits(), before + 1);
+  assertEquals(store.version!(), before + 1);
   const mixed = ["a", "b", "c"].map((key) =>
     store.update(key, () => {
       if (key === "b") throw new Error("not this one");
@@ -2922,23 +3884,6 @@ test("fileStore() commits together what is asked for together, and one that fail
   const again = fileStore(dir);
   t.after(() => again.close!());
   assertEquals(await again.get("last"), "written before the file is closed");
-});
-
-test("fileStore() trusts no stamp that its own commits do not change", async (t) => {
-  const dir = temporaryFolder(t);
-  const store = fileStore(dir);
-  t.after(() => store.close!());
-  await store.update("key", () => 1);
-  const fs = process.getBuiltinModule("node:fs");
-  const { readSync } = fs;
-  try {
-    fs.readSync = (() => 32) as typeof readSync; // as if files and shared memory had parted
-    await store.update("key", () => 2);
-  } finally {
-    fs.readSync = readSync;
-  }
-  assertEquals(store.version!(), undefined);
-  assertEquals(await store.get("key"), 2);
 });
 
 test("kvStore() keeps the contract of a store", { skip: openKv ? false : "only Deno has Deno.openKv" }, async (t) => {
@@ -2973,6 +3918,91 @@ test(
   },
 );
 
+/** As much of a `Deno.Kv` as `kvStore` uses, for every runtime: it keeps what it is given, byte for byte. */
+function kvInMemory(): KvLike & { entries: Map<string, { value: unknown; versionstamp: string }> } {
+  const entries = new Map<string, { value: unknown; versionstamp: string }>();
+  let writes = 0;
+  return {
+    entries,
+    get: ([, key]) => Promise.resolve(entries.get(key!) ?? { value: null, versionstamp: null }),
+    async *list({ start: [, start], end: [, end] }) {
+      for (const [key, { value }] of [...entries].sort(([a], [b]) => a < b ? -1 : 1)) {
+        if (key >= start! && key < end!) yield { key: ["personal-auth", key], value };
+      }
+    },
+    atomic() {
+      let [at, expected, write]: [string, string | null, () => unknown] = ["", null, () => {}];
+      return {
+        check({ key: [, key], versionstamp }) {
+          [at, expected] = [key!, versionstamp];
+          return this;
+        },
+        set(_key, value) {
+          write = () => entries.set(at, { value: structuredClone(value), versionstamp: String(++writes) });
+          return this;
+        },
+        delete() {
+          write = () => entries.delete(at);
+          return this;
+        },
+        commit() {
+          const ok = (entries.get(at)?.versionstamp ?? null) === expected;
+          if (ok) write();
+          return Promise.resolve({ ok });
+        },
+      };
+    },
+    close() {},
+  };
+}
+
+test("kvStore() keeps bytes that every runtime reads, and the contract of a store", async () => {
+  const kv = kvInMemory();
+  await storeContract(() => kvStore(kv));
+  const store = kvStore(kv);
+  await store.update("a", () => ({ text: "ü\u{1f510}" }), { expiresAt: 99999999999.5 });
+  await store.update("b", () => "for ever");
+  const text = (key: string) => new TextDecoder().decode(kv.entries.get(key)!.value as Uint8Array);
+  assertEquals([text("a"), text("b")], ['[99999999999.5,{"text":"ü\u{1f510}"}]', '[null,"for ever"]']);
+  assert([...kv.entries.values()].every(({ value }) => value instanceof Uint8Array));
+});
+
+test("kvStore() leaves what somebody else wrote as it is, and says what is too large", async () => {
+  const kv = kvInMemory();
+  const { app, events } = world({ store: kvStore(kv) });
+  const { access_token } = await connect(app);
+  const key = `grant/${access_token.slice(4, 36)}`;
+  const good = kv.entries.get(key)!;
+  const bytes = (text: string) => new TextEncoder().encode(text);
+  const foreign = [
+    "text",
+    { json: "{}", expires: null },
+    7n,
+    bytes("{}"),
+    bytes("[null"),
+    bytes("[null]"),
+    bytes('["x",1]'),
+  ];
+  for (const value of foreign) {
+    kv.entries.set(key, { value, versionstamp: "foreign" });
+    const store = kvStore(kv);
+    for (const call of [() => store.get(key), () => store.update(key, () => 1), () => contents(store)]) {
+      const { message } = await call().then(() => new Error("it was answered"), (error: Error) => error);
+      assertMatch(message, /grant\/[^]* was not written by personal-auth and was left as it is/);
+    }
+    assertEquals((await callMcp(app, access_token)).status, 503);
+    assertEquals(kv.entries.get(key), { value, versionstamp: "foreign" });
+  }
+  assertMatch(String(events.find(({ type }) => type === "server_error")!.cause), /delete it, or open another KV/);
+  kv.entries.set(key, good);
+  assertEquals((await callMcp(app, access_token)).status, 200);
+  const store = kvStore(kv);
+  await store.update("large", () => "x".repeat(65_526)); // 65,536 bytes with the brackets
+  const error = await store.update("large", () => "é".repeat(32_764)).catch((error) => error) as Error;
+  assertMatch(error.message, /"large" would take 65537 bytes, and a Deno.Kv holds 65536/);
+  assertEquals(await store.get("large"), "x".repeat(65_526));
+});
+
 test("kvStore() refuses what is not an open Deno.Kv", () => {
   assertThrows(() => kvStore(undefined as unknown as KvLike), TypeError, "Deno.openKv");
 });
@@ -2996,6 +4026,8 @@ test("fileStore() stops at a damaged, foreign or newer file, says which, and lea
   damaged.fill(0xff, bytes.length / 2, bytes.length / 2 + 8192);
   const newer = Buffer.from(bytes);
   newer.writeUInt32BE(99, 60);
+  const older = Buffer.from(bytes);
+  older.writeUInt32BE(1, 60);
   const foreign = Buffer.from(bytes);
   foreign.writeUInt32BE(1, 68);
   const cases: [string, Buffer, string][] = [
@@ -3004,6 +4036,7 @@ test("fileStore() stops at a damaged, foreign or newer file, says which, and lea
     ["truncated", bytes.subarray(0, bytes.length / 2), "cannot be read"],
     ["a page overwritten", damaged, "cannot be read"],
     ["newer", newer, "newer version"],
+    ["of a format that was never released", older, "has format 1"],
     ["another program's", foreign, "not a state file"],
   ];
   for (const [what, content, says] of cases) {
@@ -3024,12 +4057,126 @@ test("fileStore() says what to do about a folder that cannot be written", (t) =>
   assertThrows(() => fileStore(join(parent, "file")), Error, "make it writable");
   assertThrows(() => fileStore(join(parent, "file", "below")), Error, "make it writable");
   assertThrows(() => fileStore(""), TypeError, "folder");
+  for (const dir of ["~", "~/state", "~\\state"]) assertThrows(() => fileStore(dir), TypeError, 'called "~"');
   const readOnly = join(parent, "read-only");
   const store = fileStore(readOnly);
   store.close!();
   chmodSync(readOnly, 0o500);
   if (process.getuid?.() !== 0) assertThrows(() => fileStore(join(readOnly, "below")), Error, "make it writable");
   chmodSync(readOnly, 0o700);
+});
+
+test(
+  "fileStore() names the permission that Deno was started without",
+  { skip: "Deno" in globalThis ? false : "only Deno has permissions" },
+  (t) => {
+    const script = `import { fileStore } from ${JSON.stringify(new URL("mod.ts", import.meta.url))};
+      fileStore(${JSON.stringify(join(temporaryFolder(t), "state"))}).close();
+      console.log("open");`;
+    const start = (...permissions: string[]) => {
+      const args = ["run", "--no-prompt", ...permissions, "-"];
+      const { stdout, stderr } = spawnSync(process.execPath, args, { input: script, encoding: "utf8" });
+      return stdout + stderr;
+    };
+    for (const missing of ["--allow-sys", "--allow-write", "--allow-read"]) {
+      const others = ["--allow-sys", "--allow-write", "--allow-read"].filter((name) => name !== missing);
+      const said = start(...others);
+      assert(said.includes("started without a permission") && said.includes(missing), said);
+      assert(!said.includes("make it writable"), said);
+    }
+    assertEquals(start("--allow-read", "--allow-write", "--allow-sys=uid"), "open\n");
+  },
+);
+
+test("fileStore() accepts nothing when its files are no longer those in the folder, and goes on when they are", async (t) => {
+  const parent = temporaryFolder(t);
+  const name = (suffix = "") => join(dir, `oauth.sqlite${suffix}`);
+  const removeAll = () => ["", "-wal", "-shm"].forEach((suffix) => rmSync(name(suffix)));
+  const faults: [what: string, happen: () => void, undo?: () => void][] = [
+    ["moved away", () => renameSync(name(), name("-away")), () => renameSync(name("-away"), name())],
+    ["folder moved", () => renameSync(dir, `${dir}-away`), () => renameSync(`${dir}-away`, dir)],
+    ["removed", () => rmSync(name())],
+    ["folder removed", () => rmSync(dir, { recursive: true })],
+    ["log removed", () => rmSync(name("-wal"))],
+    ["index of the log removed", () => rmSync(name("-shm"))],
+    ["log replaced", () => {
+      rmSync(name("-wal"));
+      writeFileSync(name("-wal"), "");
+    }],
+    ["replaced", () => {
+      removeAll();
+      t.after(fileStore(dir).close!);
+    }],
+  ];
+  let dir = "";
+  for (const [i, [what, happen, undo]] of faults.entries()) {
+    dir = join(parent, String(i));
+    const store = fileStore(dir);
+    t.after(() => store.close!());
+    const { app, events } = world({ store });
+    const { client, access_token, refresh_token } = await connect(app);
+    for (let i = 0; i < 3; i++) assertEquals((await callMcp(app, access_token)).status, 200, what);
+    happen();
+    const write = await refreshing(app, client.client_id, refresh_token); // at once: no write may be answered as done
+    assertEquals([write.status, write.headers.get("Retry-After")], [503, "5"], what);
+    await pause(15);
+    const read = await callMcp(app, access_token);
+    assertEquals([read.status, read.headers.get("WWW-Authenticate")], [503, null], what);
+    assertEquals(store.version!(), undefined, what);
+    for (const call of [() => store.get("x"), () => store.update("x", () => 1), () => contents(store)]) {
+      const { message } = await call().then(() => new Error("it was answered"), (error: Error) => error);
+      assertMatch(message, /oauth\.sqlite.* was removed or replaced .* restarted/, what);
+    }
+    const told = events.filter(({ type, cause }) => type === "server_error" && /replaced/.test(String(cause)));
+    assert(told.length >= 2, what);
+    undo?.();
+    await pause(15);
+    assertEquals((await callMcp(app, access_token)).status, undo ? 200 : 503, what);
+    assertEquals((await refreshing(app, client.client_id, refresh_token)).status, undo ? 200 : 503, what);
+  }
+});
+
+test("fileStore() starts without hard links, and under a virus scanner that holds what it wants to remove", async (t) => {
+  const fs = process.getBuiltinModule("node:fs");
+  const { linkSync, rmSync } = fs;
+  const refuse = (code: string, pattern = /(?:)/) => (file: unknown) => {
+    if (pattern.test(String(file))) throw Object.assign(new Error(code), { code });
+  };
+  t.after(() => Object.assign(fs, { linkSync, rmSync }));
+  for (const code of ["EPERM", "EISDIR", "ENOTSUP"]) {
+    fs.linkSync = refuse(code) as typeof linkSync;
+    fs.rmSync = rmSync;
+    const dir = temporaryFolder(t);
+    const [one, two] = [fileStore(dir), fileStore(dir)] as [Store, Store];
+    await one.update("key", () => code);
+    assertEquals(await two.get("key"), code);
+    for (const store of [one, two]) store.close!();
+    assertEquals(readdirSync(dir), ["oauth.sqlite"]);
+    fs.linkSync = ((from: string, to: string) => {
+      linkSync(from, to); // another process is faster
+      refuse(code)("");
+    }) as typeof linkSync;
+    const raced = temporaryFolder(t);
+    fileStore(raced).close!();
+    assertEquals(readdirSync(raced), ["oauth.sqlite"]);
+  }
+  fs.linkSync = linkSync;
+  fs.rmSync = refuse("EBUSY", /\.new(-\w+)?$/) as typeof rmSync;
+  const dir = temporaryFolder(t);
+  fileStore(dir).close!();
+  const store = fileStore(dir);
+  await store.update("key", () => 1);
+  store.close!();
+  const leftovers = () => readdirSync(dir).filter((file) => file !== "oauth.sqlite");
+  for (let starts = 0; starts < 2; starts++) {
+    for (const file of leftovers()) utimesSync(join(dir, file), 1, 1); // so old that the next start clears them away
+    fileStore(dir).close!();
+  }
+  for (const file of leftovers()) utimesSync(join(dir, file), 1, 1);
+  assert(leftovers().length >= 4);
+  fs.rmSync = rmSync;
+  fileStore(dir).close!();
+  assertEquals(readdirSync(dir), ["oauth.sqlite"]);
 });
 
 test("fileStore() clears away what has expired, a little with each change, but for the latest thousand", async (t) => {
@@ -3094,7 +4241,7 @@ test("a copy of the store, with this source, lets nobody in", async () => {
   const script = await auth.createToken({ name: "script" });
   const create = formsOf(await owner.open(PAGE)).find(({ action }) => action === "create_token")!;
   const made = (await owner.open(PAGE, form({ ...create, name: "script", days: "365" }))).text;
-  const scripts = [script.token, made.match(/pat_[0-9a-f]{96}/)![0]].map((token) => token.slice(4, 36));
+  const scripts = [script.token, made.match(/pat_[\w-]{65}/)![0]].map((token) => token.slice(4, 26));
 
   // every string there is, and what can be made of it with the server's key, which is one of them
   const found = new Set<string>();
@@ -3175,6 +4322,125 @@ test("a store that fails is answered 503 and costs nobody anything", async () =>
   assertEquals(page.status, 200);
 });
 
+/** Makes every timer of 8 s or more due after 40 ms, until the test ends. */
+function shortDeadlines(t: TestContext): void {
+  const { setTimeout } = globalThis;
+  t.after(() => {
+    globalThis.setTimeout = setTimeout;
+  });
+  globalThis.setTimeout =
+    ((call: () => void, milliseconds = 0) =>
+      setTimeout(call, milliseconds >= 8000 ? 40 : milliseconds)) as typeof setTimeout;
+}
+
+test("a store that hangs is answered 503 in time, and what comes late changes nothing", async (t) => {
+  shortDeadlines(t);
+  const memory = memoryStore();
+  /** "hangs": before it does anything; "acknowledges late": after it has done it. */
+  let mode: "works" | "hangs" | "acknowledges late" = "works";
+  let wake: () => void = () => {};
+  let awake = Promise.resolve();
+  const set = (how: typeof mode) => {
+    mode = how;
+    awake = new Promise((resolve) => wake = resolve);
+  };
+  const store: Store = {
+    async get(key) {
+      if (mode === "hangs") await awake;
+      return await memory.get(key);
+    },
+    async update(key, change, options) {
+      if (mode === "hangs") await awake;
+      const next = await memory.update(key, change, options);
+      if (mode === "acknowledges late") await awake;
+      return next;
+    },
+    async *list(prefix) {
+      for await (const entry of memory.list(prefix)) {
+        if (mode === "hangs") await awake;
+        yield entry;
+      }
+    },
+  };
+  const { app, auth, events } = world({ store });
+  const { client, access_token, refresh_token } = await connect(app);
+  const ended = await connect(app);
+  const code = await approvedCode(app, client.client_id);
+  const redeem = () => {
+    const fields = { grant_type: "authorization_code", client_id: client.client_id, code, code_verifier: VERIFIER };
+    return post(app, "/token", fields);
+  };
+  const before = await contents(memory);
+  set("hangs");
+  const refused = await Promise.all([
+    callMcp(app, access_token),
+    refreshing(app, client.client_id, refresh_token),
+    post(app, "/revoke", { client_id: client.client_id, token: ended.refresh_token }),
+    browse(app).approve(authorizeUrl(client.client_id)),
+    redeem(),
+  ]);
+  for (const { status, headers } of refused) assertEquals([status, headers.get("Retry-After")], [503, "5"]);
+  for (const call of [() => auth.connections(), () => auth.createToken({ name: "script" })]) {
+    const error = await call().then(() => undefined, (error: unknown) => error);
+    assert(error instanceof OAuthError && error.status === 503);
+  }
+  assert(events.some(({ type, cause }) => type === "server_error" && /has not answered for 8 s/.test(String(cause))));
+  mode = "works";
+  wake();
+  await pause(20);
+  assertEquals(await contents(memory), before);
+  for (const token of [access_token, ended.access_token]) assertEquals((await callMcp(app, token)).status, 200);
+  assertEquals((await redeem()).status, 200);
+
+  // what was done and only acknowledged late is a lost answer: asked for again, it is the same
+  const written = await contents(memory);
+  set("acknowledges late");
+  assertEquals((await refreshing(app, client.client_id, refresh_token)).status, 503);
+  mode = "works";
+  assertNotEquals(await contents(memory), written);
+  const again = await refreshing(app, client.client_id, refresh_token);
+  wake();
+  await pause(20);
+  const third = await refreshing(app, client.client_id, refresh_token);
+  assertEquals([again.status, third.body.refresh_token], [200, again.body.refresh_token]);
+  assertEquals((await callMcp(app, third.body.access_token)).status, 200);
+});
+
+test("a server whose store hangs at its start serves as soon as it answers", async (t) => {
+  shortDeadlines(t);
+  const memory = memoryStore();
+  let hangs = true;
+  const never = new Promise<never>(() => {});
+  const store: Store = {
+    ...memory,
+    get: (key) => hangs ? never : memory.get(key),
+    update: (key, change, options) => hangs ? never : memory.update(key, change, options),
+  };
+  const { app, events } = world({ store, password: PASSWORD });
+  const registration = () => app.request(`${BASE}/register`, json({ redirect_uris: [CLAUDE] }));
+  const refused = await registration();
+  assertEquals([refused.status, refused.headers.get("Retry-After")], [503, "5"]);
+  assert(events.some(({ type }) => type === "server_error"));
+  hangs = false;
+  await new Promise((resolve) => setTimeout(resolve, 100)); // what was asked at the start is given up as well
+  const { client_id } = await register(app);
+  assertEquals((await browse(app).approve(authorizeUrl(client_id), PASSWORD)).status, 302);
+});
+
+test("kvStore() goes on with a key after a call that never ended", async (t) => {
+  shortDeadlines(t);
+  const kv = kvInMemory();
+  let hangs = true;
+  const { get } = kv;
+  kv.get = (key) => hangs ? new Promise<never>(() => {}) : get(key);
+  const { app, events } = world({ store: kvStore(kv) });
+  const registration = () => app.request(`${BASE}/register`, json({ redirect_uris: [CLAUDE] }));
+  assertEquals((await registration()).status, 503);
+  hangs = false;
+  assertEquals((await registration()).status, 201);
+  assert(events.some(({ type }) => type === "server_error"));
+});
+
 test("a store that is down at the start is tried again", async () => {
   const memory = memoryStore();
   let down = true;
@@ -3212,6 +4478,25 @@ test("a server that has only Web Crypto shares its connections with one that has
   ];
   assertEquals([one.access_token, one.refresh_token], [two.access_token, two.refresh_token]);
   assertEquals((await callMcp(web, one.access_token)).status, 200);
+});
+
+test("two servers at different addresses on one store say so, and touch nothing of each other's", async () => {
+  const store = memoryStore();
+  const first = world({ store, password: PASSWORD });
+  const { access_token, refresh_token, client } = await connectAs(first.app, PASSWORD);
+  assert(!first.events.some(({ type }) => type === "store_shared"));
+  const second = world({ store, baseUrl: "https://other.example", password: "another long password" });
+  await second.auth.connections();
+  const told = second.events.filter(({ type }) => type === "store_shared");
+  assert(told.length === 1 && told[0]!.message.includes(BASE));
+  assertEquals(await second.auth.connections(), []);
+  const [{ id }] = await first.auth.connections() as [Json];
+  assertEquals(await second.auth.revoke(id), false);
+  assertEquals((await callMcp(first.app, access_token)).status, 200);
+  assertEquals((await refreshing(first.app, client.client_id, refresh_token)).status, 200);
+  // Each keeps its own password, sessions and events.
+  assertEquals((await browse(first.app).approve(authorizeUrl(client.client_id), PASSWORD)).status, 302);
+  assert(!JSON.stringify(second.events).includes("connection_approved"));
 });
 
 test("two servers on one store serve one set of connections", async (t) => {
@@ -3315,6 +4600,23 @@ test("a generated password opens the door whatever strangers have used up; wrong
   assertEquals((await browse(app).approve(url, password)).status, 302);
 });
 
+test("right passwords use up no attempts", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  for (let i = 0; i < 12; i++) {
+    assertEquals((await browse(app).approve(authorizeUrl(client_id), PASSWORD)).status, 302, `private window ${i}`);
+  }
+});
+
+test("a password with a NUL behind it is another password", async () => {
+  const { app } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  for (const typed of [`${PASSWORD}\0`, `${PASSWORD}\0\0`]) {
+    assertEquals((await browse(app).approve(authorizeUrl(client_id), typed)).status, 403);
+  }
+  assertEquals((await browse(app).approve(authorizeUrl(client_id), PASSWORD)).status, 302);
+});
+
 test("a throttle that was filled under a wrong clock refills under the right one", async (t) => {
   const travel = timeMachine(t);
   const { app } = world({ password: PASSWORD });
@@ -3364,10 +4666,11 @@ test("what the guard remembers ends with its token, and belongs to nobody else",
   const { access_token } = await connect(app);
   for (let i = 0; i < 3; i++) assertEquals((await callMcp(app, access_token)).status, 200);
   const info = await auth.verifyAccessToken(access_token);
-  info.scopes.push("admin");
-  info.extra!.connection = "x";
+  assertThrows(() => info.scopes.push("admin"), TypeError);
+  assertThrows(() => info.extra!.connection = "x", TypeError);
+  assertThrows(() => info.clientId = "x", TypeError);
   const again = await auth.verifyAccessToken(access_token);
-  assertEquals(again.scopes, ["mcp"]);
+  assertEquals([again.scopes, again.clientId], [["mcp"], info.clientId]);
   assertNotEquals(again.extra!.connection, "x");
   travel(101);
   assertEquals((await callMcp(app, access_token)).status, 401);
@@ -3515,6 +4818,15 @@ test("a name that nobody can see is no name, and none is cut in the middle of a 
   assert((await browse(app).open(authorizeUrl(invisible.client_id))).text.includes("an app without a name"));
   const long = await register(app, { client_name: "x" + "🔐".repeat(300) });
   assertEquals(long.client_name, "x" + "🔐".repeat(199));
+  const name = async (client_name: string) => (await register(app, { client_name })).client_name;
+  assertEquals(await name("e" + "\u0301\u0302\u0303".repeat(20) + "x\u0488\u20dd\u20dd"), "e\u0301\u0302x\u0488\u20dd");
+  assertEquals(await name("a\u0301\u200d\u0301\ufe0f\u0301b"), "a\u0301\u0301b"); // nothing invisible in between helps
+  assertEquals(await name("a\u3000\u2003\u00a0 \u1680b"), "a b");
+  assertEquals(await name("👨\u200d👩\u200d👧".repeat(300)), "👨👩👧".repeat(66) + "👨👩");
+  const start = performance.now();
+  await name("\u0301".repeat(30_000));
+  await name("\u3000 ".repeat(15_000) + "x");
+  assert(performance.now() - start < 1000);
 });
 
 test("fileStore() leaves the write-ahead log of a damaged file alone, so that nothing is lost with it", async (t) => {
@@ -3542,27 +4854,6 @@ test("fileStore() leaves the write-ahead log of a damaged file alone, so that no
       assert(readFileSync(join(dir, "oauth.sqlite-wal")).equals(wal));
     }
   }
-});
-
-test("fileStore() takes a file of an earlier format over, under a server that still uses it", async (t) => {
-  const { DatabaseSync } = process.getBuiltinModule("node:sqlite");
-  const dir = temporaryFolder(t);
-  const earlier = new DatabaseSync(join(dir, "oauth.sqlite"));
-  t.after(() => earlier.close());
-  earlier.exec(`PRAGMA journal_mode = WAL; PRAGMA application_id = ${0x6d637061};
-    CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL) WITHOUT ROWID;
-    CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
-    PRAGMA user_version = 1`);
-  const upsert = earlier.prepare("INSERT OR REPLACE INTO entries (key, value, expires) VALUES (?, ?, ?)");
-  for (let i = 0; i < 300; i++) upsert.run(`key/${i}`, JSON.stringify("x".repeat(i * 10)), i % 2 ? null : 1e11);
-  const stores = [fileStore(dir), fileStore(dir)] as [Store, Store];
-  t.after(() => stores.forEach((store) => store.close!()));
-  for (let i = 0; i < 300; i++) assertEquals(await stores[0].get(`key/${i}`), "x".repeat(i * 10));
-  upsert.run("key/0", '"from the earlier version"', null);
-  await stores[1].update("key/1", () => "from this one");
-  assertEquals(await stores[0].get("key/0"), "from the earlier version");
-  assertEquals(earlier.prepare("SELECT value FROM entries WHERE key = 'key/1'").get()!.value, '"from this one"');
-  assertEquals(earlier.prepare("PRAGMA user_version").get()!.user_version, 2);
 });
 
 test("fileStore() sees in the write-ahead log that a file is newer, foreign or without its table", (t) => {
@@ -3645,6 +4936,16 @@ test("personalAuth() refuses options that look right and are not", () => {
     [{ mcpPath: "/.well-known/oauth-authorization-server" }, "mcpPath"],
     [{ allowedRedirectDomains: ["claude.ai:443"] }, "port"],
     [{ allowedRedirectDomains: ["127.0.0.1"] }, "localhost"],
+    [{ allowedRedirectDomains: ["localhost:3000"] }, 'write "localhost"'],
+    [{ allowedRedirectDomains: ["[::1]:3000"] }, 'write "localhost"'],
+    [{ allowedRedirectDomains: ["http://localhost:3000/callback"] }, 'write "localhost"'],
+    [{ allowedRedirectDomains: ["https://claude.ai"] }, 'write "claude.ai"'],
+    [{ allowedRedirectDomains: ["http://claude.ai"] }, 'write "claude.ai"'],
+    [{ allowedRedirectDomains: ["claude.ai/api"] }, 'write "claude.ai"'],
+    [{ allowedRedirectDomains: ["Claude.AI"] }, 'write "claude.ai"'],
+    [{ allowedRedirectDomains: ["cursor://anysphere.cursor-mcp/oauth"] }, 'write "cursor://anysphere.cursor-mcp"'],
+    [{ allowedRedirectDomains: ["a.*.example"] }, 'write "'],
+    [{ allowedRedirectDomains: [5] }, "example.com"],
     [{ clients: [null] }, "clients"],
     [{ clients: [{ client_id: "a", redirect_uris: [CLAUDE] }, { client_id: "a", redirect_uris: [CLAUDE] }] }, "two"],
     [{ accessTokenTtl: 1e12 }, "accessTokenTtl"],
@@ -3821,15 +5122,15 @@ test("S6-S9: refreshes with resource, with scope, in parallel, after a lost answ
   const { client, ...tokens } = await connect(app, {}, { scope: "mcp offline_access" });
   const { client_id } = client;
   let { refresh_token } = tokens;
-  const variants: Record<string, string>[] = [
-    { resource: `${BASE}/mcp` },
-    { resource: `${BASE}/mcp`, scope: "mcp offline_access" },
-    {},
+  const variants: [more: Record<string, string>, waits: number[]][] = [
+    [{ resource: `${BASE}/mcp` }, [0, 90]],
+    [{ resource: `${BASE}/mcp`, scope: "mcp offline_access" }, [0, 90, 3600]],
+    [{}, [0, 90]],
   ];
-  for (const more of variants) {
+  for (const [more, waits] of variants) {
     const answers = await Promise.all([0, 1, 2, 3].map(() => refreshing(app, client_id, refresh_token, more)));
     assertEquals(new Set(answers.map(({ status, body }) => `${status} ${body.refresh_token}`)).size, 1);
-    for (const wait of [0, 90, 3600]) {
+    for (const wait of waits) {
       travel(wait);
       const again = await refreshing(app, client_id, refresh_token, more);
       assertEquals(again.body.access_token, answers[0]!.body.access_token);
@@ -3931,9 +5232,12 @@ test("S16: the conformance tool sends neither scope nor resource", async () => {
 
 // ─── Setup check ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+let goodServer: World["app"] | undefined; // one for all: hashing its password takes longer than checking it
+
 /** A good server with one thing spoilt: what it answers is handed to `spoil` before it leaves. */
 function spoiltBy(spoil: (request: Request, answer: () => Promise<Response>) => Response | Promise<Response>) {
-  const { app } = world({ password: PASSWORD });
+  goodServer ??= world({ password: PASSWORD }).app;
+  const app = goodServer;
   return async (request: Request) => {
     const response = await spoil(request.clone(), () => Promise.resolve(app.request(request)));
     return new Response(response.body, { status: response.status, headers: new Headers(response.headers) });
@@ -3975,9 +5279,14 @@ test("checkSetup() finds nothing wrong with a good server, and leaves it as it w
     fetch: (request) => app.request(request),
     onProgress: (what) => asked.push(what),
   });
-  assertEquals(report.findings.filter(({ result }) => result !== "ok"), []);
+  const { token_endpoint_auth_methods_supported: methods } = await (await app.request(`${BASE}${SERVER}`)).json();
+  const noted = methods.includes("private_key_jwt")
+    ? []
+    : ["private_key_jwt is not accepted: ChatGPT may insist on it"];
+  assertEquals(report.findings.filter(({ result }) => result !== "ok").map(({ what }) => what), noted);
   assertEquals(report.verdict, "ready");
   assert(report.findings.length > 40 && asked.length > 15);
+  assertMatch(report.next.join("\n"), /claude mcp add --transport http personal https:\/\/mcp\.example\.com\/mcp$/);
   assertEquals(await contents(store), before);
 });
 
@@ -4098,7 +5407,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     [
       "null in a registration",
       spoilt("/register", { json: (body) => ({ ...body, client_uri: null }) }),
-      /Leave out client_uri/,
+      /without a value: "client_uri"/,
     ],
     [
       "a code without asking",
@@ -4110,7 +5419,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     [
       "PKCE not required",
       spoiltBy((request, answer) =>
-        isPath(request, "/authorize") && !request.url.includes("code_challenge")
+        isPath(request, "/authorize") && request.method === "GET" && !request.url.includes("code_challenge")
           ? Response.redirect(`${CLAUDE}?code=x`, 302)
           : answer()
       ),
@@ -4202,9 +5511,11 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     ],
   ];
   for (const [what, fetch, says] of faults) {
-    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch: fetch! });
+    const { verdict, findings, next } = await checkSetup(`${BASE}/mcp`, { fetch: fetch! });
     const failed = findings.filter(({ result }) => result === "failed");
     assertEquals(verdict, "broken", what);
+    assertEquals(failed.length, 1, `${what}: ${JSON.stringify(failed)}`); // what follows from it is not told
+    assertEquals(next, [`Repair this first: ${failed[0]!.what}`]);
     assert(failed.some(({ what, fix }) => says.test(`${what} ${fix}`)), `${what}: ${JSON.stringify(failed)}`);
   }
 });
@@ -4216,12 +5527,12 @@ test("checkSetup() warns of what trips some clients, and calls the server ready"
       spoilt("/mcp", {
         headers: { "WWW-Authenticate": `Bearer error="invalid_token", resource_metadata="${BASE}${RESOURCE}/mcp"` },
       }),
-      /names the scope/,
+      /names no scope/,
     ],
     [
       "missing CORS",
       spoiltBy((request, answer) => request.method === "OPTIONS" ? new Response("", { status: 401 }) : answer()),
-      /a browser may use the token endpoint/,
+      /browser may not use the "token" endpoint/,
     ],
     [
       "a partial OpenID configuration",
@@ -4243,12 +5554,12 @@ test("checkSetup() warns of what trips some clients, and calls the server ready"
     [
       "a page that can be framed",
       spoilt("/authorize", { headers: { "Content-Security-Policy": "default-src 'none'", "X-Frame-Options": null } }),
-      /framed/,
+      /can be framed/,
     ],
     [
       "no offline_access",
       spoilt(SERVER, { json: (body) => ({ ...body, scopes_supported: ["mcp"] }) }),
-      /offline_access is on offer/,
+      /offline_access is not on offer/,
     ],
     [
       "no iss",
@@ -4269,11 +5580,13 @@ test("checkSetup() looks at the address itself", async () => {
   const fetch = (request: Request) => app.request(request);
   const told = async (url: string) =>
     (await checkSetup(url, { fetch })).findings.filter(({ result }) => result !== "ok").map(({ what }) => what);
-  assert((await told("http://mcp.example.com/mcp")).includes("the address is https"));
-  assert((await told(`${BASE}:8443/mcp`)).includes("the port is 443"));
-  assert((await told(`${BASE}/mcp/`)).includes("the address has no slash at its end"));
-  assert((await told("http://localhost:8050/mcp")).includes("localhost:8050 is this computer"));
-  for (const url of ["", "mcp.example.com", "ftp://mcp.example.com"]) {
+  assert((await told("http://mcp.example.com/mcp")).includes("The address is http"));
+  assert((await told(`${BASE}:8443/mcp`)).includes("The port is 8443"));
+  assert((await told(`${BASE}/mcp/`)).includes("The address ends with a slash"));
+  assert(
+    (await told("http://localhost:8050/mcp")).includes('"localhost:8050" is this computer or in its private network'),
+  );
+  for (const url of ["", "mcp.example.com", "ftp://mcp.example.com", "https://me:secret@mcp.example.com/mcp"]) {
     const error = await checkSetup(url).catch((error) => error);
     assert(error instanceof TypeError && error.message.includes("https://your-domain.com/mcp"), url);
   }
@@ -4287,26 +5600,447 @@ test("checkSetup() says why nothing could be asked", async () => {
     [new DOMException("The operation timed out.", "TimeoutError"), /too long/],
   ];
   for (const [error, says] of reasons) {
-    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch: () => Promise.reject(error) });
+    const { verdict, findings, next } = await checkSetup(`${BASE}/mcp`, { fetch: () => Promise.reject(error) });
     assertEquals(verdict, "unreachable");
-    assertMatch(findings.at(-1)!.fix!, says);
+    assertMatch(findings.at(-1)!.what + findings.at(-1)!.fix!, says);
+    assertEquals(next, [`Repair this first: ${findings.at(-1)!.what}`]);
   }
+});
+
+test("checkSetup() waits for no answer for ever", async (t) => {
+  const { setTimeout: real } = globalThis;
+  t.after(() => void (globalThis.setTimeout = real));
+  // deno-lint-ignore no-explicit-any
+  (globalThis as any).setTimeout = (call: () => void, wait: number) => real(call, wait === 30_000 ? 20 : wait);
+  const never = new Promise<never>(() => {});
+  const drips = () => new Response(new ReadableStream({ pull: () => never }), { status: 401 });
+  for (const fetch of [() => never, drips]) {
+    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch });
+    assertEquals(verdict, "unreachable");
+    assertMatch(findings.at(-1)!.what, /took too long/);
+  }
+});
+
+test("checkSetup() tells what is in front of the server from the server itself", async () => {
+  const check = async (spoil: Parameters<typeof spoiltBy>[0], path = "/mcp") => {
+    let requests = 0;
+    const fetch = spoiltBy((request, answer) => (requests++, spoil(request, answer)));
+    const { findings, next } = await checkSetup(BASE + path, { fetch });
+    return { failed: findings.filter(({ result }) => result === "failed"), next, requests, findings };
+  };
+  for (const status of [502, 503, 504]) {
+    const { failed, requests } = await check(() => html(status));
+    assertEquals(failed.map(({ what }) => what), [`The proxy answers ${status}, your server does not`]);
+    assertEquals(requests, 1);
+  }
+  const { app } = world({ password: PASSWORD });
+  const stripped = (request: Request) => {
+    const headers = new Headers(request.headers);
+    headers.delete("Authorization");
+    return app.request(new Request(request, { headers }));
+  };
+  const { failed, next } = await check(stripped);
+  assertEquals(failed.map(({ what }) => what), ["The token did not arrive: the proxy drops Authorization"]);
+  assertEquals(next, ["Repair this first: The token did not arrive: the proxy drops Authorization"]);
+  // A server that never says invalid_token is not accused: either may be the reason, and both are named.
+  const silent = await check(async (request, answer) => {
+    if (!isPath(request, "/mcp") || request.method === "OPTIONS") return await answer();
+    const challenge = `Bearer resource_metadata="${BASE}${RESOURCE}/mcp", scope="mcp"`;
+    return new Response("Unauthorized", { status: 401, headers: { "WWW-Authenticate": challenge } });
+  });
+  assertEquals(silent.failed, []);
+  const warning = silent.findings.find(({ what }) => /without invalid_token/.test(what));
+  assertMatch(warning!.fix!, /let the proxy pass/);
+});
+
+test("checkSetup() knows both ways in for clients, and which clients sign their requests", async () => {
+  const warnings = async (change: (body: Json) => Json) => {
+    const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch: spoilt(SERVER, { json: change }) });
+    assertEquals(verdict, "ready", JSON.stringify(findings.filter(({ result }) => result === "failed")));
+    return findings.filter(({ result }) => result === "warning").map(({ what }) => what).join();
+  };
+  const methods = (...list: string[]) => (body: Json) => ({ ...body, token_endpoint_auth_methods_supported: list });
+  assertMatch(await warnings(methods("none")), /private_key_jwt is not accepted/);
+  assertEquals(await warnings(methods("none", "private_key_jwt")), "");
+  const { registration_endpoint: _, ...rest } = methods("none", "private_key_jwt")({});
+  assertEquals(await warnings(({ registration_endpoint: _, ...body }) => ({ ...body, ...rest })), "");
+});
+
+/** An MCP server behind a guard, which answers as JSON or as a stream of events that stays open. */
+function callable(tools: unknown[], streams: boolean) {
+  const { app, auth } = world({ password: PASSWORD });
+  const seen: { method: string; session: string | null; agent: string | null }[] = [];
+  const fetch = async (request: Request) => {
+    if (!isPath(request, "/mcp") || request.headers.get("Authorization") === null) return await app.request(request);
+    if (!(await app.request(request.clone())).ok) return await app.request(request);
+    const message = request.method === "POST" ? await request.json() : { method: request.method };
+    const { headers } = request;
+    seen.push({ method: message.method, session: headers.get("Mcp-Session-Id"), agent: headers.get("User-Agent") });
+    const result = ({ initialize: { protocolVersion: "2025-11-25" }, "tools/list": { tools } } as Json)[message.method];
+    if (!result) return new Response(null, { status: 202 });
+    const body = JSON.stringify({ jsonrpc: "2.0", id: message.id, result });
+    const session = { "Mcp-Session-Id": "session-1" };
+    if (!streams) return new Response(body, { headers: { "Content-Type": "application/json", ...session } });
+    const events = `: hello\r\n\r\ndata: {"jsonrpc":"2.0","method":"notifications/message"}\n\ndata: ${body}\r\n\r\n`;
+    const stream = new ReadableStream({ // byte by byte, and never closed
+      start: (controller) => [...new TextEncoder().encode(events)].forEach((b) => controller.enqueue(Uint8Array.of(b))),
+    });
+    return new Response(stream, { headers: { "Content-Type": "text/event-stream", ...session } });
+  };
+  return { auth, fetch, seen };
+}
+
+test("checkSetup() with a token calls initialize and tools/list as Claude does", async () => {
+  for (const streams of [false, true]) {
+    const tools = [{ name: "add" }, { name: "do it" }, { name: "x".repeat(65) }, { name: 5 }, null];
+    const { auth, fetch, seen } = callable(tools, streams);
+    const { token } = await auth.createToken({ name: "check" });
+    const { verdict, findings, next } = await checkSetup(`${BASE}/mcp`, { fetch, token });
+    assertEquals(verdict, "ready", JSON.stringify(findings.filter(({ result }) => result === "failed")));
+    assertEquals(seen.map(({ method }) => method).slice(-4), [
+      "initialize",
+      "notifications/initialized",
+      "tools/list",
+      "DELETE",
+    ]);
+    assertEquals(seen.slice(-3).every(({ session }) => session === "session-1"), true);
+    assertEquals(seen.slice(-4).every(({ agent }) => agent === "Claude-User"), true);
+    assertMatch(next[0]!, /^initialize took \d+\.\d\d s, tools\/list \d+\.\d\d s: 5 tools$/);
+    const refused = findings.find(({ what }) => /refuses the tools/.test(what));
+    assert(refused?.result === "warning" && refused.what.includes("do it") && !refused.what.includes("add"));
+    assert(!JSON.stringify({ findings, next }).includes(token));
+  }
+  const { fetch } = callable([], false);
+  const dead = await checkSetup(`${BASE}/mcp`, { fetch, token: "pat_dead" });
+  assertEquals(dead.next, ["Repair this first: The token is answered 401"]);
+  const error = await checkSetup(`${BASE}/mcp`, { fetch, token: "pat_\nsecret" }).catch((error) => error);
+  assert(error instanceof TypeError && !error.message.includes("secret"));
+});
+
+test("checkSetup() sends the token to its server alone, and prints it nowhere", async () => {
+  const token = "pat_" + "0123456789abcdef".repeat(4);
+  const elsewhere: string[] = [];
+  const noisy = spoiltBy(async (request, answer) => {
+    const sent = request.headers.get("Authorization") ?? "";
+    if (!isPath(request, "/mcp") && sent) elsewhere.push(request.url);
+    // A server that repeats what it was sent, wherever the check shows a server's words.
+    if (isPath(request, "/register")) return new Response(`${"x".repeat(100)}${token}`, { status: 400 });
+    if (!sent.includes(token)) return await answer();
+    const { method } = request.method === "POST" ? await request.json() : request;
+    const result = method === "tools/list" ? { tools: [{ name: `${"y".repeat(180)} ${token}` }] } : {};
+    return Response.json({ result }, { headers: { "Mcp-Session-Id": token } });
+  });
+  const report = await checkSetup(`${BASE}/mcp`, { fetch: noisy, token });
+  assert(report.findings.some(({ what }) => what.includes("[token]")), JSON.stringify(report));
+  for (let length = 12; length <= token.length; length++) {
+    assert(!JSON.stringify(report).includes(token.slice(0, length)), `the first ${length} characters`);
+  }
+  const redirecting = spoiltBy((request, answer) =>
+    request.headers.get("Authorization")?.includes(token)
+      ? Response.redirect("https://evil.example/mcp", 307)
+      : (new URL(request.url).origin === BASE || elsewhere.push(request.url), answer())
+  );
+  await checkSetup(`${BASE}/mcp`, { fetch: redirecting, token });
+  assertEquals(elsewhere, []);
+});
+
+test("checkSetup() lets no control character of a server through", async () => {
+  const evil = "\x1b]52;c;aGFjaw==\x07\x1b[2J\r\n\x00\x7f\x9b31m\u202e\u2066\u200b\ufeff\u2028 ✓";
+  const header = "\x1b]0;title\x07\x9b\x7f";
+  const text = (path: string, status: number) =>
+    spoiltBy((request, answer) => isPath(request, path) ? new Response(evil, { status }) : answer());
+  const servers = [
+    text("/mcp", 418),
+    text("/register", 400),
+    text("/authorize", 500),
+    text("/token", 500),
+    text(RESOURCE, 200),
+    spoilt(RESOURCE, { json: (body) => ({ ...body, resource: evil }) }),
+    spoilt(RESOURCE, { json: (body) => ({ ...body, authorization_servers: [`https://evil.example/${evil}`] }) }),
+    spoilt(SERVER, { json: (body) => ({ ...body, issuer: evil }) }),
+    spoilt(SERVER, { json: (body) => ({ ...body, token_endpoint: `http://evil.example/${evil}` }) }),
+    spoilt(SERVER, { json: (body) => ({ ...body, [evil]: null }) }),
+    spoilt("/register", { json: (body) => ({ ...body, [evil]: "" }) }),
+    spoilt("/token", { json: (body) => ({ ...body, error: evil }) }),
+    spoilt("/mcp", { headers: { "WWW-Authenticate": `Bearer resource_metadata="https://${header}/"` } }),
+    spoilt(RESOURCE, { headers: { "Content-Type": header } }),
+    spoiltBy((request, answer) =>
+      isPath(request, "/authorize")
+        ? new Response(null, { status: 302, headers: { Location: `${CLAUDE}?error=${header}` } })
+        : answer()
+    ),
+    spoiltBy(() => Promise.reject(new TypeError(`certificate of ${evil}`))),
+  ];
+  for (const [index, fetch] of servers.entries()) {
+    const { findings, next, url } = await checkSetup(`${BASE}/mcp`, { fetch });
+    assert(findings.some(({ result }) => result === "failed"), `server ${index}`);
+    for (const shown of [url, ...next, ...findings.flatMap(({ what, fix = "" }) => [what, fix])]) {
+      assert(!/[\p{C}\p{Zl}\p{Zp}]/u.test(shown), `server ${index}: ${JSON.stringify(shown)}`);
+    }
+  }
+});
+
+test("checkSetup() is led to no inside address, by whatever the server names", async (t) => {
+  const lookup = dns.lookup;
+  t.after(() => void (dns.lookup = lookup));
+  const names: Record<string, string> = { "inside.example": "10.0.0.1", "public.example": "93.184.215.14" };
+  // deno-lint-ignore no-explicit-any
+  (dns as any).lookup = (name: string, _options: unknown, done: any) =>
+    setTimeout(() => names[name] ? done(null, [{ address: names[name], family: 4 }]) : done(new Error("ENOTFOUND")));
+  const asked = async (spoil: (origin: string) => SetupOptions["fetch"], origin: string, typed = `${BASE}/mcp`) => {
+    const origins = new Set<string>();
+    const fetch = async (request: Request) => {
+      origins.add(new URL(request.url).origin);
+      assertEquals(request.redirect, "manual"); // the built-in fetch would follow the others by itself
+      return await spoil(origin)!(request);
+    };
+    const { verdict } = await checkSetup(typed, { fetch });
+    return { origins: [...origins].filter((asked) => asked !== new URL(typed).origin), verdict };
+  };
+  const form = (origin: string) =>
+    spoiltBy((request, answer) =>
+      isPath(request, "/authorize") && request.method === "GET"
+        ? new Response(`<form method="post" action="${origin}/x"><button name="decision" value="deny"></form>`, {
+          headers: { "Content-Type": "text/html" },
+        })
+        : answer()
+    );
+  const ways: ((origin: string) => SetupOptions["fetch"])[] = [
+    (origin) =>
+      spoiltBy((request, answer) => isPath(request, "/mcp") ? Response.redirect(`${origin}/`, 307) : answer()),
+    (origin) => spoilt("/mcp", { headers: { "WWW-Authenticate": `Bearer resource_metadata="${origin}/x"` } }),
+    (origin) => spoilt(RESOURCE, { json: (body) => ({ ...body, authorization_servers: [origin] }) }),
+    (origin) => spoilt(SERVER, { json: (body) => ({ ...body, registration_endpoint: `${origin}/register` }) }),
+    (origin) => spoilt(SERVER, { json: (body) => ({ ...body, authorization_endpoint: `${origin}/authorize` }) }),
+    (origin) => spoilt(SERVER, { json: (body) => ({ ...body, token_endpoint: `${origin}/token` }) }),
+    (origin) =>
+      spoiltBy((request, answer) => isPath(request, "/authorize") ? Response.redirect(`${origin}/`, 302) : answer()),
+    form,
+  ];
+  const inside = [
+    "http://localhost:2375",
+    "https://127.0.0.1",
+    "http://127.1",
+    "http://[::1]:80",
+    "https://[::ffff:127.0.0.1]",
+    "https://192.168.1.1",
+    "http://169.254.169.254",
+    "https://0x7f000001",
+    "https://inside.example",
+    "https://nowhere.example",
+    "http://public.example",
+  ];
+  for (const way of ways) for (const origin of inside) assertEquals((await asked(way, origin)).origins, [], origin);
+  // What is public and https may be asked, and what is typed may be inside; then its own computer is no secret.
+  assertEquals((await asked(ways[5]!, "https://public.example")).origins, ["https://public.example"]);
+  assertEquals((await asked(form, "https://public.example")).origins, []);
+  const { app } = world({ password: PASSWORD, baseUrl: "http://localhost:8050" });
+  const local = (origin: string) => async (request: Request) => {
+    const response = await app.request(request);
+    if (!isPath(request, SERVER) || request.method === "HEAD") return response;
+    return Response.json({ ...await response.json(), token_endpoint: `${origin}/token` });
+  };
+  const typed = "http://localhost:8050/mcp";
+  assertEquals((await asked(local, "http://127.0.0.1:9000", typed)).origins, ["http://127.0.0.1:9000"]);
+  assertEquals((await asked(local, "https://192.168.1.1", typed)).origins, []);
+});
+
+test("checkSetup() sends a page's form with that page's cookies, by name and value", async () => {
+  let sent: Request | undefined;
+  const fetch = spoiltBy((request, answer) => {
+    if (!isPath(request, "/authorize")) return answer();
+    if (request.method === "POST") {
+      sent = request;
+      return Response.redirect(`${CLAUDE}?error=access_denied&state=setup-check&iss=${BASE}`, 302);
+    }
+    if (!request.url.includes("code_challenge=")) return html(400);
+    const headers = new Headers({ "Content-Type": "text/html" });
+    headers.append("Set-Cookie", "mine=1; Domain=example.com; Path=/; HttpOnly");
+    headers.append("Set-Cookie", "two=a b");
+    headers.append("Set-Cookie", "nameless");
+    return new Response(
+      `<form action="/get"><input type=hidden name=no value=1><button name=a value=deny></form>
+       <FORM METHOD='POST' action=/authorize?x=1&amp;y=2><input type="hidden" name="csrf" value='&quot;1&quot;'>
+       <input type=hidden name = plain value = yes><input name=password><button name=ok value=approve>
+       <button name="decision" value="deny">Deny</button></FORM>`,
+      { headers },
+    );
+  });
+  const { verdict, findings } = await checkSetup(`${BASE}/mcp`, { fetch });
+  assertEquals(verdict, "ready", JSON.stringify(findings.filter(({ result }) => result === "failed")));
+  assertEquals(sent!.url, `${BASE}/authorize?x=1&y=2`);
+  assertEquals(sent!.headers.get("Cookie"), "mine=1");
+  assertEquals(Object.fromEntries(new URLSearchParams(await sent!.text())), {
+    csrf: '"1"',
+    plain: "yes",
+    decision: "deny",
+  });
+});
+
+test("checkSetup() answers whatever a server sends with a report", async () => {
+  const deep = `${"[".repeat(50_000)}${"]".repeat(50_000)}`;
+  const json = (path: string, body: string) =>
+    spoiltBy((request, answer) =>
+      isPath(request, path)
+        ? new Response(body, { status: path === "/mcp" ? 401 : 200, headers: { "Content-Type": "application/json" } })
+        : answer()
+    );
+  const members = (value: string) =>
+    `{${
+      [
+        "resource",
+        "authorization_servers",
+        "scopes_supported",
+        "issuer",
+        "token_endpoint",
+        "redirect_uris",
+        "client_id",
+      ]
+        .map((name) => `"${name}":${value}`).join()
+    }}`;
+  const redirects = (location: string) =>
+    spoiltBy((request, answer) =>
+      isPath(request, "/authorize") ? new Response(null, { status: 302, headers: { Location: location } }) : answer()
+    );
+  const odd = ["null", "1", '"x"', "[]", "[null]", '{"toString":1,"includes":1}', deep];
+  const servers = [
+    ...[RESOURCE, SERVER, "/register", "/token", "/mcp"].flatMap((path) =>
+      odd.map((value) => json(path, members(value)))
+    ),
+    ...["http://[", "//", "javascript:alert(1)", "https://a b", CLAUDE + "\\"].map(redirects),
+    ...["authorization_endpoint", "token_endpoint", "registration_endpoint"].flatMap((name) =>
+      ["https://me:pw@mcp.example.com/", "http://[", {}, [deep]].map((value) =>
+        spoilt(SERVER, { json: (body) => ({ ...body, [name]: value }) })
+      )
+    ),
+    json(RESOURCE, "x".repeat(2 * 1024 * 1024)),
+  ];
+  for (const [index, fetch] of servers.entries()) {
+    const { findings, verdict } = await checkSetup(`${BASE}/mcp`, { fetch });
+    assert(["ready", "broken"].includes(verdict) && findings.length > 0, `server ${index}`);
+  }
+  const { findings } = await checkSetup(`${BASE}/mcp`, { fetch: servers.at(-1)! });
+  assertMatch(findings.at(-1)!.what, /too large/);
+});
+
+test("checkSetup() reads answers in time that grows with their length alone", async () => {
+  const { app, auth } = world({ password: PASSWORD });
+  const { token } = await auth.createToken({ name: "check" });
+  const kinds = [
+    ...[
+      "<",
+      ">",
+      '"',
+      "'",
+      "=",
+      " ",
+      "/",
+      "&",
+      "a",
+      "-",
+      "é",
+      "<!--",
+      "&amp;",
+      "no ",
+      "Missing ",
+      "code=",
+      "\n",
+      "\r\n",
+    ],
+    ...[
+      "<form ",
+      "</form>",
+      "<input ",
+      "<button a",
+      "<form a=",
+      `<form a="`,
+      "<form a='",
+      "<style>",
+      "data:{",
+      "data:\n",
+    ],
+    ...["<form method=post><input name=a value=deny>", `resource_metadata="`, `scope="`, "error=", "[", `{"a":`, "\t"],
+  ];
+  const places: ((request: Request, run: string) => Response | undefined)[] = [
+    (request, run) =>
+      isPath(request, "/authorize") ? new Response(run, { headers: { "Content-Type": "text/html" } }) : undefined,
+    (request, run) =>
+      isPath(request, "/authorize")
+        ? new Response(`<form method=post><input ${run}`, { status: 500, headers: { "Content-Type": "text/html" } })
+        : undefined,
+    (request, run) =>
+      isPath(request, "/mcp") && request.method === "POST"
+        ? new Response(run, {
+          status: 401,
+          headers: { "WWW-Authenticate": `Bearer ${run.replace(/[^ -~]/g, " ").slice(0, -1)}x` },
+        })
+        : undefined,
+    (request, run) =>
+      isPath(request, "/register") || isPath(request, RESOURCE)
+        ? new Response(run, { headers: { "Content-Type": "application/json" } })
+        : undefined,
+    (request, run) =>
+      isPath(request, "/mcp") && request.headers.get("Authorization")?.includes(token)
+        ? new Response(run, { headers: { "Content-Type": "text/event-stream" } })
+        : undefined,
+  ];
+  const time = async (answer: (typeof places)[number], run: string) => {
+    const fetch = (request: Request) => answer(request, run) ?? app.request(request);
+    const start = performance.now();
+    const { findings } = await checkSetup(`${BASE}/mcp`, { fetch, ...(answer === places[4] && { token }) });
+    if (answer === places[0]) assert(findings.some(({ heading }) => heading === "Browser apps")); // it read the page
+    return performance.now() - start;
+  };
+  for (const [index, place] of places.entries()) {
+    for (const kind of kinds) {
+      const run = (length: number) => kind.repeat(Math.ceil(length / kind.length));
+      // A linear reader takes at most 8 times as long, a quadratic one up to 64. A busy machine gets several tries.
+      let [short, long] = [Infinity, Infinity];
+      for (let tries = 0; tries < 8 && (tries === 0 || long > 16 * short); tries++) {
+        short = Math.min(short, await time(place, run(8 * 1024)));
+        long = Math.min(long, await time(place, run(64 * 1024)));
+      }
+      assert(long <= 16 * short, `place ${index}, ${JSON.stringify(kind)}: ${short} ms became ${long} ms`);
+    }
+  }
+  // What is longer is cut, and costs no more than its transport.
+  const page = places[0]!;
+  const [bounded, megabyte] = [await time(page, "<form ".repeat(11_000)), await time(page, "<form ".repeat(170_000))];
+  assert(megabyte < 64 * bounded, `${bounded} ms became ${megabyte} ms`);
 });
 
 test("mod.ts is a command that checks a server, with its verdict as exit status", async (t) => {
   const { base, use } = await listen(t);
   use(world({ baseUrl: base, password: PASSWORD }).app);
   const run = (...args: string[]) => runProgram(t, ["mod.ts", ...args], {}, /$^/);
+  const all = await run("-v", `${base}/mcp`);
+  assertEquals(await all.exited, 0, all.output());
+  assert(all.output().includes("✓ A request without a token is answered 401") && !all.output().includes("\x1b"));
   const good = await run(`${base}/mcp`);
   assertEquals(await good.exited, 0, good.output());
-  assert(good.output().includes("✓ a request without a token is answered 401") && !good.output().includes("\x1b"));
+  const lines = good.output().trimEnd().split("\n").flatMap((line) => line.match(/.{1,80}/g) ?? [""]);
+  assert(lines.length <= 22, good.output()); // with the command and the next prompt, one screen
+  assert(lines.at(-1) === `Claude Code: claude mcp add --transport http personal ${base}/mcp`, good.output());
+  assert(!/✗|https/.test(good.output().replace("with https in front", "").replace("to the https address", "")));
   const wrong = await run("--json", `${base}/other`);
   assertEquals(await wrong.exited, 1);
   const report: SetupReport = JSON.parse(wrong.output());
   assertEquals([report.verdict, report.url], ["broken", `${base}/other`]);
+  const told = await run(`${base}/other`);
+  assertEquals(await told.exited, 1);
+  assertEquals(told.output().trimEnd().split("\n").at(-1), report.next[0]);
+  assertEquals(report.next, ["Repair this first: Nothing is served at /other: it answers 404"]);
   const [port] = await freePorts(1);
   const none = await run(`http://localhost:${port}/mcp`);
   assertEquals(await none.exited, 2, none.output());
+  const help = await run("--help");
+  assertEquals(await help.exited, 0);
+  for (const word of ["--token", "MCP_TOKEN", "--verbose", "--json", "findings", "Exit status"]) {
+    assert(help.output().includes(word), word);
+  }
+  const unknown = await run("--tokn=pat_secret", `${base}/mcp`);
+  assertEquals(await unknown.exited, 2);
+  assert(unknown.output().includes("--help") && !unknown.output().includes("pat_secret"), unknown.output());
   const nothing = await run();
   assertEquals(await nothing.exited, 2);
   assert(nothing.output().includes("https://your-domain.com/mcp"));

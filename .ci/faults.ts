@@ -426,6 +426,56 @@ async function movedAway(runtime: Runtime): Promise<string> {
   }
 }
 
+/** Files that are taken away under a running server: it must not go on with what nobody else can see or change. */
+async function takenAway(runtime: Runtime, other: Runtime): Promise<string> {
+  const cases: [
+    what: string,
+    happen: (dir: string, running: Client) => Promise<void>,
+    restored?: (dir: string) => void,
+  ][] = [
+    ["the folder removed", (dir) => Deno.remove(dir, { recursive: true })],
+    ["the file removed", (dir) => Deno.remove(join(dir, "oauth.sqlite"))],
+    [
+      "the file moved away and back",
+      (dir) => Deno.rename(join(dir, "oauth.sqlite"), join(dir, "moved")),
+      (dir) => Deno.renameSync(join(dir, "moved"), join(dir, "oauth.sqlite")),
+    ],
+    ["the folder replaced by another server's", async (dir) => {
+      Deno.removeSync(dir, { recursive: true });
+      await serve(other, dir);
+    }],
+    ["a tool that reads the files, and a process that comes and goes", async (dir, running) => {
+      expect(await running.json("/test/read-files", {}), 200, "the tool");
+      const { process } = await serve(other, dir);
+      await process.kill("SIGTERM");
+      await serve(other, dir);
+    }],
+  ];
+  for (const [what, happen, restore] of cases) {
+    const dir = join(temporaryFolder(), "state");
+    const { client, process } = await serve(runtime, dir);
+    const { access_token, refresh_token } = await client.connect();
+    expect(await client.call(access_token), 200, "a call before");
+    await happen(dir, client);
+    await pause(5); // what was seen of the files holds for a millisecond
+    for (const [call, wanted] of [["call", 503], ["refresh", 503]] as const) {
+      const answer = call === "call" ? await client.call(access_token) : await client.refresh(refresh_token);
+      expect(answer, wanted, `${what}, on ${runtime.name}: a ${call}`);
+      demand(Number(answer.headers.get("Retry-After")) > 0, `${what}: 503 without Retry-After`);
+    }
+    demand(
+      /oauth\.sqlite.* was removed or replaced/.test(process.output),
+      `${what}: it said ${oneLine(process.output)}`,
+    );
+    if (!restore) continue;
+    restore(dir);
+    await pause(20);
+    expect(await client.call(access_token), 200, `${what}, on ${runtime.name}: a call`);
+    expect(await client.refresh(refresh_token), 200, `${what}, on ${runtime.name}: a refresh`);
+  }
+  return `${cases.length} ways on ${runtime.name}: 503 at once, and the log says why`;
+}
+
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // A lock in somebody else's hands
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -719,6 +769,7 @@ for (const runtime of all) {
   await perform(`wrong state files, ${name}`, 120, () => wrongFiles(runtime, false));
   await perform(`wrong state files after a kill, ${name}`, 120, () => wrongFiles(runtime, true));
   await perform(`a state file moved away, ${name}`, 120, () => movedAway(runtime));
+  await perform(`state files taken away while it runs, ${name}`, 120, () => takenAway(runtime, several.at(-1)!));
 }
 await perform("a lock for 2 s", 120, () => everywhere((runtime) => locked(runtime, 2)));
 await perform("a lock for 20 s", 120, () => everywhere((runtime) => locked(runtime, 20)));

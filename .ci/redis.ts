@@ -9,7 +9,7 @@ import { test, type TestContext } from "node:test";
 import { fileURLToPath } from "node:url";
 import { createClient } from "npm:redis@5";
 import type { Store } from "../mod.ts";
-import { storeContract } from "../mod_test.ts";
+import { storeContract } from "./stores/contract.ts";
 import { Running } from "./lib/checks.ts";
 import { Client, overHttp } from "./lib/client.ts";
 import { agree } from "./lib/together.ts";

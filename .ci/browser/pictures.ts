@@ -121,7 +121,8 @@ class Stage {
 /** Takes the pictures, into a folder. */
 export async function takePictures(browser: Browser, folder: string): Promise<void> {
   const stage = new Stage();
-  travel(-40 * DAY);
+  // What happens below ends now: the pages are asked for outside of this check's clock.
+  travel(-40 * DAY - 63 * MINUTE - 20);
   const claude = await stage.connect("Claude", CLAUDE, "read write run");
   travel(20 * DAY);
   const code = await stage.connect("Claude Code", LOCAL);
@@ -129,13 +130,13 @@ export async function takePictures(browser: Browser, folder: string): Promise<vo
   const backup = await stage.token("Backup script on the NAS");
   travel(18 * DAY);
   await stage.use(code);
-  travel(2 * DAY - 60 * MINUTE);
+  travel(2 * DAY);
   await stage.use(backup);
   await stage.connect("Cursor", CURSOR, "read");
   await stage.register("Windsurf", "https://windsurf.com/callback"); // which is refused
-  travel(58 * MINUTE);
+  travel(60 * MINUTE);
   await stage.use(claude);
-  travel(2 * MINUTE);
+  travel(2 * MINUTE + 20);
   const request = await stage.request("Claude", CLAUDE, "read write run");
   for (const colorScheme of ["light", "dark"] as const) {
     const context = await browser.newContext({ viewport: SIZE, colorScheme, deviceScaleFactor: 1.5, isMobile: true });

@@ -11,7 +11,7 @@
  * @module
  */
 
-import { readdirSync, rmSync } from "node:fs";
+import { readdirSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
 import { serve } from "@hono/node-server";
@@ -71,6 +71,11 @@ async function start(): Promise<void> {
     await Promise.all(Array.from({ length: times }, () => store.update(key, increment)));
     return c.json({ value: await store.get(key) });
   });
+  // As a tool does that searches or backs up files: to close them drops this process's locks on them (POSIX).
+  app.post(
+    "/test/read-files",
+    (c) => c.json({ read: readdirSync(dir).map((name) => readFileSync(join(dir, name)).length) }),
+  );
   app.get("/test/stillness", (c) => {
     const milliseconds = Math.round(stillness);
     stillness = 0;
