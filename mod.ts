@@ -1595,7 +1595,7 @@ async function decideConsent(server: Server, c: Context): Promise<Response> {
   if (session.answer) return session.answer;
   const isKnown = ["approve", "approve_elsewhere", "deny"].includes(decision);
   if (!isKnown || !await checkCsrf(server, session.browser, encoded, csrf)) {
-    return await askAgain(server, c, encoded, csrf, session);
+    return await askAgain(server, c, encoded, csrf, session, decision === "approve_elsewhere");
   }
   const request = await readRequest(server, c, encoded);
   if (request instanceof Response) return request;
@@ -1613,10 +1613,11 @@ async function decideConsent(server: Server, c: Context): Promise<Response> {
   }
   const problem = await signIn(server, c, session, form.get("password") ?? "");
   if (problem) return await askOwner(server, c, request, session, { csrf, problem });
-  const { code, repeated } = (await approve(server, csrf, request))!;
+  const approval = await approve(server, csrf, request);
+  if (!approval) throw invalidRequest("The app has changed its redirect_uri since the page was shown: connect again");
+  const { code, repeated } = approval;
   if (!repeated) server.emit("connection_approved", `approved for ${redirect_uri}`, { clientName });
-  if (elsewhere && code) return elsewherePage(server, c, answerUri(server, request, { code }));
-  if (repeated) return answeredPage(server, c, clientName, code && answerUri(server, request, { code }));
+  if (repeated || elsewhere) return approvedPage(server, c, request, code, elsewhere);
   return redirectBack(server, c, request, { code: code! });
 }
 
@@ -1650,20 +1651,31 @@ async function askOwner(
 }
 
 /** Answers a form that does not belong to this browser and request, or is too old. */
-async function askAgain(server: Server, c: Context, encoded: string, csrf: string, session: Session) {
+async function askAgain(
+  server: Server,
+  c: Context,
+  encoded: string,
+  csrf: string,
+  session: Session,
+  elsewhere: boolean,
+): Promise<Response> {
   if (encoded === "" || !session.known) return expiredPage(server, c);
   const request = await readRequest(server, c, encoded);
   if (request instanceof Response) return request;
   // The first of two clicks may have signed the owner in and replaced the browser's secret. The form proves nothing
   // then, but the session does: only the owner is told what came of the first click.
   const earlier = session.who === "owner" ? await approve(server, csrf, request, true) : undefined;
-  if (earlier) {
-    const uri = earlier.code && answerUri(server, request, { code: earlier.code });
-    return answeredPage(server, c, request.client.name, uri);
-  }
+  if (earlier) return approvedPage(server, c, request, earlier.code, elsewhere);
   // The form was open too long, or in a second tab while the first one signed in: ask again, and lose nothing.
   const fresh = await createCsrf(server, session.browser, encoded);
   return await askOwner(server, c, request, session, { csrf: fresh, problem: OPEN_TOO_LONG });
+}
+
+/** Answers with the code on a page: to be carried to another computer, or because the form was sent before. */
+function approvedPage(server: Server, c: Context, request: AuthorizationRequest, code?: string, elsewhere?: boolean) {
+  const uri = code && answerUri(server, request, { code });
+  if (uri && elsewhere && isLocal(new URL(request.redirect_uri))) return elsewherePage(server, c, uri);
+  return answeredPage(server, c, request.client.name, uri);
 }
 
 /**
@@ -3274,23 +3286,23 @@ const STYLE = `
 --good-paper:#16301f;--bad:#ff9d94}}@media(prefers-contrast:more){:root{--soft:var(--ink);--line:var(--ink)}}
 *{box-sizing:border-box}
 body{margin:0;min-height:100vh;display:grid;grid-template-columns:100%;place-items:center;padding:1rem;
-background:var(--paper);color:var(--ink);font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere}
+background:var(--paper);color:var(--ink);font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere;text-wrap:pretty}
 main{width:100%;max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);
 border-radius:1.1rem}main.wide{max-width:44rem;align-self:start}
 header,.row,.pair,fieldset label{display:flex;gap:.7rem;align-items:center}
 header{min-height:2.75rem;margin-bottom:.5rem;color:var(--soft);font-size:.9rem}header b,.to b{color:var(--ink)}
 header form{margin-left:auto}h1{margin:0 0 .5rem;font-size:1.5rem;line-height:1.2;text-wrap:balance}
-h2{margin:1.6rem 0 .3rem;font-size:1rem}p{margin:.5rem 0}small{display:block}
+h2{margin:1.6rem 0 .3rem;font-size:1rem}p{margin:.5rem 0}small{display:block}small,code,.row p{overflow:clip}
 small,.soft,.to{color:var(--soft);font-size:.875rem}ul,ol{list-style:none;margin:0;padding:0}a{color:var(--link)}
 .name{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;overflow:hidden;overflow:clip;
 font-weight:600;text-align:left}.card,.flash,.warn,.chip,.av{border:1px solid transparent;border-radius:.8rem}
 .card,.flash,.warn{margin:1rem 0;padding:.8rem}.card{border-color:var(--line)}
 .flash,.chip{background:var(--good-paper);color:var(--good)}.warn{background:var(--warn-paper);color:var(--warn)}
 .warn,.chip{font-weight:600}.chip{padding:0 .5rem;font-size:.8rem;white-space:nowrap}.row{padding:.7rem 0}
-.row p{margin:0}.row p::first-letter{text-transform:uppercase}.row>div{flex:1;min-width:0}
+.row p{margin:0}.row p::first-letter{text-transform:uppercase}.row>div{flex:1;min-width:0}.card>.row{padding:0 0 .7rem}
 .av{flex:none;width:2.5rem;height:2.5rem;display:grid;place-items:center;overflow:clip;color:#fff;background:#5c574f;
 font-weight:700}.c0{background:#b0492a}.c1{background:#2d66a8}.c2{background:#6a53c0}.c3{background:#1f7350}
-.c4{background:#a23b72}.to{margin:.2rem 0 0;padding-top:.8rem;border-top:1px solid var(--line)}.to b{font-size:1.2rem}
+.c4{background:#a23b72}.to{margin:0;padding-top:.7rem;border-top:1px solid var(--line)}.to b{font-size:1.2rem}
 .marks li{padding:.2rem 0 .2rem 1.6rem;position:relative}
 .marks li::before{content:"✓";position:absolute;left:.2rem;color:var(--good);font-weight:700}
 .marks .more::before{content:"!";left:.45rem;color:var(--warn)}.marks .bad::before{content:"✗";color:var(--bad)}
@@ -3300,21 +3312,22 @@ input,select,button,.button{width:100%;min-height:3rem;margin-top:.5rem;padding:
 border:1px solid var(--soft);border-radius:.7rem;color:inherit;background:var(--card)}
 input[type=checkbox]{width:1.35rem;min-height:1.35rem;margin:0;accent-color:var(--accent)}
 button,.button,summary{font-weight:600;cursor:pointer}.button{display:block;text-align:center;text-decoration:none}
-.approve{margin-top:1.25rem;background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
+.approve{margin-top:1rem;background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
 .plain{width:auto;min-height:2.75rem;margin:0;padding:0;border:0;background:none;color:var(--link)}
-.danger{color:var(--bad)}.pair button,.row>small{flex:none;width:auto}
-summary{min-height:2.75rem;padding:.6rem 0;color:var(--link)}
+.danger{color:var(--bad)}.pair{margin-top:.75rem}.pair>*{margin:0}.pair button{flex:none;width:auto}
+.pair .approve{flex:1}summary{min-height:2.75rem;padding:.6rem 0;color:var(--link)}
 summary.row{padding:.7rem .3rem .7rem 0;color:inherit;font-weight:400;list-style:none}
 summary.row::-webkit-details-marker{display:none}
 summary.row::after{content:"";padding:.2rem;border:solid var(--soft);border-width:0 2px 2px 0;rotate:45deg}
 [open]>summary.row::after{rotate:225deg}.row+.card{margin:0 0 .8rem}
-code{display:block;padding:.8rem;border:1px solid var(--line);border-radius:.7rem;background:var(--paper);
-white-space:pre-wrap;user-select:all;font-size:.875rem}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+code{display:block;margin:.5rem 0;padding:.8rem;border:1px solid var(--line);border-radius:.7rem;
+background:var(--paper);white-space:pre-wrap;user-select:all;font-size:.875rem}
+:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 `;
 
 /** What the owner calls this server. */
 function serverName({ pages, issuer }: Settings): string {
-  return pages.title || issuer.replace(/^https?:\/\//, "");
+  return pages.title || issuer.replace("https://", "");
 }
 
 /** Where an answer goes: a web site by its host, anything else with its scheme. Never shortened: the end counts. */
@@ -3414,8 +3427,10 @@ function consentPage(
       <input type="hidden" name="request" value="${form.encoded}">
       <input type="hidden" name="csrf" value="${form.csrf}">
       ${passwordField(form.who, form.problem)}
-      <button class="approve" name="decision" value="approve">Approve</button>
-      <button name="decision" value="deny" formnovalidate>Deny</button>
+      <div class="pair">
+        <button class="approve" name="decision" value="approve">Approve</button>
+        <button name="decision" value="deny" formnovalidate>Deny</button>
+      </div>
       ${isLocal(target) && html`<details><summary>The app is on another computer</summary>
         <p>This browser cannot reach it there. Approve here, then copy the address that is shown into the app.</p>
         <button name="decision" value="approve_elsewhere">Approve and show the address</button></details>`}
@@ -3438,7 +3453,7 @@ function openAppPage(settings: Settings, c: Context, uri: string, name: string, 
 /** The address of the callback, to be carried by hand to the computer that the app runs on. */
 function elsewherePage(settings: Settings, c: Context, uri: string) {
   const what = "Paste this address where the app on the other computer asks for it, or into a browser there:";
-  const warning = html`<strong>Give it only to the app that you started yourself, and to nobody else.</strong>`;
+  const warning = html`<p class="warn">Give it only to the app that you started yourself, and to nobody else.</p>`;
   const limit = `It works once, within ${CODE_TTL / MINUTE} minutes.`;
   return messagePage(settings, c, 200, "Approved", what, copyable(uri), warning, limit);
 }
@@ -3446,8 +3461,8 @@ function elsewherePage(settings: Settings, c: Context, uri: string) {
 /** The answer to a form that was sent before, and the way on if the first answer did not get through. */
 function answeredPage(settings: Settings, c: Context, client: string, uri?: string) {
   const text = "You approved this request before. If the app is not connected, go back to it and connect again.";
-  const way = uri ? link(uri, `Go on to ${client || "the app"}`) : "";
-  return messagePage(settings, c, 409, "Already answered", text, way);
+  const way = uri ? [link(uri, `Go on to ${client || "the app"}`)] : [];
+  return messagePage(settings, c, 409, "Already answered", text, ...way);
 }
 
 function link(uri: string, text: string): Html {
@@ -3455,16 +3470,12 @@ function link(uri: string, text: string): Html {
 }
 
 function signInPage(settings: Settings, c: Context, action: string, csrf: string, problem?: Problem) {
-  const body = html`
-    <h1>Sign in</h1>
-    <p>This page is for the owner of this server.</p>
-    <form method="post" action="${action}">
-      <input type="hidden" name="csrf" value="${csrf}">
-      ${passwordField("anybody", problem, true)}
-      <button class="approve">Sign in</button>
-    </form>
-  `;
-  return page(settings, c, "Sign in", body, { status: problem?.status });
+  const form = html`<form method="post" action="${action}">
+    <input type="hidden" name="csrf" value="${csrf}">
+    ${passwordField("anybody", problem, true)}
+    <button class="approve">Sign in</button></form>`;
+  const text = "This page is for the owner of this server.";
+  return messagePage(settings, c, problem?.status ?? 200, "Sign in", text, form);
 }
 
 /** A form of the owner's page; its buttons name the action. */
@@ -3518,12 +3529,15 @@ function connectionsPage(
 
 /** A row with what is most asked for; opened, the rest, and what can be done with the connection. */
 function connectionItem(settings: Settings, connection: Connection, form: Form): Html {
-  const { id, kind, clientName, label, redirectUri, scopes, createdAt, lastUsedAt, expiresAt } = connection;
+  const { id, kind, clientName, label, redirectUri, scopes, state, createdAt, lastUsedAt, expiresAt } = connection;
   const name = label || clientName || UNNAMED;
   const where = redirectUri ? hostOf(new URL(redirectUri)) : "token";
   const short = scopes.filter((scope) => scope !== OFFLINE_ACCESS).join(" · ");
   const expires = kind === "token" && html`<span> · expires ${timeOf(expiresAt)}</span>`;
-  const used = lastUsedAt ? html`last used ${timeOf(lastUsedAt)}` : "never used";
+  const used = lastUsedAt ? html`used ${timeOf(lastUsedAt)}` : state === "pending" ? "not finished" : "never used";
+  const silent = state === "silent" && html`
+    <span class="chip warn">silent</span>
+  `;
   const actions = html`
     <input type="hidden" name="id" value="${id}">
     <label for="label-${id}">Your name for it</label>
@@ -3538,7 +3552,9 @@ function connectionItem(settings: Settings, connection: Connection, form: Form):
     <li>
       <details>
         <summary class="row">${monogram(clientName, where)}
-          <div>${nameOf(name)}<small>${where} · ${used}</small><small>${short}${expires}</small></div></summary>
+          <div>${nameOf(
+            name,
+          )}<small>${where} · ${used}${silent}</small><small>${short}${expires}</small></div></summary>
         <div class="card">
           ${label && nameOf(clientName)}
           ${scopeList(settings, scopes)}
@@ -3557,11 +3573,12 @@ function attemptItem({ title, steps, advice }: Timeline): Html {
     html`<li class="${!ok && "bad"}">${text}<small>${timeOf(at)}</small></li>`
   );
   return html`
-    <li class="row">
-      <div>${nameOf(title)}
+    <li>
+      <details>
+        <summary class="row"><div>${nameOf(title)}<small>${advice}</small></div></summary>
         <ol class="marks">${items}</ol>
-        <p>${advice}</p>
-        <details><summary>As text</summary>${copyable([title, ...lines, advice].join("\n"))}</details></div>
+        ${copyable([title, ...lines, advice].join("\n"))}
+      </details>
     </li>
   `;
 }
@@ -3581,7 +3598,7 @@ function addCommand(name: string, resource: string): string {
 }
 
 /** What happens when all is well; everything else needs a look. */
-const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|token_created)$/;
+const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|code_redeemed|first_call|token_created)$/;
 
 /** Each thing once, with the number of its kind at the latest of them alone. */
 function onceEach(events: LoggedEvents): LoggedEvents {
@@ -3592,8 +3609,12 @@ function onceEach(events: LoggedEvents): LoggedEvents {
 }
 
 function eventItem({ at, message, clientName, count }: LoggedEvents[number]): Html {
-  return html`<li class="row"><div>${clientName && nameOf(clientName)}<p>${message}</p>
-    ${count > 1 && html`<small>${count} times in all</small>`}</div><small>${timeOf(at)}</small></li>`;
+  return html`
+    <li class="row">
+      <div>${clientName && nameOf(clientName)}<p>${message}</p>
+        <small>${timeOf(at)}${count > 1 && ` · ${count} times in all`}</small></div>
+    </li>
+  `;
 }
 
 function tokenFields({ scopes }: Settings): Html {
@@ -3616,13 +3637,13 @@ function tokenFields({ scopes }: Settings): Html {
 function tokenPage(settings: Settings, c: Context, token: string, name: string) {
   const command = `${addCommand(name, settings.resource)} --header "Authorization: Bearer ${token}"`;
   const back = html`<a href="${settings.basePath}/connections">Back to your connections</a>`;
-  const once = html`<strong>Copy it now: it is not shown again.</strong>`;
+  const once = html`<p class="warn">Copy it now: it is not shown again.</p>`;
   const texts = [once, copyable(token), "In Claude Code, for example:", copyable(command), back];
   return messagePage(settings, c, 200, "Your new token", ...texts);
 }
 
 function messagePage(settings: Settings, c: Context, status: PageStatus, title: string, ...texts: (string | Html)[]) {
-  const body = html`<h1>${title}</h1>${texts.map((text) => text && html`<p>${text}</p>`)}`;
+  const body = html`<h1>${title}</h1>${texts.map((text) => typeof text === "string" ? html`<p>${text}</p>` : text)}`;
   return page(settings, c, title, body, { status });
 }
 
@@ -3666,7 +3687,7 @@ function page(
   c.header("Referrer-Policy", "same-origin"); // not no-referrer: the form would then be sent with Origin: null
   c.header("Cache-Control", "no-store");
   const { issuer, pages } = settings;
-  const name = serverName(settings);
+  const [name, address] = [serverName(settings), pages.title && html`<span>${issuer.replace("https://", "")}</span>`];
   const accent = pages.accent ? `:root{--accent:${pages.accent};--on-accent:${readableOn(pages.accent)}}` : "";
   return c.html(
     html`
@@ -3680,8 +3701,7 @@ function page(
           <style nonce="${nonce}">${raw(STYLE + accent)}</style>
         </head>
         <body>
-          <main class="${wide ? "wide" : ""}"><header><b>${name}</b>${pages.title &&
-            html`<span>${hostOf(new URL(issuer))}</span>`}${aside}</header>${body}</main>
+          <main class="${wide && "wide"}"><header><b>${name}</b>${address}${aside}</header>${body}</main>
         </body>
       </html>
     `,

@@ -4,9 +4,11 @@
  * process, with its state in temporary folders and a clock that can be moved on; everything stays on loopback.
  *
  *     npx -y deno run -A .ci/browser.ts [part of a name ...]
+ *     npx -y deno run -A .ci/browser.ts --pictures
  *
  * The browser is Debian's `chromium`, which is installed if it is missing and this is root on a machine with apt.
- * Pictures of all pages are left in `.ci/screenshots/`. A line for each check, and their sum at the end.
+ * Pictures of all pages are left in `.ci/screenshots/`. A line for each check, and their sum at the end. `--pictures`
+ * checks nothing, and makes the pictures of README.md anew, in `.github/`.
  *
  * @module
  */
@@ -17,7 +19,9 @@
 import { type Browser, chromium } from "npm:playwright-core@1.65.1";
 import { attacks } from "./browser/attacks.ts";
 import { apart, type Part, ROOT, SCREENSHOTS } from "./browser/kit.ts";
+import { extremes } from "./browser/extremes.ts";
 import { keyboard, walks } from "./browser/paths.ts";
+import { takePictures } from "./browser/pictures.ts";
 import { NotRun, pause, within } from "./lib/limits.ts";
 import { outcome, report, sum } from "./lib/tally.ts";
 
@@ -42,7 +46,7 @@ const FLAGS = [
 ];
 
 // deno-lint-ignore no-explicit-any
-const PARTS: Part<any>[] = [...walks, keyboard, ...attacks];
+const PARTS: Part<any>[] = [...walks, keyboard, extremes, ...attacks];
 
 let deadline = Infinity;
 
@@ -126,6 +130,10 @@ try {
   for (const { name, checks } of wanted) {
     for (const check of Object.keys(checks)) report(outcome(error), `${check} (${name})`, error);
   }
+}
+if (browser && Deno.args.includes("--pictures")) {
+  await apart(() => takePictures(browser!, new URL("../.github", import.meta.url).pathname));
+  await end(0);
 }
 if (browser) {
   deadline = performance.now() + ALL_SECONDS * 1000;

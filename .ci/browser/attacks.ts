@@ -202,9 +202,9 @@ function hostile(host: string): Checks<World> {
           );
           await page.waitForURL(`${site.base}${path}`);
           await page.waitForLoadState();
-          // It may ask again; it must not have acted.
+          // It may refuse or ask again; it must not have acted.
           const title = await page.locator("h1").innerText();
-          assert(/expired|^Connect |^Connections$|^Sign in$/.test(title), `the page is ${title}`);
+          assert(/expired|cannot be answered|^Connect |^Connections$|^Sign in$/.test(title), `the page is ${title}`);
           await page.close();
         });
       }

@@ -360,7 +360,8 @@ const connections: Checks<Walk> = {
       "the result",
     );
     await owner.inspect("connections-disconnected");
-    assertEquals(await owner.page.locator("summary", { hasText: "Gone" }).count(), 0, "what is left of it");
+    const list = owner.page.locator(".list").first();
+    assertEquals(await list.locator("summary", { hasText: "Gone" }).count(), 0, "what is left of it");
     assertEquals([await site.call(gone), await site.call(kept)], [401, 200], "the answers to calls");
   },
 
@@ -552,6 +553,8 @@ const byKeyboard: Checks<Walk> = {
         "summary Connect an app",
         "summary New token for a script",
         "summary Disconnect all",
+        // How each of them came in, and what was denied above.
+        ...["Third", "Second", "First", "Claude", "Claude Code", "Claude"].map((name) => `summary ${name}`),
         "button Sign out everywhere",
       ],
       "the stops",
