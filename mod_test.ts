@@ -4220,8 +4220,12 @@ test("checkSetup() finds nothing wrong with a good server, and leaves it as it w
   await browse(app).open(PAGE);
   const before = await contents(store);
   const asked: string[] = [];
+  const registered: Json[] = [];
   const report = await checkSetup(`${BASE}/mcp`, {
-    fetch: (request) => app.request(request),
+    fetch: async (request) => {
+      if (isPath(request, "/register")) registered.push(await request.clone().json());
+      return await app.request(request);
+    },
     onProgress: (what) => asked.push(what),
   });
   const { token_endpoint_auth_methods_supported: methods } = await (await app.request(`${BASE}${SERVER}`)).json();
@@ -4229,6 +4233,8 @@ test("checkSetup() finds nothing wrong with a good server, and leaves it as it w
   assertEquals(report.findings.filter(({ result }) => result !== "ok").map(({ what }) => what), noted);
   assertEquals(report.verdict, "ready");
   assert(report.findings.length > 35 && asked.length > 15);
+  // A client without the grant may be refused as such, and then nothing is known about dead refresh tokens.
+  assertEquals(registered.map(({ grant_types }) => grant_types), [["authorization_code", "refresh_token"]]);
   assert(asked.includes("POST /mcp") && asked.includes("OPTIONS /token"), asked.join());
   assertMatch(report.next.join("\n"), /claude mcp add --transport http personal https:\/\/mcp\.example\.com\/mcp$/);
   assertEquals(await contents(store), before);
@@ -4248,7 +4254,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
           ? new Response("", { status: 406 })
           : answer()
       ),
-      /Accept header/,
+      /Accept/,
     ],
     [
       "405 by GET",
@@ -4968,7 +4974,10 @@ test("mod.ts is a command that checks a server, with its verdict as exit status"
   const run = (...args: string[]) => runProgram(t, ["mod.ts", ...args], {}, /$^/);
   const all = await run("-v", `${base}/mcp`);
   assertEquals(await all.exited, 0, all.output());
-  assert(all.output().includes("✓ 401\n") && !all.output().includes("\x1b"));
+  assert(/passed: closed, path, .*Claude-User/.test(all.output()) && !all.output().includes("\x1b"));
+  for (const heading of ["Address", "Guard", "Discovery", "Sign-in", "Browser apps"]) {
+    assertMatch(all.output(), new RegExp(`^[✓!] ${heading} +\\d+ of \\d+ passed$`, "m"));
+  }
   const good = await run(`${base}/mcp`);
   assertEquals(await good.exited, 0, good.output());
   const lines = good.output().trimEnd().split("\n").flatMap((line) => line.match(/.{1,80}/g) ?? [""]);
