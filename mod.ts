@@ -4650,11 +4650,10 @@ export const internals: any = {
 
 /** One thing that {@linkcode checkSetup} looked at. */
 export interface SetupFinding {
-  /** The part of the setup, in the order in which a client meets them. */
   heading: "Address" | "Guard" | "Discovery" | "Sign-in" | "Browser apps";
-  /** `failed`: keeps a client out. `warning`: some clients stumble, or something is weaker than it could be. */
+  /** `failed`: some client cannot connect. `warning`: some clients stumble, or something is weaker than it could be. */
   result: "ok" | "warning" | "failed";
-  /** What was found. */
+  /** What was found, or the name of the check that passed. */
   what: string;
   /** What any server should do instead. */
   fix?: string;
@@ -4664,239 +4663,92 @@ export interface SetupFinding {
 
 /** The result of {@linkcode checkSetup}. */
 export interface SetupReport {
-  /** The URL that was checked. */
   url: string;
-  /** `unreachable`: no answer came at all, and the last finding says why. */
+  /** `unreachable`: no answer came at all. */
   verdict: "ready" | "broken" | "unreachable";
-  /** Everything that was looked at, in order. */
   findings: SetupFinding[];
-  /** What to do now, line by line: what to type into Claude, or the one thing to repair first. */
+  /** What to type into Claude, or the one thing to repair first. */
   next: string[];
 }
 
 /** Options of {@linkcode checkSetup}. */
 export interface SetupOptions {
-  /** Called before each request with what it asks for. */
+  /** Called before each request with its method and path. */
   onProgress?: (what: string) => void;
   /** Replaces the built-in `fetch`. */
   fetch?: (request: Request) => Response | Promise<Response>;
-  /** An access token, for example a personal one: with it, `initialize` and `tools/list` are called as well. */
+  /** An access token. With it, `initialize` and `tools/list` are called as well. */
   token?: string | undefined;
 }
 
-const CHECK_REDIRECT = "https://claude.ai/api/mcp/auth_callback";
-
-/**
- * The checklist: what is expected, what is found where it is not so, and the fix. `{}` stands for what was found,
- * `{origin}` and the like for that part of the address.
- */
-const EXPECTED = {
-  "The address is https": "The address is http → Type https://{host}{pathname}: clients send no token over http.",
-  "The address is no local one":
-    "{} is this computer or in its private network → For claude.ai, put a tunnel with https in front, and use its address.",
-  "The port is 443": "The port is {} → Serve it on port 443: claude.ai reaches no other.",
-  "The address has a path": "The address has no path → Type the whole address, with /mcp at the end.",
-  "The address has no slash at its end": "The address ends with a slash → Leave it out: clients compare addresses.",
-
-  "The server answers":
-    "The proxy answers {}, your server does not → Start the server on the port that the proxy uses.",
-  "The server names public URLs":
-    "The server refers to {}; a private or http address is not asked → Build its URLs from the public base URL.",
-
-  "The MCP endpoint is closed":
-    "The MCP endpoint is open to everybody: it answers {} → Check the token before the MCP handler runs.",
-  "The MCP endpoint does not redirect":
-    "The MCP endpoint redirects to {} → Type the final address: a redirect loses the method or the token.",
-  "The first request is not answered 403":
-    "A request without a token is answered 403 → Let it through the firewall, login or Host check in front.",
-  "Something is served at the path":
-    "Nothing is served at {pathname}: it answers 404 → Check the address, and the routes of the proxy.",
-  "The guard comes first":
-    "{} comes before the 401 → Check the token first, whatever the method, Content-Type or Accept header is.",
-  "A request without a token is answered 401": "A request without a token is answered {} → Answer 401 to it.",
-  "The 401 comes in {} s": "The 401 takes {} s → Find out what is slow: Claude gives up after 10 seconds.",
-  "The 401 has a Bearer challenge":
-    'The 401 has no Bearer challenge → Send WWW-Authenticate: Bearer resource_metadata="…" through the proxy.',
-  "The challenge says where the metadata is":
-    'The challenge does not say where the metadata is → Add resource_metadata="https://…" (RFC 9728 §5.1).',
-  "The challenge names the scope":
-    'The challenge names no scope → Add scope="…": without it Claude asks for every scope there is.',
-  "The challenge has no error": "The challenge has an error, but no token was sent → Leave error out (RFC 6750 §3.1).",
-  "GET without a token is answered 401":
-    "GET without a token is answered {} → Answer 401 to every method: mcp-remote and Codex ask by GET first.",
-  "Claude-User is let through":
-    "The user agent Claude-User is answered {}, others 401 → Allow it (Cloudflare: Block AI bots, AI Crawl Control).",
-  "A made-up token is answered 401":
-    "A made-up token is answered {} → Answer 401: only then clients refresh or sign in again.",
-  "The Authorization header arrives":
-    "The token did not arrive: the proxy drops Authorization → Let the proxy pass it on (Apache: CGIPassAuth On).",
-  "A made-up token is called invalid_token":
-    'A made-up token is answered without invalid_token → Add error="invalid_token", or let the proxy pass tokens.',
-  "The address with a slash is served": "The address with a slash is answered {} → Serve it too: some clients add one.",
-
-  "The token is accepted": "The token is answered {} → Use one that is valid, such as a new one of /connections.",
-  "{} is answered with a result": "{} gives no result → See the server's log: the token was accepted.",
-  "The calls with a token take {} s": "The calls with a token take {} s → Find out what is slow.",
-  "Every tool has a name that Claude accepts":
-    "Claude refuses the tools named {} → Name them with at most 64 letters, digits, _ or -.",
-
-  "resource_metadata is on this server":
-    "resource_metadata is {}, not on this server → Build it from the public base URL, not from the request.",
-  "The resource's metadata is served":
-    "The resource's metadata is answered {} → Serve it at {metadata} as application/json (RFC 9728 §3).",
-  "resource is the address": "resource is {} → Send what is typed, {href}, byte for byte.",
-  "resource has no slash at its end":
-    "resource ends with a slash → Leave it out: Codex and Gemini CLI compare strings.",
-  "An authorization server is named": "No authorization server is named → Add authorization_servers (RFC 9728 §2).",
-  "The resource does not list offline_access":
-    "The resource's metadata lists offline_access → List it in the authorization server's metadata only.",
-  "The metadata is where clients guess it":
-    "The metadata is answered {} where clients guess it → Serve it at {metadata} too.",
-  "The metadata is at the root":
-    "The metadata at the root is answered {} → Serve it there too: Claude Code signs out with it.",
-  "The authorization server's metadata is served":
-    "The authorization server's metadata is answered {} → Serve it as application/json (RFC 8414 §3).",
-  "The OpenID configuration is whole or absent":
-    "The OpenID configuration ({}) is incomplete → Answer 404, or all that OpenID Connect Discovery requires.",
-  "issuer is what the resource names":
-    "issuer is {} → Send what authorization_servers has, byte for byte; mind a slash at the end, and http.",
-  "The endpoints are named": "The {} is missing → Add it to the metadata: every client needs it.",
-  "Every endpoint is https or on this computer":
-    "{} is not an https URL → Build it from the public https address, not from the request.",
-  "PKCE with S256 is on offer":
-    'PKCE with S256 is not on offer → Add code_challenge_methods_supported: ["S256"]: clients refuse to go on.',
-  "The response type code is on offer":
-    'The response type code is not on offer → Add response_types_supported: ["code"]: clients cannot parse less.',
-  "A client can introduce itself":
-    "A client cannot introduce itself → Add registration_endpoint (RFC 7591) or client ID metadata documents.",
-  "Clients without a secret are accepted":
-    'Clients without a secret are not accepted → Add "none" to token_endpoint_auth_methods_supported.',
-  "private_key_jwt is accepted":
-    "private_key_jwt is not accepted: ChatGPT may insist on it → Support it (RFC 7523), and advertise it.",
-  "offline_access is on offer":
-    "offline_access is not on offer → Add it to scopes_supported: without it some clients ask for no refresh token.",
-  "Answers carry iss":
-    "Answers carry no iss (RFC 9207) → Send and advertise it: ChatGPT and Codex then keep one address.",
-  "No member is null or empty": "Members without a value: {} → Leave them out: strict clients refuse the answer.",
-  "HEAD is answered like GET": "HEAD is answered {} → Answer HEAD like GET.",
-
-  "A client can register":
-    "Registration is answered {} → Accept Claude's redirect URI, and do not limit registrations by address.",
-  "Registration gives a client_id": "Registration gives no client_id → Answer with client_id (RFC 7591 §3.2.1).",
-  "Registration echoes the redirect URIs":
-    "Registration does not echo the redirect URIs → Answer redirect_uris: clients cannot parse less.",
-  "Registration is answered 201": "Registration is answered {} → Answer 201 (RFC 7591 §3.2.1).",
-  "No code is given without the owner":
-    "A code is given to anybody → Ask the owner first: every account at an allowed client can connect.",
-  "A good request is accepted": "A good authorization request is refused: {} → See the server's log.",
-  "The owner is asked": "The consent page redirects to {}, which is no URL → Redirect to a whole URL.",
-  "The consent page is shown": "The consent page is answered {} → See the server's log.",
-  "The page has no form-action":
-    "The page's policy has form-action → Leave it out: Chromium then blocks the redirect back to the app.",
-  "The page cannot be framed":
-    "The page can be framed → Send frame-ancestors 'none': another site can lead the owner's click.",
-  "The page keeps its opener":
-    "The page is cut off from its opener → Leave out Cross-Origin-Opener-Policy: same-origin: pop-ups need it.",
-  "The form posts to its own origin":
-    "The consent form posts to {}; it was not sent → Post it to the page's own origin.",
-  "The consent form leads back":
-    "The consent form is answered {} → Redirect with 302: 307 posts the owner's form on to the app.",
-  "A denial is told to the app": "A denial leads to {} → Redirect with error=access_denied and the state as it came.",
-  "A denial carries iss": "A denial carries iss {} → Send the issuer, on errors too (RFC 9207 §2).",
-  "PKCE is required": "A request without PKCE gets a code → Require PKCE with S256 (OAuth 2.1 §4.1.1).",
-  "PKCE is S256": "A request with plain PKCE gets a code → Accept S256 only.",
-  "Redirect URIs are compared":
-    "A redirect URI that is not registered is followed → Compare redirect URIs exactly, before all else.",
-  "An unknown client gets no redirect":
-    "An unknown client is answered by a redirect → Show a page: nothing is known about the address.",
-  "The token endpoint answers errors in JSON":
-    "The token endpoint answers an error with {} → Answer JSON: clients take anything but JSON for a broken server.",
-  "A dead refresh token is answered 400 invalid_grant":
-    "A dead refresh token is answered {} → Answer 400 invalid_grant: clients then ask to sign in again.",
-
-  "A browser may use the {} endpoint":
-    "A browser may not use the {} endpoint → Answer OPTIONS before the guard, with Access-Control-Allow-Origin.",
+/** What each check says where it fails → the fix → the fix with `personalAuth()`. `{}` is what was found. */
+const CHECKS = {
+  "public address": "{} is this computer → For claude.ai, use the https address of a tunnel.",
+  "https": "The address is http → Use https: clients send no token over http.",
+  "port 443": "The port is {} → Use 443: claude.ai reaches no other.",
+  "no slash at the end": "The address ends with a slash → Leave it out: clients compare addresses.",
+  "answer": "No answer from {} → Check DNS, the certificate and its chain, the port, and the server.",
+  "proxy": "The proxy answers {}, your server does not → Start the server on the port that the proxy uses.",
+  "own URLs": "The server names {}, which is not asked → Build URLs from the public base URL. → set baseUrl to it",
+  "speed": "It takes {} s → Find out what is slow: Claude gives up after 10 s.",
+  "closed":
+    'Anybody is let in: it answers {} → Check the token before the handler. → app.all("/mcp", auth.guard, handler)',
+  "path":
+    "Nothing is served at {}: it answers 404 → Check the path, and the proxy. → type the path of the option mcpPath",
+  "guard first":
+    "{} comes before the 401 → Check the token before method, Content-Type and Accept. → put auth.guard first",
+  "401": "A request without a token is answered {} → Answer 401: no redirect, no firewall or login in front.",
+  "challenge": 'The 401 has no Bearer challenge → Send WWW-Authenticate: Bearer resource_metadata="…".',
+  "scope": 'The challenge names no scope → Add scope="…": without it Claude asks for every scope.',
+  "Claude-User": "The user agent Claude-User is answered {} → Allow it in the firewall (Cloudflare: Block AI bots).",
+  "Authorization": "The token did not arrive: the proxy drops Authorization → Pass it on (Apache: CGIPassAuth On).",
+  "invalid token": 'A made-up token is answered {} → Answer 401 with error="invalid_token"; let the proxy pass both.',
+  "calls": "With the token, {} → Use a valid token; if it is valid, see the server's log.",
+  "tool names": "Claude refuses the tools named {} → Use at most 64 letters, digits, _ and -.",
+  "metadata": "Metadata is incomplete: {} → Serve it as application/json (RFC 9728, RFC 8414), or answer 404.",
+  "resource":
+    "resource is {} → Send the typed address byte for byte, without a slash at its end. → set baseUrl to its origin",
+  "issuer": "issuer is {} → Send what authorization_servers has, byte for byte; mind a slash at the end.",
+  "https endpoints": "{} is missing or not https → Build it from the public https address, not from the request.",
+  "offer": "{} is not on offer → Add it to the server's metadata: some clients refuse to go on without it.",
+  "no empty members": "Members without a value: {} → Leave them out: strict clients refuse the answer.",
+  "registration":
+    "Registration is answered {} → Accept Claude, from any address. → keep claude.ai in allowedRedirectDomains",
+  "owner":
+    "A code is given to anybody → Ask the owner first, whoever the client is. → set password or authenticateOwner",
+  "consent page": "The consent page is answered {} → See the server's log for the reason.",
+  "no form-action": "The page's policy has form-action → Leave it out: Chromium then blocks the way back to the app.",
+  "no frames": "The page can be framed → Send frame-ancestors 'none': another site can lead the owner's click.",
+  "denial": "A denial is answered {} → Redirect by 302 with access_denied, the state as it came, and iss (RFC 9207).",
+  "refusal": "A request with {} is not refused → Require PKCE with S256; compare client and redirect URI exactly.",
+  "dead token": "A dead refresh token is answered {} → Answer 400 invalid_grant in JSON: clients then sign in again.",
+  "CORS": "A browser may not use the {} endpoint → Answer OPTIONS first, with Access-Control-Allow-Origin.",
 } satisfies Record<string, `${string} → ${string}`>;
 
-type Expectation = keyof typeof EXPECTED;
-
-const PUBLIC_URL = 'set baseUrl: "{origin}", the address that you type without its path';
-const GUARD_FIRST = 'app.all("{pathname}", auth.guard, handler)';
-const ROUTES = 'app.route("/", auth) serves it: let the proxy send its path there';
-
-/** The same fixes on a server with `personalAuth()`, where an option or a line can be named. */
-const WITH_PERSONAL_AUTH: Partial<Record<Expectation, string>> = {
-  "The server names public URLs": PUBLIC_URL,
-  "The MCP endpoint is closed": GUARD_FIRST,
-  "Something is served at the path": "type the path of the option mcpPath, /mcp by default",
-  "The guard comes first": GUARD_FIRST,
-  "GET without a token is answered 401": GUARD_FIRST,
-  "resource_metadata is on this server": PUBLIC_URL,
-  "The resource's metadata is served": ROUTES,
-  "resource is the address": PUBLIC_URL,
-  "The authorization server's metadata is served": ROUTES,
-  "The OpenID configuration is whole or absent": ROUTES,
-  "issuer is what the resource names": PUBLIC_URL,
-  "Every endpoint is https or on this computer": PUBLIC_URL,
-  "A client can register": "keep claude.ai in allowedRedirectDomains",
-  "No code is given without the owner": "set password, or an authenticateOwner that is true for the owner alone",
-  "The token endpoint answers errors in JSON": ROUTES,
-};
-
-/** Records a finding; tells whether it is good. */
-type Judge = (good: unknown, expected: Expectation, found?: unknown) => boolean;
-
-type Checkup = ReturnType<typeof startCheckup>;
-
-interface Question {
-  method?: string;
-  headers?: Record<string, string>;
-  body?: string;
-  /** Whether an event stream is read, up to its first answer. */
-  events?: boolean;
-}
-
-type Answer = Awaited<ReturnType<typeof exchange>>;
-
-/** The user agents of hosted Claude: the first for discovery, registration and tokens, the second for MCP itself. */
-const OAUTH_AGENT = "python-httpx/0.28.1";
-const MCP_AGENT = "Claude-User";
-/** Claude waits so many seconds for everything but a refresh. */
-const CLIENT_PATIENCE = 10;
-const MAX_ANSWER_BYTES = 1024 * 1024;
-const CHECK_CHALLENGE = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"; // RFC 7636 appendix B; nothing is ever redeemed
-
-/** Ends a check, because what is asked after a failed `need` would only repeat it. */
-class RootCause extends Error {}
-
-const STAGES: [SetupFinding["heading"], (checkup: Checkup) => void | Promise<void>][] = [
+const STAGES: [SetupFinding["heading"], (checkup: Checkup) => unknown][] = [
   ["Address", checkAddress],
   ["Guard", checkGuard],
-  ["Guard", checkCalls],
-  ["Discovery", checkResourceMetadata],
-  ["Discovery", checkServerMetadata],
-  ["Sign-in", checkRegistration],
-  ["Sign-in", checkConsent],
-  ["Sign-in", checkAuthorization],
-  ["Sign-in", checkToken],
-  ["Browser apps", checkBrowserAccess],
+  ["Discovery", checkDiscovery],
+  ["Sign-in", checkSignIn],
+  ["Browser apps", checkBrowserApps],
 ];
 
+/** Ends a check: what comes after would only fail for the same reason. */
+class RootCause extends Error {}
+
 /**
- * Asks any MCP server, from outside and without the owner's password, what a client will ask. On the command line:
- * `deno run -A mod.ts https://your-domain.com/mcp`, or with `bun` or `node`. Registers a client, and starts an
- * authorization that it never finishes.
+ * Asks any MCP server, from outside and without a password, what a client will ask. Registers a client, and starts an
+ * authorization that it never finishes. On the command line: `deno run -A mod.ts https://your-domain.com/mcp`.
  *
- * @throws {TypeError} if `mcpUrl` is not an http or https URL, or `token` cannot be one.
+ * @throws {TypeError} if `mcpUrl` is not an http or https URL, or `token` cannot be a token.
  */
 export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Promise<SetupReport> {
   const url = webUrl(mcpUrl);
   assert(url, `Give the URL that you type into Claude, such as "https://your-domain.com/mcp"`);
   url.hash = "";
-  // RFC 6750 §2.1. Anything else fetch() would refuse, with a message that holds the token.
-  assert(/^[\w.~+/-]+=*$/.test(options.token ?? "x"), "The token holds a character that no token has");
+  // RFC 6750 §2.1. fetch() would refuse anything else with a message that holds the token.
+  assert(/^[\w.~+/-]+=*$/.test(options.token || "x"), "The token holds a character that no token has");
   const checkup = startCheckup(url, options);
-  const { findings } = checkup;
   try {
     for (const [heading, check] of STAGES) {
       checkup.heading = heading;
@@ -4905,645 +4757,420 @@ export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Pr
   } catch (error) {
     if (!(error instanceof RootCause)) throw error;
   }
-  const failed = findings.filter(({ result }) => result === "failed");
-  const first = checkup.isUnreachable ? failed.at(-1) : failed[0];
-  const next = first ? [`Repair this first: ${first.what}`] : whatToType(checkup);
-  return { url: url.href, verdict: checkup.isUnreachable ? "unreachable" : first ? "broken" : "ready", findings, next };
+  const { findings, hasAnswered, next } = checkup;
+  const [failed] = findings.filter(({ result }) => result === "failed");
+  const verdict = !failed ? "ready" : hasAnswered ? "broken" : "unreachable";
+  if (failed) return { url: url.href, verdict, findings, next: [`Repair this first: ${failed.what}`] };
+  const quoted = /[^\w:/.~%-]/.test(url.href) ? `'${url.href.replaceAll("'", "%27")}'` : url.href; // for a shell
+  next.push(`claude.ai: Customize → Connectors → Add, and type ${url.href}`);
+  next.push(`Claude Code: claude mcp add --transport http personal ${quoted}`);
+  return { url: url.href, verdict, findings, next };
 }
 
-/** What the stages of a check share: how to ask and to judge, and what was found on the way. */
+type Checkup = ReturnType<typeof startCheckup>;
+type Judge = (good: unknown, check: keyof typeof CHECKS, found?: unknown) => boolean;
+
+/** Returns what the stages share: how to judge, and what was found so far. */
 function startCheckup(url: URL, options: SetupOptions) {
-  const { href, host, origin, pathname } = url;
-  const address = { href, host, origin, pathname, metadata: wellKnown("oauth-protected-resource", url) };
-  const judge = (otherwise: "warning" | "failed"): Judge => (good, expected, found) => {
-    const parts: Record<string, string> = { ...address, "": show(found, options.token) };
-    const fill = (text: string) => text.replace(/\{(\w*)\}/g, (_, part) => parts[part]!);
-    const [what = "", fix = ""] = EXPECTED[expected].split(" → ").map(fill);
-    const own = WITH_PERSONAL_AUTH[expected];
-    const { heading } = checkup;
-    if (good) checkup.findings.push({ heading, result: "ok", what: fill(expected) });
-    else checkup.findings.push({ heading, result: otherwise, what, fix, ...(own && { withPersonalAuth: fill(own) }) });
+  const judge = (failure: "warning" | "failed"): Judge => (good, check, found) => {
+    const { heading, findings } = checkup;
+    const text = CHECKS[check].replace("{}", () => show(found, options.token));
+    const [what = "", fix, withPersonalAuth] = text.split(" → ");
+    const finding = { heading, result: failure, what, fix, withPersonalAuth };
+    findings.push(good ? { heading, result: "ok", what: check } : finding);
     return Boolean(good);
   };
-  const must = judge("failed");
   const checkup = {
     url,
     options,
     heading: "Address" as SetupFinding["heading"],
     findings: [] as SetupFinding[],
-    hasAnswered: false,
-    isUnreachable: false,
-    /** Without this, everything after it would fail as well: the check ends here. */
-    need(good: unknown, expected: Expectation, found?: unknown): void {
-      if (!must(good, expected, found)) throw new RootCause();
-    },
-    /** Without this, some client cannot connect. */
-    must,
     /** Without this, some clients stumble. */
     should: judge("warning"),
-    /** What the challenge says; empty where it says nothing. */
+    /** Without this, some client cannot connect. */
+    must: judge("failed"),
+    /** Without this, everything after it would fail as well. */
+    need: (...judged: Parameters<Judge>): void => {
+      if (!checkup.must(...judged)) throw new RootCause();
+    },
+    hasAnswered: false,
     metadataUrl: "",
-    issuer: "",
     // deno-lint-ignore no-explicit-any
     server: {} as any,
-    client_id: "",
-    /** How long the calls with a token took. */
-    calls: "",
+    client_id: "https://claude.ai/oauth/mcp-oauth-client-metadata",
+    next: [] as string[],
   };
   return checkup;
 }
 
-/**
- * Quotes what a server chose: in ASCII, so that no control character reaches a terminal, and without the token that it
- * was sent. An object is only named: it may be nested deeper than JSON.stringify() goes.
- */
+/** Quotes what a server chose: in ASCII, so that it cannot control a terminal, and without the token it was sent. */
 function show(value: unknown, token?: string): string {
-  if (typeof value === "object" && value !== null) return Array.isArray(value) ? "a list" : "an object";
-  return quote(token && typeof value === "string" ? value.replaceAll(token, "[token]") : value);
+  if (typeof value === "object" && value !== null) return "an object"; // it may be too deep for JSON.stringify()
+  return quote(token && isString(value) ? value.replaceAll(token, "[token]") : value);
 }
 
-/** Parses an http or https URL without credentials, which fetch() refuses. Undefined if it is none. */
+/** Parses an http or https URL without credentials, which fetch() refuses. Returns undefined if it is none. */
 function webUrl(value: unknown, base?: URL): URL | undefined {
-  const url = typeof value === "string" && value.length < 8192 ? URL.parse(value, base?.href) : undefined;
+  const url = isString(value) && value.length < 8192 ? URL.parse(value, base) : undefined;
   return url && /^https?:$/.test(url.protocol) && !url.username && !url.password ? url : undefined;
 }
 
-/** Whether the host is this computer or an address of a private network. A name is not looked up. */
-function isInside(hostname: string): boolean {
-  const address = hostname.replace(/^\[|\]$/g, "");
-  return isLoopback(hostname) || nodeModule("node:net").isIP(address) > 0 && !isPublicAddress(address);
-}
-
 /**
- * Whether a URL that the server chose may be asked. The server may be hostile and this computer may reach what the
- * server cannot, so only the origin that was typed and public ones are asked. A public one must be https: a name that
- * resolves to an inside address a moment after it was looked up then fails at the certificate, before anything is sent.
- * A server that was typed as an inside address may also refer to this computer; a name never counts as such, because
- * whoever owns it decides what it resolves to.
+ * Tells whether a URL that the server chose may be asked. A hostile server could name what only this computer can
+ * reach. So only the typed origin and public https ones are asked: if a name leads to an inside address after its
+ * lookup, the certificate fails before anything is sent. A server on this computer may also name others on it.
  */
-async function mayAsk(target: URL, typed: URL): Promise<boolean> {
-  if (target.origin === typed.origin) return true;
-  if (isInside(target.hostname)) return isLoopback(target.hostname) && isInside(typed.hostname);
-  if (target.protocol !== "https:") return false;
-  const { lookup } = nodeModule("node:dns");
-  const addresses = await new Promise<{ address: string }[]>((resolve) =>
-    lookup(target.hostname.replace(/^\[|\]$/g, ""), { all: true }, (_: unknown, found = []) => resolve(found))
-  );
+async function mayAsk({ origin, hostname, protocol }: URL, typed: URL): Promise<boolean> {
+  if (origin === typed.origin || isLoopback(hostname) && isLoopback(typed.hostname)) return true;
+  if (protocol !== "https:") return false;
+  const name = hostname.replace(/^\[|\]$/g, "");
+  const lookup: Promise<{ address: string }[]> = nodeModule("node:dns").promises.lookup(name, { all: true });
+  const addresses = await lookup.catch(() => []);
   return addresses.length > 0 && addresses.every(({ address }) => isPublicAddress(address));
 }
 
-/**
- * Asks one question, bounded in time and size.
- *
- * @throws {RootCause} if nothing usable answers, or the server refers to where it may not be asked.
- */
-async function ask(checkup: Checkup, what: string, place: string | URL, question: Question = {}): Promise<Answer> {
-  const { options } = checkup;
-  options.onProgress?.(what);
+const MAX_ANSWER_BYTES = 1024 * 1024;
+type Question = { method?: string; headers?: Record<string, string>; body?: string | URLSearchParams };
+type Answer = Awaited<ReturnType<typeof exchange>>;
+
+/** Asks one question, and takes at most 30 seconds and 1 MB. Ends the check if nothing usable answers. */
+async function ask(checkup: Checkup, place: string | URL, question: Question = {}): Promise<Answer> {
+  const { url, options, need } = checkup;
   const target = webUrl(String(place));
-  const limit = new AbortController(); // not AbortSignal.timeout(): with a listener it keeps the process alive
-  const timer = setTimeout(() => limit.abort(new Error("timed out")), 3 * CLIENT_PATIENCE * 1000);
+  options.onProgress?.(`${question.method ?? "GET"} ${target?.pathname}`);
+  const limit = new AbortController(); // AbortSignal.timeout() with a listener would keep the process alive
+  const timer = setTimeout(() => limit.abort(), 30_000);
   try {
-    if (!target || !await inTime(mayAsk(target, checkup.url), limit.signal)) {
-      checkup.need(false, "The server names public URLs", String(place));
-    }
-    const answer = await inTime(exchange(target!, question, limit.signal, options.fetch ?? fetch), limit.signal);
+    if (!target || !await inTime(mayAsk(target, url), limit.signal)) need(false, "own URLs", String(place));
+    const headers = { "User-Agent": "python-httpx/0.28.1", Accept: "*/*", ...question.headers }; // as hosted Claude
+    // A redirect is not followed: it could lead to an inside address.
+    const request = new Request(target!.href, { ...question, headers, redirect: "manual", signal: limit.signal });
+    const answer = await inTime(exchange(request, options.fetch ?? fetch), limit.signal);
     checkup.hasAnswered = true;
     // A server that is busy says so in OAuth's own form (RFC 6749 §5.2); a proxy shows a page.
-    const isProxys = [502, 503, 504].includes(answer.status) && !isObject(answer.json);
-    if (isProxys) checkup.need(false, "The server answers", answer.status);
+    if ([502, 503, 504].includes(answer.status) && !answer.json) need(false, "proxy", answer.status);
     return answer;
   } catch (error) {
     if (error instanceof RootCause) throw error;
+    if (!checkup.hasAnswered) checkup.heading = "Address";
     const { message, cause } = error as Error;
-    const detail = [message, (cause as Error | undefined)?.message].filter(Boolean).join(": ");
-    const [, reason = "", fix = ""] = REASONS.find(([pattern]) => pattern.test(detail)) ?? [];
-    checkup.isUnreachable = !checkup.hasAnswered && !(error instanceof TooLarge);
-    if (checkup.isUnreachable) checkup.heading = "Address";
-    const what = `No answer from ${show(target!.host)}: ${reason} (${show(detail, options.token)})`;
-    checkup.findings.push({ heading: checkup.heading, result: "failed", what, fix });
-    throw new RootCause();
+    need(false, "answer", `${target?.host}: ${message}${cause instanceof Error ? `: ${cause.message}` : ""}`);
+    throw error;
   } finally {
     clearTimeout(timer);
   }
 }
 
-/** Why no answer came: a pattern for the error's message, and what to say about it. */
-const REASONS: [RegExp, string, string][] = [
-  [/dns|ENOTFOUND|EAI_AGAIN|lookup|resolve/i, "the name does not resolve", "Set the DNS record of the name."],
-  [/cert|tls|ssl|handshake/i, "TLS failed", "Serve a certificate that browsers trust, with its whole chain."],
-  [/refused|unable to connect/i, "Nothing listens there", "Start the server, or open the port."],
-  [/larger than/, "the answer is too large", "Answer with less: clients expect small documents."],
-  [/time|abort/i, "it took too long", `Find out what is slow: Claude gives up after ${CLIENT_PATIENCE} seconds.`],
-  [/^/, "the request failed", "See that the server runs, and that it can be reached from here."],
-];
-
-/** Sends one request. Never follows a redirect: it could lead to an inside address. */
-async function exchange(url: URL, question: Question, signal: AbortSignal, fetch: NonNullable<SetupOptions["fetch"]>) {
+/** Sends a request and reads the answer. */
+async function exchange(request: Request, fetch: NonNullable<SetupOptions["fetch"]>) {
   const start = performance.now();
-  const { events, ...init } = question;
-  const headers = { "User-Agent": OAUTH_AGENT, Accept: "*/*", ...init.headers };
-  const response = await fetch(new Request(url.href, { ...init, headers, redirect: "manual", signal }));
-  const type = response.headers.get("Content-Type") ?? "";
+  const { status, ok, headers, body } = await fetch(request);
+  const type = headers.get("Content-Type") ?? "";
   let text = "";
-  // deno-lint-ignore no-explicit-any
-  let json: any;
-  if (!type.startsWith("text/event-stream")) {
-    text = await readLimited(response.body, MAX_ANSWER_BYTES);
-    if (/^application\/([a-z.-]+\+)?json/i.test(type)) json = parseJson(text);
-  } else if (events) json = await readMessage(response.body);
-  else response.body?.cancel().catch(() => {}); // it may stay open for ever, and has said enough with its headers
-  return {
-    status: response.status,
-    headers: response.headers,
-    text,
-    json,
-    seconds: (performance.now() - start) / 1000,
-  };
+  if (!type.startsWith("text/event-stream")) text = await readLimited(body, MAX_ANSWER_BYTES);
+  else if (ok && request.method === "POST") text = await readMessage(body);
+  else body?.cancel().catch(() => {}); // it may stay open for ever
+  const json: unknown = /json|event-stream/i.test(type) && await new Response(text).json().catch(() => {});
+  const seconds = (performance.now() - start) / 1000;
+  const location = headers.get("Location") ?? "";
+  return { status, headers, location, type, text, json: isObject(json) ? json : undefined, seconds };
 }
 
-function parseJson(text: string): unknown {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return undefined;
-  }
-}
-
-/** Reads an event stream up to the first JSON-RPC response. Looks at each character once, however it was cut up. */
-async function readMessage(stream: ReadableStream<Uint8Array> | null): Promise<unknown> {
+/** Reads an event stream up to the first JSON-RPC response. Each line is searched once, however it was cut up. */
+async function readMessage(stream: ReadableStream<Uint8Array> | null): Promise<string> {
   const reader = stream?.getReader();
   const decoder = new TextDecoder();
-  let [line, data]: [string[], string[]] = [[], []];
-  for (let length = 0; reader;) {
+  let [unread, message, length] = ["", "", 0];
+  while (reader && !message && length < MAX_ANSWER_BYTES) {
     const { done, value } = await reader.read();
-    length += value?.length ?? 0;
-    if (length > MAX_ANSWER_BYTES) throw new TooLarge(`is larger than ${MAX_ANSWER_BYTES} bytes`);
-    if (done) return undefined;
-    const [first = "", ...rest] = decoder.decode(value, { stream: true }).split("\n");
-    line.push(first);
-    for (const next of rest) {
-      const text = line.join("");
-      line = [next];
-      if (text.startsWith("data:")) data.push(text.slice(5));
-      if (text.trim() !== "" || data.length === 0) continue;
-      const message = parseJson(data.join("\n"));
-      data = [];
-      if (!isObject(message) || !("result" in message || "error" in message)) continue;
-      reader.cancel().catch(() => {});
-      return message;
-    }
+    if (done) break;
+    const chunk = decoder.decode(value, { stream: true });
+    unread += chunk;
+    length += value.length;
+    if (!chunk.includes("\n")) continue;
+    const lines = unread.split("\n");
+    unread = lines.pop()!;
+    message = lines.find((line) => /^data:.*"(result|error)":/.test(line))?.slice("data:".length) ?? "";
   }
+  reader?.cancel().catch(() => {});
+  return message;
 }
 
 function checkAddress({ url, need, must, should }: Checkup): void {
-  if (!isLoopback(url.hostname)) {
-    need(url.protocol === "https:", "The address is https");
-    must(url.port === "", "The port is 443", Number(url.port));
+  if (should(!isLoopback(url.hostname), "public address", url.host)) {
+    need(url.protocol === "https:", "https");
+    must(url.port === "", "port 443", Number(url.port));
   }
-  should(!isInside(url.hostname), "The address is no local one", url.host);
-  if (should(url.pathname !== "/", "The address has a path")) {
-    should(!url.pathname.endsWith("/"), "The address has no slash at its end");
-  }
+  should(!/.\/$/.test(url.pathname), "no slash at the end");
 }
 
-const INITIALIZE = {
-  id: 0,
-  method: "initialize",
-  params: { protocolVersion: "2025-11-25", capabilities: {}, clientInfo: { name: "setup-check", version: "1" } },
-};
+const CLAUDE_REDIRECT = "https://claude.ai/api/mcp/auth_callback";
+const AS_CLAUDE = { "User-Agent": "Claude-User", "MCP-Protocol-Version": "2025-11-25" };
+const AS_BROWSER = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
+const PARAMS = { protocolVersion: "2025-11-25", capabilities: {}, clientInfo: { name: "setup-check", version: "1" } };
+const HAS_CODE = /[?&]code=/;
+const INITIALIZE = { jsonrpc: "2.0", id: 0, method: "initialize", params: PARAMS };
 
-function mcpRequest(agent: string, headers: Record<string, string> = {}, message: object = INITIALIZE): Question {
-  const common = { "Content-Type": "application/json", "MCP-Protocol-Version": "2025-11-25", "User-Agent": agent };
-  return { method: "POST", headers: { ...common, ...headers }, body: JSON.stringify({ jsonrpc: "2.0", ...message }) };
+function post(message: object, headers: Record<string, string> = {}): Question {
+  return { method: "POST", headers: { "Content-Type": "application/json", ...headers }, body: JSON.stringify(message) };
 }
 
-/**
- * Words by which a server says that no token came. Where one was sent, something in between dropped it. Servers that
- * say nothing of the kind are not accused: their answer without `invalid_token` can have either reason.
- */
-const NO_TOKEN =
-  /(missing (authorization|access token)|no (authorization|access token|token)|token is (needed|required))/i;
+/** Words by which a server says that no token came. Where one was sent, something in between dropped it. */
+const NO_TOKEN = /(missing|no) (authorization|access token|token)|token is (needed|required)/i;
 
-/** The 401 is the beginning of everything: from it a client learns that, and where, it has to sign in. */
+/** Asks without a token: from the 401 a client learns that it has to sign in, and where. */
 async function checkGuard(checkup: Checkup): Promise<void> {
-  const { url, need, must, should } = checkup;
-  const { status, headers, seconds } = await ask(
-    checkup,
-    "the MCP endpoint, without a token",
-    url,
-    mcpRequest(OAUTH_AGENT),
-  );
-  need(status < 200 || status > 299, "The MCP endpoint is closed", status);
-  need(status < 300 || status > 399, "The MCP endpoint does not redirect", headers.get("Location"));
-  need(status !== 403, "The first request is not answered 403");
-  need(status !== 404, "Something is served at the path");
-  need(![405, 406, 415].includes(status), "The guard comes first", status);
-  need(status === 401, "A request without a token is answered 401", status);
-  const [level, took] = [seconds < CLIENT_PATIENCE ? should : must, Number(seconds.toFixed(2))];
-  level(seconds < CLIENT_PATIENCE / 3, "The 401 comes in {} s", took);
+  const { url, options: { token }, need, must, should } = checkup;
+  const initialize = (headers = {}) => ask(checkup, url, post(INITIALIZE, headers));
+  const { status, headers, location, seconds } = await initialize();
+  need(status < 200 || status > 299, "closed", status);
+  need(status !== 404, "path", url.pathname);
+  need(![405, 406, 415].includes(status), "guard first", status);
+  need(status === 401, "401", `${status} ${location}`);
+  (seconds < 10 ? should : must)(seconds < 3, "speed", Math.round(seconds));
   const challenge = headers.get("WWW-Authenticate")?.slice(0, 8192) ?? "";
   checkup.metadataUrl = challenge.match(/resource_metadata="([^"]+)"/)?.[1] ?? "";
-  const hasChallenge = must(/^Bearer\b/i.test(challenge), "The 401 has a Bearer challenge");
-  if (hasChallenge) {
-    should(checkup.metadataUrl, "The challenge says where the metadata is");
-    should(/scope="[^"]+"/.test(challenge), "The challenge names the scope");
-    should(!/error=/.test(challenge), "The challenge has no error");
-  }
-  const get = await ask(checkup, "the MCP endpoint by GET", url, { headers: { Accept: "text/event-stream" } });
-  must(get.status === 401, "GET without a token is answered 401", get.status);
-  const agent = await ask(checkup, `the MCP endpoint as ${MCP_AGENT}`, url, mcpRequest(MCP_AGENT));
-  need(agent.status === 401, "Claude-User is let through", agent.status);
-  const made = mcpRequest(MCP_AGENT, { Authorization: "Bearer made-up" });
-  const bad = await ask(checkup, "the MCP endpoint, with a made-up token", url, made);
-  if (must(bad.status === 401, "A made-up token is answered 401", bad.status)) {
+  if (must(/^Bearer\b/i.test(challenge), "challenge")) should(/scope="[^"]+"/.test(challenge), "scope");
+  const get = await ask(checkup, url, { headers: { Accept: "text/event-stream" } });
+  must(get.status === 401, "guard first", `GET: ${get.status}`);
+  const claude = await initialize(AS_CLAUDE);
+  need(claude.status === 401, "Claude-User", claude.status);
+  const bad = await initialize({ ...AS_CLAUDE, Authorization: "Bearer made-up" });
+  if (must(bad.status === 401, "invalid token", bad.status)) {
     const said = bad.headers.get("WWW-Authenticate") ?? "";
-    if (NO_TOKEN.test(`${said} ${bad.text}`.slice(0, 8192))) need(false, "The Authorization header arrives");
-    if (hasChallenge) should(/error="?invalid_token/.test(said), "A made-up token is called invalid_token");
+    need(!NO_TOKEN.test(`${said} ${bad.text}`.slice(0, 8192)), "Authorization");
+    should(!challenge || said.includes("invalid_token"), "invalid token", "401 without invalid_token");
   }
-  if (url.pathname.endsWith("/")) return;
-  const slashed = await ask(
-    checkup,
-    "the address with a slash",
-    `${url.origin}${url.pathname}/`,
-    mcpRequest(OAUTH_AGENT),
-  );
-  should([401, 308].includes(slashed.status), "The address with a slash is served", slashed.status);
+  if (token) await checkCalls(checkup, { ...AS_CLAUDE, Authorization: `Bearer ${token}` });
 }
 
-/** Goes where only a token leads. It is sent to the address that was typed, and to no other. */
-async function checkCalls(checkup: Checkup): Promise<void> {
-  const { url, options: { token }, need, should } = checkup;
-  if (!token) return;
-  const headers: Record<string, string> = {
-    "User-Agent": MCP_AGENT,
-    Authorization: `Bearer ${token}`,
-    Accept: "application/json, text/event-stream",
-  };
-  const call = (message: { method: string; id?: number; params?: object }) =>
-    ask(checkup, message.method, url, { ...mcpRequest(MCP_AGENT, headers, message), events: true });
+/** Goes where only a token leads. It is sent to the typed address, and to no other. */
+async function checkCalls(checkup: Checkup, headers: Record<string, string>): Promise<void> {
+  const { url, next, need, should } = checkup;
+  headers.Accept = "application/json, text/event-stream";
+  const call = (message: object) => ask(checkup, url, post(message, headers));
   const hello = await call(INITIALIZE);
-  need(hello.status !== 401 && hello.status !== 403, "The token is accepted", hello.status);
-  need(isObject(hello.json?.result), "{} is answered with a result", "initialize");
+  need(hello.json?.result, "calls", `initialize is answered ${hello.status}`);
   const session = hello.headers.get("Mcp-Session-Id");
   if (session) headers["Mcp-Session-Id"] = session;
-  await call({ method: "notifications/initialized" });
-  let [seconds, count, cursor]: [number, number, unknown] = [0, 0, undefined];
-  const refused: string[] = [];
-  for (let page = 0; page < 20 && (page === 0 || typeof cursor === "string"); page++) {
-    const answer = await call({ id: page + 1, method: "tools/list", params: defined({ cursor }) });
-    const { tools, nextCursor } = isObject(answer.json?.result) ? answer.json.result : {} as Record<string, unknown>;
-    need(Array.isArray(tools), "{} is answered with a result", "tools/list");
-    for (const tool of tools) {
-      const name = typeof tool?.name === "string" ? tool.name : "";
-      if (!/^[a-zA-Z0-9_-]{1,64}$/.test(name)) refused.push(name);
-    }
-    [seconds, count, cursor] = [seconds + answer.seconds, count + tools.length, nextCursor];
-  }
-  if (session) await ask(checkup, "the end of the session", url, { method: "DELETE", headers });
-  should(refused.length === 0, "Every tool has a name that Claude accepts", refused.join(", "));
-  const [first, list] = [hello.seconds.toFixed(2), seconds.toFixed(2)];
-  checkup.calls = `initialize took ${first} s, tools/list ${list} s: ${count} tools`;
-  const total = Number((hello.seconds + seconds).toFixed(2));
-  should(total < CLIENT_PATIENCE / 3, "The calls with a token take {} s", total);
+  await call({ jsonrpc: "2.0", method: "notifications/initialized" });
+  const list = await call({ jsonrpc: "2.0", id: 1, method: "tools/list" });
+  const tools = list.json?.result?.tools;
+  need(Array.isArray(tools), "calls", `tools/list is answered ${list.status}`);
+  if (session) await ask(checkup, url, { method: "DELETE", headers });
+  const names: string[] = tools.map((tool: { name?: unknown } | null) => isString(tool?.name) ? tool.name : "");
+  const refused = names.filter((name) => !/^[a-zA-Z0-9_-]{1,64}$/.test(name));
+  should(refused.length === 0, "tool names", refused.join(", "));
+  should(hello.seconds + list.seconds < 3, "speed", Math.round(hello.seconds + list.seconds));
+  const [first, second] = [hello.seconds.toFixed(2), list.seconds.toFixed(2)];
+  next.push(`initialize took ${first} s, tools/list ${second} s: ${names.length} tools`);
 }
 
-/** The place of a metadata document for this URL (RFC 8414 §3.1, RFC 9728 §3.1). */
-function wellKnown(name: string, url: URL): string {
-  return `${url.origin}/.well-known/${name}${url.pathname === "/" ? "" : url.pathname.replace(/\/$/, "")}`;
-}
-
+/** Returns the place of a metadata document (RFC 8414 §3.1, RFC 9728 §3.1). */
+const wellKnown = (name: string, { origin, pathname }: URL): string =>
+  `${origin}/.well-known/${name}${pathname.replace(/\/$/, "")}`;
+/** Tells whether secrets can be sent to a URL: by https, or on this computer. */
+const isSafe = (url: URL | undefined): boolean => url?.protocol === "https:" || isLoopback(url?.hostname ?? "");
 const lists = (list: unknown, value: string): boolean => Array.isArray(list) && list.includes(value);
-const inShort = ({ status, headers }: Answer): string => `${status} ${headers.get("Content-Type") ?? ""}`.trim();
 const emptyMembers = (json: object): string =>
   Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name).join(", ");
 
-async function checkResourceMetadata(checkup: Checkup): Promise<void> {
-  const { url, metadataUrl, need, must, should } = checkup;
+async function checkDiscovery(checkup: Checkup): Promise<void> {
+  const { url, need, should } = checkup;
   const guessed = wellKnown("oauth-protected-resource", url);
-  const place = metadataUrl || guessed;
-  need(webUrl(place)?.origin === url.origin, "resource_metadata is on this server", place);
-  const answer = await ask(checkup, "the resource's metadata", place);
-  const { status, json } = answer;
-  need(status === 200 && isObject(json), "The resource's metadata is served", inShort(answer));
-  const typed = url.href.replace(/\/$/, "");
-  need([typed, `${typed}/`].includes(json.resource), "resource is the address", json.resource);
-  must(json.resource === typed, "resource has no slash at its end");
-  checkup.issuer = json.authorization_servers?.[0];
-  need(webUrl(checkup.issuer), "An authorization server is named");
-  should(!lists(json.scopes_supported, "offline_access"), "The resource does not list offline_access");
-  if (place !== guessed) {
-    const other = await ask(checkup, "the metadata where clients guess it", guessed);
-    should(other.status === 200, "The metadata is where clients guess it", other.status);
+  const place = checkup.metadataUrl || guessed;
+  need(webUrl(place)?.origin === url.origin, "own URLs", place);
+  const { status, json, type } = await ask(checkup, place);
+  need(status === 200 && json, "metadata", `${status} ${type} at ${place}`);
+  need(json?.resource === url.href.replace(/\/$/, ""), "resource", json?.resource);
+  const issuer = json?.authorization_servers?.[0];
+  need(isSafe(webUrl(issuer)), "https endpoints", "authorization_servers");
+  // Some clients look at one of these places only.
+  for (const other of [guessed, wellKnown("oauth-protected-resource", new URL(url.origin))]) {
+    const { status, json } = await ask(checkup, other);
+    should(status === 200 && json, "metadata", `${status} at ${other}`);
   }
-  const root = await ask(checkup, "the metadata at the root", `${url.origin}/.well-known/oauth-protected-resource`);
-  should(root.status === 200 && isObject(root.json), "The metadata is at the root", inShort(root));
+  await checkServer(checkup, issuer);
 }
 
-async function checkServerMetadata(checkup: Checkup): Promise<void> {
-  const { issuer, need, must, should } = checkup;
-  const oauth = wellKnown("oauth-authorization-server", new URL(issuer));
-  const openid = wellKnown("openid-configuration", new URL(issuer));
-  const answer = await ask(checkup, "the authorization server's metadata", oauth);
-  const other = await ask(checkup, "the OpenID configuration", openid);
-  const isServed = answer.status === 200 && isObject(answer.json);
-  const isFound = other.status === 200 && isObject(other.json);
-  const isWhole = isFound &&
-    ["jwks_uri", "subject_types_supported", "id_token_signing_alg_values_supported"].every((name) => other.json[name]);
+async function checkServer(checkup: Checkup, issuer: string): Promise<void> {
+  const { need, must, should } = checkup;
+  const oauth = await ask(checkup, wellKnown("oauth-authorization-server", new URL(issuer)));
+  const openid = await ask(checkup, wellKnown("openid-configuration", new URL(issuer)));
+  const isWhole = openid.status === 200 && openid.json?.jwks_uri;
   // Clients take either document (RFC 8414 §5), and stumble over half of one.
-  if (!isServed && isFound) need(isWhole, "The OpenID configuration is whole or absent", other.status);
-  need(isServed || isWhole, "The authorization server's metadata is served", inShort(answer));
-  should(isWhole || other.status === 404, "The OpenID configuration is whole or absent", other.status);
-  const json = checkup.server = isServed ? answer.json : other.json;
-  need(json.issuer === issuer, "issuer is what the resource names", json.issuer);
-  const needed = ["authorization_endpoint", "token_endpoint"];
-  const missing = needed.find((name) => !json[name]);
-  need(!missing, "The endpoints are named", missing);
-  const given = [...needed, "registration_endpoint", "revocation_endpoint"].filter((name) => json[name]);
-  const unsafe = given.find((name) => {
-    const endpoint = webUrl(json[name]);
-    return !endpoint || endpoint.protocol === "http:" && !isLoopback(endpoint.hostname);
-  });
-  need(!unsafe, "Every endpoint is https or on this computer", unsafe);
-  must(lists(json.code_challenge_methods_supported, "S256"), "PKCE with S256 is on offer");
-  must(lists(json.response_types_supported, "code"), "The response type code is on offer");
+  should(isWhole || openid.status === 404, "metadata", `${openid.status} ${openid.type}, OpenID configuration`);
+  const json = checkup.server = oauth.status === 200 && oauth.json || isWhole && openid.json || {};
+  need(json.issuer, "metadata", `${oauth.status} ${oauth.type}, authorization server`);
+  need(json.issuer === issuer, "issuer", json.issuer);
+  const endpoints = ["authorization_endpoint", "token_endpoint", "registration_endpoint", "revocation_endpoint"];
+  const bad = endpoints.find((name, index) => (index < 2 || json[name]) && !isSafe(webUrl(json[name])));
+  need(!bad, "https endpoints", bad);
   const takesDocuments = json.client_id_metadata_document_supported === true;
-  need(takesDocuments || json.registration_endpoint, "A client can introduce itself");
+  need(takesDocuments || json.registration_endpoint, "offer", "registration_endpoint");
   const methods = json.token_endpoint_auth_methods_supported;
-  (json.registration_endpoint ? should : must)(lists(methods, "none"), "Clients without a secret are accepted");
-  if (takesDocuments) should(lists(methods, "private_key_jwt"), "private_key_jwt is accepted");
-  should(lists(json.scopes_supported, "offline_access"), "offline_access is on offer");
-  should(json.authorization_response_iss_parameter_supported, "Answers carry iss");
-  const empty = emptyMembers(json);
-  must(!empty, "No member is null or empty", empty);
-  const head = await ask(checkup, "the metadata by HEAD", isServed ? oauth : openid, { method: "HEAD" });
-  should(head.status === 200, "HEAD is answered like GET", head.status);
+  must(lists(json.code_challenge_methods_supported, "S256"), "offer", "S256");
+  must(lists(json.response_types_supported, "code"), "offer", "code");
+  (json.registration_endpoint ? should : must)(lists(methods, "none"), "offer", "none");
+  if (takesDocuments) should(lists(methods, "private_key_jwt"), "offer", "private_key_jwt, for ChatGPT");
+  should(lists(json.scopes_supported, "offline_access"), "offer", "offline_access");
+  should(json.authorization_response_iss_parameter_supported, "offer", "iss (RFC 9207)");
+  must(!emptyMembers(json), "no empty members", emptyMembers(json));
 }
 
-async function checkRegistration(checkup: Checkup): Promise<void> {
-  const { server, must, should } = checkup;
-  if (!server.registration_endpoint) {
-    checkup.client_id = "https://claude.ai/oauth/mcp-oauth-client-metadata";
-    return;
+/** Registers as Claude does, unless the server takes metadata documents alone, and signs in up to the password. */
+async function checkSignIn(checkup: Checkup): Promise<void> {
+  const { server: { registration_endpoint }, must } = checkup;
+  if (registration_endpoint) {
+    const client = { client_name: "setup check", redirect_uris: [CLAUDE_REDIRECT], token_endpoint_auth_method: "none" };
+    const grants = { grant_types: ["authorization_code", "refresh_token"] };
+    const { status, json = {}, text } = await ask(checkup, registration_endpoint, post({ ...client, ...grants }));
+    const isWhole = isString(json.client_id) && lists(json.redirect_uris, CLAUDE_REDIRECT);
+    if (!must([200, 201].includes(status) && isWhole, "registration", `${status} ${text}`)) return;
+    must(!emptyMembers(json), "no empty members", emptyMembers(json));
+    checkup.client_id = json.client_id;
   }
-  const body = JSON.stringify({
-    client_name: "setup check",
-    redirect_uris: [CHECK_REDIRECT],
-    grant_types: ["authorization_code", "refresh_token"],
-    response_types: ["code"],
-    token_endpoint_auth_method: "none",
-  });
-  const headers = { "Content-Type": "application/json" };
-  const answer = await ask(checkup, "registration", server.registration_endpoint, { method: "POST", headers, body });
-  const { status, json, text } = answer;
-  const accepted = status === 201 || status === 200;
-  if (!must(accepted, "A client can register", `${status} ${text}`)) return;
-  const client_id = isObject(json) && typeof json.client_id === "string" && json.client_id;
-  if (!must(client_id, "Registration gives a client_id")) return;
-  checkup.client_id = json.client_id;
-  must(lists(json.redirect_uris, CHECK_REDIRECT), "Registration echoes the redirect URIs");
-  const empty = emptyMembers(json);
-  must(!empty, "No member is null or empty", empty);
-  should(status === 201, "Registration is answered 201", status);
+  await checkConsent(checkup);
+  await checkRefusals(checkup);
 }
 
 function authorizationUrl({ url, server, client_id }: Checkup, change: Record<string, string> = {}): URL {
   const target = new URL(server.authorization_endpoint);
-  const params = {
-    response_type: "code",
-    client_id,
-    redirect_uri: CHECK_REDIRECT,
-    code_challenge: CHECK_CHALLENGE,
-    code_challenge_method: "S256",
-    state: "setup-check",
-    resource: url.href.replace(/\/$/, ""),
-    ...change,
-  };
-  for (const [name, value] of Object.entries(params)) if (value) target.searchParams.set(name, value);
+  const code_challenge = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"; // RFC 7636 appendix B; nothing is ever redeemed
+  const pkce = { code_challenge, code_challenge_method: "S256" };
+  const request = { response_type: "code", client_id, redirect_uri: CLAUDE_REDIRECT, state: "setup-check" };
+  const all = { ...request, ...pkce, resource: url.href.replace(/\/$/, ""), ...change };
+  for (const [name, value] of Object.entries(all)) if (value) target.searchParams.set(name, value);
   return target;
 }
 
-const AS_BROWSER = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
-const hasCode = (location: string) => /[?&]code=/.test(location);
-
-/** Looks at the page that the owner sees, and at the way back: the form's own button to deny needs no password. */
+/** Looks at the page that the owner sees, and presses its button to deny, which needs no password. */
 async function checkConsent(checkup: Checkup): Promise<void> {
-  const { client_id, need, must, should } = checkup;
-  if (!client_id) return;
-  const target = authorizationUrl(checkup);
-  const shown = await ask(checkup, "the consent page", target, { headers: AS_BROWSER });
-  const { status, headers } = shown;
-  const location = headers.get("Location") ?? "";
-  need(!hasCode(location), "No code is given without the owner");
-  if (!must(!location.startsWith(CHECK_REDIRECT), "A good request is accepted", location)) return;
-  if (location) return void must(webUrl(location, target), "The owner is asked", location);
-  if (!must(status === 200, "The consent page is shown", `${status} ${pageText(shown.text)}`.trim())) return;
+  const { server, need, must, should } = checkup;
+  const page = authorizationUrl(checkup);
+  const { status, headers, location, text } = await ask(checkup, page, { headers: AS_BROWSER });
+  need(!HAS_CODE.test(location), "owner");
+  // Some servers send the owner to another page to sign in.
+  const isLogin = location && webUrl(location, page) && !location.startsWith(CLAUDE_REDIRECT);
+  const title = text.slice(0, MAX_PAGE_LENGTH).match(/<title>([^<]*)/)?.[1] ?? "";
+  if (!must(isLogin || status === 200, "consent page", `${status} ${location || title}`) || isLogin) return;
   const policy = headers.get("Content-Security-Policy") ?? "";
-  must(!/form-action/.test(policy), "The page has no form-action");
-  should(/frame-ancestors/.test(policy) || headers.has("X-Frame-Options"), "The page cannot be framed");
-  should(headers.get("Cross-Origin-Opener-Policy") !== "same-origin", "The page keeps its opener");
-  await checkDenial(checkup, target, shown);
-}
-
-async function checkDenial(checkup: Checkup, page: URL, shown: Answer): Promise<void> {
-  const { must, should, server } = checkup;
-  const isDenial = ({ name = "", value = "" }: Attributes) => name && /deny|denied|cancel|reject/i.test(value || name);
-  const form = readForms(shown.text).find(({ fields }) => fields.some(isDenial));
+  must(!/form-action/.test(policy), "no form-action");
+  should(/frame-ancestors/.test(policy) || headers.has("X-Frame-Options"), "no frames");
+  const form = readDenial(text);
   if (!form) return; // a page of its own kind: nothing can be said without its owner
   // A form for elsewhere is not sent: the page could choose any address, with any fields.
   const action = webUrl(form.action || page.href, page);
-  if (!should(action?.origin === page.origin, "The form posts to its own origin", form.action)) return;
-  const { name = "", value = "" } = form.fields.find(isDenial)!;
-  const hidden = form.fields.filter(({ type }) => type?.toLowerCase() === "hidden");
-  const fields = [...hidden, { name, value }].map(({ name = "", value = "" }): [string, string] => [name, value]);
-  // As a browser keeps them, but for this host alone whatever Domain says.
-  const cookies = shown.headers.getSetCookie().map((cookie) => cookie.split(";")[0]!.trim());
-  const headers = {
-    ...AS_BROWSER,
-    "Content-Type": "application/x-www-form-urlencoded",
-    Cookie: cookies.filter((cookie) => /^[\x21-\x3c\x3e-\x7e]+=[\x21-\x7e]*$/.test(cookie)).join("; ").slice(0, 8192),
-    Origin: page.origin,
-  };
-  const body = new URLSearchParams(fields).toString();
-  const answer = await ask(checkup, "the way back from the consent page", action!, { method: "POST", headers, body });
-  if (!must([302, 303].includes(answer.status), "The consent form leads back", answer.status)) return;
-  const location = answer.headers.get("Location") ?? "";
-  const back = webUrl(location, page)?.searchParams;
-  const isTold = location.startsWith(CHECK_REDIRECT) && back?.get("error") === "access_denied";
-  must(isTold && back?.get("state") === "setup-check", "A denial is told to the app", location);
-  if (!isTold || !server.authorization_response_iss_parameter_supported) return;
-  must(back?.get("iss") === server.issuer, "A denial carries iss", back?.get("iss"));
+  if (!should(action?.origin === page.origin, "own URLs", form.action)) return;
+  const Cookie = headers.getSetCookie().map((cookie) => cookie.split(";")[0]).join("; ").slice(0, 8192);
+  const sent = { ...AS_BROWSER, Cookie, Origin: page.origin };
+  const answer = await ask(checkup, action!, { method: "POST", headers: sent, body: form.body });
+  const told = new URLSearchParams(answer.location.split("?")[1]);
+  const hasIss = !server.authorization_response_iss_parameter_supported || told.get("iss") === server.issuer;
+  const isTold = told.get("error") === "access_denied" && told.get("state") === "setup-check" && hasIss;
+  const isBack = [302, 303].includes(answer.status) && answer.location.startsWith(CLAUDE_REDIRECT);
+  must(isBack && isTold, "denial", `${answer.status} ${answer.location}`);
+}
+
+const MAX_PAGE_LENGTH = 64 * 1024;
+/** Each part is bounded, or shares no character with the next, so that the time grows with the length alone. */
+const ATTRIBUTE = /([\w-]{1,40})\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))/g;
+
+function readAttributes(tag: string): Record<string, string> {
+  const attributes: Record<string, string> = {};
+  for (const [, name = "", ...values] of tag.matchAll(ATTRIBUTE)) {
+    const value = values.find(isString) ?? "";
+    attributes[name.toLowerCase()] ??= value.replaceAll("&quot;", '"').replaceAll("&amp;", "&");
+  }
+  return attributes;
+}
+
+/** Returns where the form with a button to deny goes, and what a browser posts at a press of that button. */
+function readDenial(page: string): { action: string | undefined; body: URLSearchParams } | undefined {
+  for (const form of page.slice(0, MAX_PAGE_LENGTH).split(/<form\b/i).slice(1)) {
+    const [{ action, method } = {}, ...tags] = form.split(/<\/form/i)[0]!.split("<").map(readAttributes);
+    const button = tags.find(({ name, value }) => name && /deny|denied|cancel|reject/i.test(value || name));
+    if (!button || method?.toLowerCase() !== "post") continue;
+    const fields = tags.filter((tag) => tag === button || tag.type?.toLowerCase() === "hidden");
+    return { action, body: new URLSearchParams(fields.map(({ name = "", value = "" }) => [name, value])) };
+  }
 }
 
 /** Asks for what must be refused. */
-async function checkAuthorization(checkup: Checkup): Promise<void> {
-  const { client_id, must } = checkup;
-  if (!client_id) return;
-  const location = async (change: Record<string, string>) => {
-    const target = authorizationUrl(checkup, change);
-    const { headers } = await ask(checkup, "an authorization to refuse", target, { headers: AS_BROWSER });
-    return headers.get("Location") ?? "";
-  };
-  must(!hasCode(await location({ code_challenge: "", code_challenge_method: "" })), "PKCE is required");
-  must(!hasCode(await location({ code_challenge_method: "plain" })), "PKCE is S256");
-  const away = await location({ redirect_uri: "https://evil.example/" });
-  must(!away.startsWith("https://evil.example"), "Redirect URIs are compared");
-  const unknown = await location({ client_id: "nobody" });
-  must(!unknown.startsWith(CHECK_REDIRECT), "An unknown client gets no redirect");
-}
-
-async function checkToken(checkup: Checkup): Promise<void> {
+async function checkRefusals(checkup: Checkup): Promise<void> {
   const { server, client_id, must } = checkup;
-  const refresh = (what: string, client_id: string) =>
-    ask(checkup, `the token endpoint, ${what}`, server.token_endpoint, {
-      method: "POST",
-      headers: { "Content-Type": "application/x-www-form-urlencoded" },
-      body: new URLSearchParams({ grant_type: "refresh_token", refresh_token: "made-up", client_id }).toString(),
-    });
-  const unknown = await refresh("as an unknown client", "nobody");
-  const isError = isObject(unknown.json) && typeof unknown.json.error === "string";
-  if (!must(isError, "The token endpoint answers errors in JSON", inShort(unknown)) || !client_id) return;
-  const { status, json } = await refresh("with a dead refresh token", client_id);
-  const found = isObject(json) && typeof json.error === "string" ? `${status} ${json.error}` : status;
-  must(found === "400 invalid_grant", "A dead refresh token is answered 400 invalid_grant", found);
-}
-
-/** Asks as a browser does for an app within a page, such as Inspector and playgrounds. */
-async function checkBrowserAccess(checkup: Checkup): Promise<void> {
-  const { url, server, should } = checkup;
-  const headers = {
-    Origin: "https://inspector.example",
-    "Access-Control-Request-Method": "POST",
-    "Access-Control-Request-Headers": "authorization,content-type,mcp-protocol-version",
-  };
-  for (const [name, place] of [["MCP", url.href], ["token", server.token_endpoint]]) {
-    const answer = await ask(checkup, `a browser's preflight, ${name}`, place, { method: "OPTIONS", headers });
-    const allowed = answer.headers.get("Access-Control-Allow-Origin") ?? "";
-    should(answer.status < 300 && ["*", headers.Origin].includes(allowed), "A browser may use the {} endpoint", name);
-  }
-}
-
-type Attributes = Partial<Record<"action" | "name" | "type" | "value", string>>;
-
-/** So much of a page is read for its forms and its text. */
-const MAX_PAGE_LENGTH = 64 * 1024;
-const TAG = /<(\/?form|input|button)(?![\w-])/gi;
-const ATTRIBUTE = /[\s/]*([^\s"'<>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'<>]+)))?/y;
-const ENTITIES: Record<string, string> = { amp: "&", quot: '"', lt: "<", gt: ">", "#39": "'" };
-
-/**
- * Reads the forms of a page with their inputs and buttons, in one pass: each match begins where the last one ended, and
- * no two parts of a pattern can share a run of characters, so the time grows with the length alone.
- */
-function readForms(page: string): { action?: string; fields: Attributes[] }[] {
-  const text = page.slice(0, MAX_PAGE_LENGTH);
-  const forms: { action?: string; fields: Attributes[] }[] = [];
-  let form: (typeof forms)[number] | undefined;
-  TAG.lastIndex = 0;
-  for (let tag = TAG.exec(text); tag; tag = TAG.exec(text)) {
-    const attributes: Record<string, string> = {};
-    ATTRIBUTE.lastIndex = TAG.lastIndex;
-    for (let found = ATTRIBUTE.exec(text); found; found = ATTRIBUTE.exec(text)) {
-      const [, name = "", ...values] = found;
-      const value = values.find((value) => value !== undefined) ?? "";
-      attributes[name.toLowerCase()] ??= value.replace(/&(amp|quot|lt|gt|#39);/g, (_, entity) => ENTITIES[entity]!);
-      TAG.lastIndex = ATTRIBUTE.lastIndex;
-    }
-    const { action, name, type, value, method } = attributes;
-    const kind = tag[1]!.toLowerCase();
-    if (kind === "/form") form = undefined;
-    else if (kind !== "form") form?.fields.push(defined({ name, type, value }));
-    else if (method?.toLowerCase() === "post") forms.push(form = { ...defined({ action }), fields: [] });
-  }
-  return forms;
-}
-
-/** The words of a page, without its tags, styles and scripts. */
-function pageText(page: string): string {
-  const parts = `>${page.slice(0, MAX_PAGE_LENGTH)}`.split("<");
-  const words = parts.map((part) => /^(style|script)\b/i.test(part) ? "" : part.slice(part.indexOf(">") + 1));
-  return words.join(" ").replace(/\s+/g, " ").trim();
-}
-
-/** Returns the lines that add a good server to Claude. */
-function whatToType({ url, calls }: Checkup): string[] {
-  const href = /[^\w:/.~%-]/.test(url.href) ? `'${url.href.replaceAll("'", "%27")}'` : url.href; // for a shell
-  return [
-    ...(calls ? [calls] : []),
-    isInside(url.hostname)
-      ? "claude.ai: cannot reach this address"
-      : `claude.ai: Customize → Connectors → Add, and type ${url.href}`,
-    `Claude Code: claude mcp add --transport http personal ${href}`,
+  const attempts: [change: Record<string, string>, accepted: RegExp][] = [
+    [{ code_challenge: "", code_challenge_method: "" }, HAS_CODE],
+    [{ code_challenge_method: "plain" }, HAS_CODE],
+    [{ redirect_uri: "https://evil.example/" }, /^https:\/\/evil\.example/],
+    [{ client_id: "nobody" }, /^https:\/\/claude\.ai/],
   ];
+  for (const [change, accepted] of attempts) {
+    const { location } = await ask(checkup, authorizationUrl(checkup, change), { headers: AS_BROWSER });
+    must(!accepted.test(location), "refusal", String(new URLSearchParams(change)));
+  }
+  const body = new URLSearchParams({ grant_type: "refresh_token", refresh_token: "made-up", client_id });
+  const { status, type, json } = await ask(checkup, server.token_endpoint, { method: "POST", body });
+  must(status === 400 && json?.error === "invalid_grant", "dead token", json?.error ?? `${status} ${type}`);
 }
 
-const HELP =
-  `Asks an MCP server what Claude will ask, and says what to repair. It needs no password and changes nothing.
+/** Asks as a browser does for an app within a page. */
+async function checkBrowserApps(checkup: Checkup): Promise<void> {
+  const { url, server, should } = checkup;
+  const headers = { Origin: "https://inspector.example", "Access-Control-Request-Method": "POST" };
+  for (const [name, place] of [["MCP", url], ["token", server.token_endpoint]]) {
+    const answer = await ask(checkup, place, { method: "OPTIONS", headers });
+    const allowed = answer.headers.get("Access-Control-Allow-Origin") ?? "";
+    should(answer.status < 300 && ["*", headers.Origin].includes(allowed), "CORS", name);
+  }
+}
+
+const HELP = `Asks an MCP server what Claude will ask, and says what to repair. It needs no password.
 
 Usage: mod.ts [options] https://your-domain.com/mcp
 
-  --token pat_…   also call initialize and tools/list with this access token, for example one made at /connections;
-                  the environment variable MCP_TOKEN does the same and keeps it out of the list of processes
+  --token pat_…   also call initialize and tools/list; MCP_TOKEN in the environment does the same
   -v, --verbose   show the checks that passed, too
   --json          print { url, verdict, findings: [{ heading, result, what, fix, withPersonalAuth }], next }
   -h, --help      show this
 
 Exit status: 0 clients can connect; 1 some clients will fail; 2 no answer, or wrong arguments.`;
 
-const COMMAND_OPTIONS = {
-  token: { type: "string" },
-  verbose: { type: "boolean", short: "v" },
-  json: { type: "boolean" },
-  help: { type: "boolean", short: "h" },
-};
-
-/** Runs `deno run -A mod.ts https://your-domain.com/mcp`: exit status 0 ready, 1 broken, 2 unreachable. */
-async function setupCheckCommand({ argv, env, stdout }: CommandProcess): Promise<number> {
-  const isTerminal = Boolean(stdout.isTTY);
-  const progress = (text: string) => isTerminal && stdout.write(`\r\x1b[K${text}`);
+/** Runs `deno run -A mod.ts https://your-domain.com/mcp`, and returns the exit status. */
+async function setupCheckCommand(): Promise<number> {
+  const { argv, env } = nodeModule("node:process");
+  const [token, flag] = [{ type: "string" }, { type: "boolean" }];
+  const options = { token, json: flag, verbose: { ...flag, short: "v" }, help: { ...flag, short: "h" } };
+  const args = { args: argv.slice(2), allowPositionals: true, options };
   try {
-    const args = { args: argv.slice(2), allowPositionals: true, options: COMMAND_OPTIONS };
     const { values, positionals } = nodeModule("node:util").parseArgs(args);
-    const { token = env.MCP_TOKEN, verbose, json, help } = values;
-    if (help) {
+    if (values.help) {
       console.log(HELP);
       return 0;
     }
-    const onProgress = (what: string) => void (json || progress(`… ${what}`));
-    const report = await checkSetup(positionals[0] ?? "", { onProgress, token: token || undefined });
-    if (!json) progress("");
-    console.log(json ? JSON.stringify(report, null, 2) : reportText(report, verbose, isTerminal && !env.NO_COLOR));
+    const report = await checkSetup(positionals[0], { token: values.token ?? env.MCP_TOKEN });
+    console.log(values.json ? JSON.stringify(report, null, 2) : reportText(report, values.verbose));
     return { ready: 0, broken: 1, unreachable: 2 }[report.verdict];
   } catch (error) {
-    progress("");
     console.error(`${(error as Error).message}\nFor help: mod.ts --help`);
     return 2;
   }
 }
 
-const MARKS = { ok: ["✓", "32"], warning: ["!", "33"], failed: ["✗", "31"] } as const;
-
-/** Formats a report for a terminal: a line for each heading, then what is to be repaired, the next step last. */
-function reportText({ url, findings, next }: SetupReport, verbose: boolean, colours: boolean): string {
-  const marked = (result: keyof typeof MARKS, text: string) => {
-    const [mark, colour] = MARKS[result];
-    return `${colours ? `\x1b[${colour}m${mark}\x1b[0m` : mark} ${text}`;
-  };
+/** Formats a report: a line for each heading, then what is to be repaired, failures last, then the next step. */
+function reportText({ url, findings, next }: SetupReport, verbose: boolean): string {
   const lines = [`Setup of ${url}`, ""];
-  for (const heading of new Set(STAGES.map(([heading]) => heading))) {
+  for (const [heading] of STAGES) {
     const here = findings.filter((finding) => finding.heading === heading);
-    const count = (result: string) => here.filter((finding) => finding.result === result).length;
-    const [passed, warnings, failed] = [count("ok"), count("warning"), count("failed")];
-    const counts = [`${passed} passed`, warnings && `${warnings} to look at`, failed && `${failed} failed`];
-    const worst = failed ? "failed" : warnings ? "warning" : "ok";
-    const summary = `${heading.padEnd(12)} ${counts.filter(Boolean).join(", ")}`;
-    lines.push(here.length > 0 ? marked(worst, summary) : `- ${heading.padEnd(12)} not asked yet`);
-    if (verbose) { for (const { result, what } of here) if (result === "ok") lines.push(`  ${marked(result, what)}`); }
+    const passed = here.filter(({ result }) => result === "ok").map(({ what }) => what);
+    const worst = here.some(({ result }) => result === "failed") ? "✗" : passed.length < here.length ? "!" : "✓";
+    const summary = here.length > 0 ? `${passed.length} of ${here.length} passed` : "not asked yet";
+    lines.push(`${here.length > 0 ? worst : "-"} ${heading.padEnd(12)} ${summary}`);
+    if (verbose && passed.length > 0) lines.push(`  passed: ${[...new Set(passed)].join(", ")}`);
   }
-  for (const kind of ["warning", "failed"] as const) {
-    for (const { result, what, fix, withPersonalAuth } of findings) {
-      if (result !== kind) continue;
-      lines.push("", marked(kind, what));
+  for (const kind of ["warning", "failed"]) {
+    for (const { what, fix, withPersonalAuth } of findings.filter(({ result }) => result === kind)) {
+      lines.push("", `${kind === "failed" ? "✗" : "!"} ${what}`);
       if (withPersonalAuth) lines.push(`    with personalAuth(): ${withPersonalAuth}`);
       lines.push(`    ${withPersonalAuth ? "another server: " : ""}${fix}`);
     }
@@ -5551,16 +5178,7 @@ function reportText({ url, findings, next }: SetupReport, verbose: boolean, colo
   return [...lines, "", ...next].join("\n");
 }
 
-/** The part of Node's `process` that the command uses; Deno and Bun have it too. */
-interface CommandProcess {
-  argv: string[];
-  env: Record<string, string | undefined>;
-  exitCode?: number | string | null | undefined;
-  stdout: { isTTY?: boolean; write(text: string): unknown };
-}
-
 /** Only where this very file is the program: bundled into another one, it is nobody's command. */
 if ((import.meta as { main?: boolean }).main && /\/mod\.[jt]s$/.test(import.meta.url)) {
-  const { process } = globalThis as unknown as { process: CommandProcess };
-  void setupCheckCommand(process).then((status) => process.exitCode = status);
+  void setupCheckCommand().then((status) => nodeModule("node:process").exitCode = status);
 }
