@@ -2792,13 +2792,13 @@ test("/connections says where a broken set-up stopped, and whose turn it is", as
       const { fields } = await approved(app);
       const { body } = await post(app, "/token", fields);
       await callMcp(app, body.access_token);
-      travel(31 * 86400);
+      travel(31 * 86400 + 3600);
     }, ["access token expired 1 day ago", "has not come back", "Open Notes app"]],
     "expired token used": [async ({ app, travel }) => {
       const { fields } = await approved(app);
       const { body } = await post(app, "/token", fields);
       await callMcp(app, body.access_token);
-      travel(33 * 86400);
+      travel(33 * 86400 + 3600);
       assertEquals((await callMcp(app, body.access_token)).status, 401);
     }, ["access token: it expired 3 days ago"]],
   };
