@@ -3166,9 +3166,7 @@ const LAST_CHARACTER = "\u{10ffff}";
 export function fileStore(dir: string): Store {
   assert(
     typeof dir === "string" && !/^(~([\\/].*)?)?$/.test(dir),
-    `fileStore: dir must be the path of a folder, such as ".oauth-state", and only a shell replaces ~, not ${
-      quote(dir)
-    }`,
+    `fileStore: dir must be the path of a folder, such as ".oauth-state"; only a shell knows what ~ is`,
   );
   const { db, file } = openDatabase(dir);
   const sql = prepareStatements(db);
