@@ -54,9 +54,7 @@ import { getCookie, setCookie } from "hono/cookie";
 import { cors } from "hono/cors";
 import { html, raw } from "hono/html";
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Options and public types
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Options and public types ---------------------------------------------------------------------------------------
 
 /** Options of {@linkcode personalAuth}. Only `baseUrl` is required. */
 export interface PersonalAuthOptions {
@@ -606,9 +604,7 @@ function readPages(pages: PageOptions): PageOptions {
   return pages;
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// The server
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- The server -----------------------------------------------------------------------------------------------------
 
 /** An endpoint. */
 type Handler = (server: Server, c: Context) => Response | Promise<Response>;
@@ -711,9 +707,7 @@ function createServer(options: PersonalAuthOptions): Server {
   return server;
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Discovery
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Discovery ------------------------------------------------------------------------------------------------------
 
 /** Keeps browsers from guessing that an answer is a page. */
 const NOSNIFF = { "X-Content-Type-Options": "nosniff" };
@@ -810,9 +804,7 @@ function openidPaths({ basePath, mcpPath }: Server): Set<string> {
   return new Set([document + basePath, document + mcpPath, basePath + document, mcpPath + document]);
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Clients
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Clients --------------------------------------------------------------------------------------------------------
 
 /** A client, whatever its origin. */
 interface Client {
@@ -1143,9 +1135,7 @@ function keptRedirects(server: Server, { redirect_uris, client_name }: ReturnTyp
   return kept;
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Client ID Metadata Documents
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Client ID Metadata Documents -----------------------------------------------------------------------------------
 
 const DOCUMENT_TIMEOUT_SECONDS = 5;
 const MAX_DOCUMENT_BYTES = 16 * 1024;
@@ -1486,9 +1476,7 @@ function wellKnownClient(client_id: string): Client | undefined {
   return first && publicClient(client_id, { name: first[1], redirect_uris });
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Redirect policy
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Redirect policy ------------------------------------------------------------------------------------------------
 
 /**
  * Returns why a redirect URI is refused, for the client and the owner alike; `undefined` if it is allowed. The allow-list
@@ -1558,9 +1546,7 @@ function sameRedirect(registered: string, requested: string): boolean {
   return registered === requested || portless(registered) === portless(requested);
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Authorization endpoint
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Authorization endpoint -----------------------------------------------------------------------------------------
 
 /** Where an answer may be sent. Only what has passed `authorizationTarget` is ever redirected to. */
 type Target = { client: Client; redirect_uri: string; state: string | null };
@@ -1819,9 +1805,7 @@ function narrowedScopes(asked: string, granted: string[]): string[] {
   return grantedScopes(asked, { all, byDefault: all }).filter((scope) => granted.includes(scope));
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Token and revocation endpoints
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Token and revocation endpoints ---------------------------------------------------------------------------------
 
 function required(form: URLSearchParams, name: string): string {
   const value = form.get(name);
@@ -1886,9 +1870,7 @@ async function introspectionEndpoint(server: Server, c: Context): Promise<Respon
   }
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Grants
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Grants ---------------------------------------------------------------------------------------------------------
 
 /**
  * A connection: one record, `grant/<id>`, with everything about it. Every token names its grant, so checking a token is
@@ -2399,9 +2381,7 @@ async function createToken(
   return { id, token, expiresAt: Math.floor((before ?? grant).expires) };
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Guard
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Guard ----------------------------------------------------------------------------------------------------------
 
 /** What the store said of an access token, its stamp before it was read, and how long that holds by itself. */
 type VerifiedToken = { info: AuthInfo; version: number; until: number };
@@ -2565,9 +2545,7 @@ function createScopeGuard(server: Server, required: string[]): MiddlewareHandler
   };
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Owner
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Owner ----------------------------------------------------------------------------------------------------------
 
 /** What is known of whoever opened one of the owner's pages. */
 interface Session {
@@ -2888,9 +2866,7 @@ async function stretch(password: string, { salt, generated }: OwnerRecord): Prom
   return hex(secret);
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Owner's page
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Owner's page ---------------------------------------------------------------------------------------------------
 
 /** What was done, as the page that follows says it. Its address names one of these, so that no link can make it say more. */
 const DONE = {
@@ -3011,9 +2987,7 @@ function homePage({ basePath }: Server): MiddlewareHandler {
   };
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Timeline
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Timeline -------------------------------------------------------------------------------------------------------
 
 /** How far a client came before the owner approved it. In memory only: strangers can make any number of these. */
 interface Attempt {
@@ -3186,9 +3160,7 @@ function advise(
   return ADVICE[situation].replace(/\{(\w+)\}/g, (_, name) => all[name] ?? "");
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Events
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Events ---------------------------------------------------------------------------------------------------------
 
 type LoggedEvent = Pick<AuthEvent, "at" | "message" | "clientName" | "connection">;
 /** `events/<issuer>`: the latest of each kind, so that a flood of one kind cannot push out the others. */
@@ -3259,9 +3231,7 @@ function logEvent({ type, message, connection, clientName, cause }: AuthEvent): 
   if (type === "server_error") console.error(cause); // in full only what no stranger can cause at will
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Pages
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Pages ----------------------------------------------------------------------------------------------------------
 
 type Html = ReturnType<typeof html>;
 type PageStatus = 200 | 409 | 429 | ErrorStatus;
@@ -3709,9 +3679,7 @@ function page(
   );
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Stores
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Stores ---------------------------------------------------------------------------------------------------------
 
 /** Keeps state in memory, until the process ends: for tests. */
 export function memoryStore(): Store {
@@ -4228,9 +4196,7 @@ function guardStore(store: Store, emit: Emit): Store {
   };
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Primitives
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Primitives -----------------------------------------------------------------------------------------------------
 
 const utf8 = new TextEncoder();
 
@@ -4531,9 +4497,7 @@ async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: num
   return text + decoder.decode();
 }
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Errors
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Errors ---------------------------------------------------------------------------------------------------------
 
 /** What an {@linkcode OAuthError} has besides its code and description. */
 export interface OAuthErrorDetails {
@@ -4644,9 +4608,7 @@ export const internals: any = {
   isPublicAddress,
 };
 
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// Setup check
-// ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// --- Setup check ----------------------------------------------------------------------------------------------------
 
 /** One thing that {@linkcode checkSetup} looked at. */
 export interface SetupFinding {
