@@ -59,8 +59,8 @@ import { html, raw } from "hono/html";
 /** Options of {@linkcode personalAuth}. Only `baseUrl` is required. */
 export interface PersonalAuthOptions {
   /**
-   * The public URL of the server, without a trailing slash: `https`, or `http` on loopback. It is the issuer
-   * (RFC 8414 §2), and clients compare it byte for byte. With a path (`https://host/vault`), the endpoints are below it.
+   * The public URL of the server, without a trailing slash: `https`, or `http` on loopback. It is the issuer (RFC 8414
+   * §2), and clients compare it byte for byte. With a path (`https://host/vault`), the endpoints are below it.
    */
   baseUrl: string;
   /**
@@ -756,7 +756,8 @@ function discoveryDocuments(server: Server): Map<string, Record<string, unknown>
  * @see {@link https://www.rfc-editor.org/rfc/rfc8414#section-2 | RFC 8414 §2}
  */
 function authorizationServerMetadata({ issuer, scopes, clients, registration }: Server): Record<string, unknown> {
-  const authMethods = ["none", "client_secret_post", "client_secret_basic", "private_key_jwt"]; // Claude looks for "none"
+  // Claude looks for "none".
+  const authMethods = ["none", "client_secret_post", "client_secret_basic", "private_key_jwt"];
   const algorithms = Object.keys(ASSERTION_ALGORITHMS);
   return {
     issuer,
@@ -925,8 +926,8 @@ function unauthenticated(description: string, cause?: unknown): OAuthError {
 }
 
 /**
- * Reads client_id and secret from the header or the form. RFC 6749 §2.3.1 has both halves of Basic form-encoded, and many
- * clients send them as they are: the secret is taken either way, and the id in whichever way is known.
+ * Reads client_id and secret from the header or the form. RFC 6749 §2.3.1 has both halves of Basic form-encoded, and
+ * many clients send them as they are: the secret is taken either way, and the id in whichever way is known.
  */
 function clientCredentials(server: Server, authorization: string | undefined, form: URLSearchParams) {
   const assertion = form.get("client_assertion");
@@ -953,8 +954,8 @@ function decodeForm(value: string): string {
 }
 
 /**
- * Authenticates a client that publishes its metadata: by an assertion, or by none where it may. Its grant is bound to the
- * client_id itself and says whether only assertions will do, so a connection that may go without goes on whether or
+ * Authenticates a client that publishes its metadata: by an assertion, or by none where it may. Its grant is bound to
+ * the client_id itself and says whether only assertions will do, so a connection that may go without goes on whether or
  * not the client's site is up: what may be left out need not be verifiable.
  */
 async function authenticatePublished(server: Server, id: string, form: URLSearchParams): Promise<Client> {
@@ -971,7 +972,7 @@ async function authenticatePublished(server: Server, id: string, form: URLSearch
       const { jti, exp } = await verifyAssertion(server, id, assertion);
       // Only for a connection that there is, or strangers with keys of their own could fill the store.
       if (grants.length > 0) await spendAssertion(server, id, jti, exp);
-    } else if (isHeld && (await publishedClient(server, id)).auth) { // what it asks for now counts, not what it asked for
+    } else if (isHeld && (await publishedClient(server, id)).auth) { // what it asks for now counts
       throw unauthenticated("This client must authenticate by private_key_jwt, as its metadata says");
     }
   } catch (error) {
@@ -1074,7 +1075,8 @@ async function spendAssertion(server: Server, id: string, jti: string, exp: numb
 /** Reads the members of RFC 7591 §2 that matter here; every other one is ignored. */
 function readClientMetadata(body: unknown) {
   assertMetadata(isObject(body), "The body must be a JSON object");
-  const own = (name: string): unknown => Object.hasOwn(body, name) ? body[name] ?? undefined : undefined; // null: absent
+  // null is what some serializers write for "absent".
+  const own = (name: string): unknown => Object.hasOwn(body, name) ? body[name] ?? undefined : undefined;
   const text = (name: string): string | undefined => {
     const value = own(name);
     assertMetadata(value === undefined || typeof value === "string", `${name} must be a string`);
@@ -1107,9 +1109,9 @@ function readClientMetadata(body: unknown) {
 }
 
 /**
- * Returns a client's name as it may stand on the owner's page. Invisible characters and those that turn the direction of
- * writing make the page read as something else; the zero-width joiner makes one emoji of many; many combining marks draw
- * over the lines around them, and wide spaces push the rest of the line away.
+ * Returns a client's name as it may stand on the owner's page. Invisible characters and those that turn the direction
+ * of writing make the page read as something else; the zero-width joiner makes one emoji of many; many combining marks
+ * draw over the lines around them, and wide spaces push the rest of the line away.
  */
 function printable(name: string): string {
   const visible = name.slice(0, 2000)
@@ -1119,7 +1121,9 @@ function printable(name: string): string {
   return [...visible.trim()].slice(0, 200).join(""); // by characters: half of one breaks other people's parsers
 }
 
-/** Returns the redirect URIs that are allowed: RFC 7591 §3.2.1 lets a server keep a part, and Cursor sends mixed lists. */
+/**
+ * Returns the redirect URIs that are allowed: RFC 7591 §3.2.1 lets a server keep a part, and Cursor sends mixed lists.
+ */
 function keptRedirects(server: Server, { redirect_uris, client_name }: ReturnType<typeof readClientMetadata>) {
   const kept = [];
   const refused = [];
@@ -1140,7 +1144,10 @@ function keptRedirects(server: Server, { redirect_uris, client_name }: ReturnTyp
 const DOCUMENT_TIMEOUT_SECONDS = 5;
 const MAX_DOCUMENT_BYTES = 16 * 1024;
 const MAX_DOCUMENTS = 100;
-/** Whatever a document's own headers say: it is not asked for more often than the one, nor trusted longer than the other. */
+/**
+ * Whatever a document's own headers say: it is not asked for more often than the one, nor trusted longer than the
+ * other.
+ */
 const MIN_DOCUMENT_AGE = MINUTE;
 const MAX_DOCUMENT_AGE = DAY;
 /** How long an old copy stands in for a document that cannot be had at the moment. */
@@ -1378,10 +1385,10 @@ function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
 type MetadataFetcher = (url: string, signal: AbortSignal) => Promise<Response>;
 
 /**
- * Fetches over TLS from a public address, and from no other: not from this machine, its network, or the metadata service
- * of a cloud. The name is resolved once, all its addresses are checked, and Deno, Bun and Node connect to one that was
- * checked, because they use the `lookup` they are given: a name that changes its answer in between gains nothing.
- * Redirects are not followed. Where `node:https` is missing, only the documents known beforehand are there.
+ * Fetches over TLS from a public address, and from no other: not from this machine, its network, or the metadata
+ * service of a cloud. The name is resolved once, all its addresses are checked, and Deno, Bun and Node connect to one
+ * that was checked, because they use the `lookup` they are given: a name that changes its answer in between gains
+ * nothing. Redirects are not followed. Where `node:https` is missing, only the documents known beforehand are there.
  */
 async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response> {
   const { hostname } = new URL(url);
@@ -1410,14 +1417,14 @@ async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response
 }
 
 /**
- * Resolves a name by queries that end when the signal is aborted. getaddrinfo() would go on for as long as a silent name
- * server likes, in one of the few threads that everything else in this process shares.
+ * Resolves a name by queries that end when the signal is aborted. getaddrinfo() would go on for as long as a silent
+ * name server likes, in one of the few threads that everything else in this process shares.
  */
 async function resolveName(hostname: string, signal: AbortSignal): Promise<{ address: string; family: number }[]> {
   const resolver = new (nodeModule("node:dns").promises.Resolver)({ timeout: 1000, tries: 2 });
   signal.addEventListener("abort", () => resolver.cancel(), { once: true });
   const found = await Promise.all([4, 6].map(async (family) => {
-    const addresses: string[] = await resolver[`resolve${family}`](hostname).catch(() => []); // many names have one family
+    const addresses: string[] = await resolver[`resolve${family}`](hostname).catch(() => []); // may have one only
     return addresses.map((address) => ({ address, family }));
   }));
   return found.flat();
@@ -1428,7 +1435,10 @@ const PRIVATE_IPV4 =
   "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 " +
   "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 " +
   "203.0.113.0/24 224.0.0.0/3 168.63.129.16/32"; // the last: Azure's
-/** Of IPv6 only 2000::/3 is global; inside it, what is special, for documentation, or carries an IPv4 address (6to4, Teredo). */
+/**
+ * Of IPv6 only 2000::/3 is global; inside it, what is special, for documentation, or carries an IPv4 address (6to4,
+ * Teredo).
+ */
 const PRIVATE_IPV6 = "2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
 
 const addressLists = lazy(() => {
@@ -1450,7 +1460,9 @@ function isPublicAddress(address: string): boolean {
   return nodeModule("node:net").isIPv6(plain) && outside.check(plain, "ipv6") && !inside.check(plain, "ipv6");
 }
 
-/** What the clients that most people use publish, as it was when this file was written. `*` is one segment of the path. */
+/**
+ * What the clients that most people use publish, as it was when this file was written. `*` is one segment of the path.
+ */
 const WELL_KNOWN_CLIENTS = [
   ["claude.ai/oauth/mcp-oauth-client-metadata", "Claude", "https://claude.ai/api/mcp/auth_callback"],
   ["claude.ai/oauth/mcp-oauth-client-metadata", "Claude", "https://claude.com/api/mcp/auth_callback"],
@@ -1479,9 +1491,9 @@ function wellKnownClient(client_id: string): Client | undefined {
 // --- Redirect policy ------------------------------------------------------------------------------------------------
 
 /**
- * Returns why a redirect URI is refused, for the client and the owner alike; `undefined` if it is allowed. The allow-list
- * names the apps that may ask, and so keeps strangers' clients off the owner's page. It is not what keeps strangers out:
- * every Claude account has the same redirect URI.
+ * Returns why a redirect URI is refused, for the client and the owner alike; `undefined` if it is allowed. The
+ * allow-list names the apps that may ask, and so keeps strangers' clients off the owner's page. It is not what keeps
+ * strangers out: every Claude account has the same redirect URI.
  */
 function redirectRefusal(allowed: string[] | null, uri: string): string | undefined {
   const fault = unsafeRedirect(uri);
@@ -1525,7 +1537,7 @@ function unsafeRedirect(uri: unknown): string | undefined {
   if (!url || !/^[a-z][a-z0-9+.-]*:/i.test(uri)) return "is not an absolute URI";
   if (/^[^/?]*\/\/[^/?]*@/.test(uri)) return "must not hold a user name"; // https://claude.ai@evil.example
   if (url.protocol === "http:" && !isLoopback(url.hostname)) return "must be https, or http on localhost";
-  if (/^https?:/.test(url.protocol) && !/^https?:\/\/[^/]/i.test(uri)) return "must name its host after //"; // https:/\x
+  if (/^https?:/.test(url.protocol) && !/^https?:\/\/[^/]/i.test(uri)) return "must name its host after //";
   const taken = ["code", "state", "iss", "error"].filter((name) => url.searchParams.has(name));
   // A client that takes the first of two equal parameters would read the one that stood there before.
   if (taken.length > 0) return `must not carry the parameter ${taken[0]}`;
@@ -2233,7 +2245,8 @@ const CHECK_DIGITS = 32;
 
 /**
  * Derives everything about a refresh token, `prt_<id><secret><check>`, from one MAC of its id and secret: the check,
- * the fingerprint that is stored, and its successor. As parts of one pseudorandom digest, they tell nothing of each other.
+ * the fingerprint that is stored, and its successor. As parts of one pseudorandom digest, they tell nothing of each
+ * other.
  */
 async function deriveRefresh({ longMac }: Server, body: string) {
   const digest = await longMac("refresh", body);
@@ -2868,7 +2881,10 @@ async function stretch(password: string, { salt, generated }: OwnerRecord): Prom
 
 // --- Owner's page ---------------------------------------------------------------------------------------------------
 
-/** What was done, as the page that follows says it. Its address names one of these, so that no link can make it say more. */
+/**
+ * What was done, as the page that follows says it. Its address names one of these, so that no link can make it say
+ * more.
+ */
 const DONE = {
   disconnected: "Disconnected. It has to ask you again.",
   all_disconnected: "Everything is disconnected.",
@@ -3247,7 +3263,7 @@ export interface PageOptions {
 /** What a client is called that has no name. */
 const UNNAMED = "an app without a name";
 
-// What apps say of themselves is a .name: two lines at most, and clipped, so that combining marks draw over nothing else.
+// What apps say of themselves is a .name: at most two lines, and clipped, so that combining marks draw over nothing.
 const STYLE = `
 :root{color-scheme:light dark;--ink:#1d1b18;--soft:#5c574f;--paper:#f5f3ee;--card:#fff;--line:#e0dbd0;--link:#1d4f9c;
 --accent:#1d4f9c;--on-accent:#fff;--warn:#7a3d00;--warn-paper:#fff4e0;--good:#1b6b3a;--good-paper:#e8f5ec;--bad:#a3241b}
@@ -4390,7 +4406,9 @@ function quote(value: unknown): string {
   );
 }
 
-/** Returns a module of Node's, which Deno and Bun have as well. Asked for only where used, so the file loads without. */
+/**
+ * Returns a module of Node's, which Deno and Bun have as well. Asked for only where used, so the file loads without.
+ */
 function builtinModule(name: string): unknown {
   const { process } = globalThis as { process?: { getBuiltinModule?: (name: string) => unknown } };
   return process?.getBuiltinModule?.(name);
@@ -4406,8 +4424,8 @@ function nodeModule(name: string): any {
 }
 
 /**
- * Reads OAuth parameters. One without a value counts as absent. One that comes twice is refused, because two parsers may
- * take different ones of the two; only `resource` may repeat (RFC 8707 §2).
+ * Reads OAuth parameters. One without a value counts as absent. One that comes twice is refused, because two parsers
+ * may take different ones of the two; only `resource` may repeat (RFC 8707 §2).
  *
  * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-3.1 | RFC 6749 §3.1}
  */
@@ -4556,7 +4574,9 @@ function methodNotAllowed(allow: string): never {
   });
 }
 
-/** Returns anything that was thrown as an OAuthError. What is none is a fault of this file, and tells the wire nothing. */
+/**
+ * Returns anything that was thrown as an OAuthError. What is none is a fault of this file, and tells the wire nothing.
+ */
 function asOAuthError({ emit }: Server, error: unknown): OAuthError {
   if (error instanceof OAuthError) return error;
   emit("server_error", "an unexpected error", { cause: error });
