@@ -926,7 +926,7 @@ function unauthenticated(description: string, cause?: unknown): OAuthError {
 }
 
 /**
- * Reads client_id and secret from the header or the form. RFC 6749 §2.3.1 has both halves of Basic form-encoded, and
+ * Reads client_id and secret from the header or the form. In RFC 6749 §2.3.1 both halves of Basic are form-encoded, but
  * many clients send them as they are: the secret is taken either way, and the id in whichever way is known.
  */
 function clientCredentials(server: Server, authorization: string | undefined, form: URLSearchParams) {
@@ -954,9 +954,9 @@ function decodeForm(value: string): string {
 }
 
 /**
- * Authenticates a client that publishes its metadata: by an assertion, or by none where it may. Its grant is bound to
- * the client_id itself and says whether only assertions will do, so a connection that may go without goes on whether or
- * not the client's site is up: what may be left out need not be verifiable.
+ * Authenticates a client that publishes its metadata: by an assertion, or by nothing where that is allowed. Its grant is
+ * bound to the client_id and says whether an assertion is required. Where it is not, the connection goes on while the
+ * client's keys cannot be fetched: to ignore an assertion is no weaker than to accept a request without one.
  */
 async function authenticatePublished(server: Server, id: string, form: URLSearchParams): Promise<Client> {
   const ids = ["code", "refresh_token", "token"].map((name) => form.get(name) ?? "").map((token) =>
@@ -972,7 +972,7 @@ async function authenticatePublished(server: Server, id: string, form: URLSearch
       const { jti, exp } = await verifyAssertion(server, id, assertion);
       // Only for a connection that there is, or strangers with keys of their own could fill the store.
       if (grants.length > 0) await spendAssertion(server, id, jti, exp);
-    } else if (isHeld && (await publishedClient(server, id)).auth) { // what it asks for now counts
+    } else if (isHeld && (await publishedClient(server, id)).auth) { // its present document decides
       throw unauthenticated("This client must authenticate by private_key_jwt, as its metadata says");
     }
   } catch (error) {
@@ -1072,10 +1072,9 @@ async function spendAssertion(server: Server, id: string, jti: string, exp: numb
   if (first !== user) throw unauthenticated("The client_assertion was used before");
 }
 
-/** Reads the members of RFC 7591 §2 that matter here; every other one is ignored. */
+/** Reads the members of RFC 7591 §2 that matter here, and ignores all others. `null` counts as absent. */
 function readClientMetadata(body: unknown) {
   assertMetadata(isObject(body), "The body must be a JSON object");
-  // null is what some serializers write for "absent".
   const own = (name: string): unknown => Object.hasOwn(body, name) ? body[name] ?? undefined : undefined;
   const text = (name: string): string | undefined => {
     const value = own(name);
@@ -1109,9 +1108,9 @@ function readClientMetadata(body: unknown) {
 }
 
 /**
- * Returns a client's name as it may stand on the owner's page. Invisible characters and those that turn the direction
- * of writing make the page read as something else; the zero-width joiner makes one emoji of many; many combining marks
- * draw over the lines around them, and wide spaces push the rest of the line away.
+ * Returns a client's name as it may stand on the owner's page. Drops invisible characters and those that change the
+ * direction of writing, which make the page read as something else. Keeps two combining marks in a row, because more
+ * draw over the lines around them, and folds wide spaces into one plain space.
  */
 function printable(name: string): string {
   const visible = name.slice(0, 2000)
@@ -1121,9 +1120,7 @@ function printable(name: string): string {
   return [...visible.trim()].slice(0, 200).join(""); // by characters: half of one breaks other people's parsers
 }
 
-/**
- * Returns the redirect URIs that are allowed: RFC 7591 §3.2.1 lets a server keep a part, and Cursor sends mixed lists.
- */
+/** Returns the redirect URIs that are allowed. RFC 7591 §3.2.1 permits to keep a part; Cursor sends mixed lists. */
 function keptRedirects(server: Server, { redirect_uris, client_name }: ReturnType<typeof readClientMetadata>) {
   const kept = [];
   const refused = [];
@@ -1144,10 +1141,7 @@ function keptRedirects(server: Server, { redirect_uris, client_name }: ReturnTyp
 const DOCUMENT_TIMEOUT_SECONDS = 5;
 const MAX_DOCUMENT_BYTES = 16 * 1024;
 const MAX_DOCUMENTS = 100;
-/**
- * Whatever a document's own headers say: it is not asked for more often than the one, nor trusted longer than the
- * other.
- */
+/** How long a document is cached, at least and at most, whatever its headers say. */
 const MIN_DOCUMENT_AGE = MINUTE;
 const MAX_DOCUMENT_AGE = DAY;
 /** How long an old copy stands in for a document that cannot be had at the moment. */
@@ -1385,10 +1379,10 @@ function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
 type MetadataFetcher = (url: string, signal: AbortSignal) => Promise<Response>;
 
 /**
- * Fetches over TLS from a public address, and from no other: not from this machine, its network, or the metadata
- * service of a cloud. The name is resolved once, all its addresses are checked, and Deno, Bun and Node connect to one
- * that was checked, because they use the `lookup` they are given: a name that changes its answer in between gains
- * nothing. Redirects are not followed. Where `node:https` is missing, only the documents known beforehand are there.
+ * Fetches over TLS from a public address only: not from this machine, its network, or the metadata service of a cloud.
+ * The name is resolved once, all its addresses are checked, and Deno, Bun and Node connect to one that was checked,
+ * because they use the `lookup` they are given: a name that changes its answer in between gains nothing. Redirects are
+ * not followed. Where `node:https` is missing, only the documents known beforehand are there.
  */
 async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response> {
   const { hostname } = new URL(url);
@@ -1417,14 +1411,14 @@ async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response
 }
 
 /**
- * Resolves a name by queries that end when the signal is aborted. getaddrinfo() would go on for as long as a silent
- * name server likes, in one of the few threads that everything else in this process shares.
+ * Resolves a name by queries that end when the signal is aborted. getaddrinfo() would wait for a silent name server in
+ * one of the few threads that everything else in this process shares. A family without addresses is no error.
  */
 async function resolveName(hostname: string, signal: AbortSignal): Promise<{ address: string; family: number }[]> {
   const resolver = new (nodeModule("node:dns").promises.Resolver)({ timeout: 1000, tries: 2 });
   signal.addEventListener("abort", () => resolver.cancel(), { once: true });
   const found = await Promise.all([4, 6].map(async (family) => {
-    const addresses: string[] = await resolver[`resolve${family}`](hostname).catch(() => []); // may have one only
+    const addresses: string[] = await resolver[`resolve${family}`](hostname).catch(() => []);
     return addresses.map((address) => ({ address, family }));
   }));
   return found.flat();
@@ -1435,10 +1429,7 @@ const PRIVATE_IPV4 =
   "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 " +
   "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 " +
   "203.0.113.0/24 224.0.0.0/3 168.63.129.16/32"; // the last: Azure's
-/**
- * Of IPv6 only 2000::/3 is global; inside it, what is special, for documentation, or carries an IPv4 address (6to4,
- * Teredo).
- */
+/** Of IPv6 only 2000::/3 is global. Inside it: what is special, for documentation, or carries an IPv4 address. */
 const PRIVATE_IPV6 = "2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
 
 const addressLists = lazy(() => {
@@ -1460,9 +1451,7 @@ function isPublicAddress(address: string): boolean {
   return nodeModule("node:net").isIPv6(plain) && outside.check(plain, "ipv6") && !inside.check(plain, "ipv6");
 }
 
-/**
- * What the clients that most people use publish, as it was when this file was written. `*` is one segment of the path.
- */
+/** What the most used clients published when this file was written. `*` is one segment of the path. */
 const WELL_KNOWN_CLIENTS = [
   ["claude.ai/oauth/mcp-oauth-client-metadata", "Claude", "https://claude.ai/api/mcp/auth_callback"],
   ["claude.ai/oauth/mcp-oauth-client-metadata", "Claude", "https://claude.com/api/mcp/auth_callback"],
@@ -1491,9 +1480,8 @@ function wellKnownClient(client_id: string): Client | undefined {
 // --- Redirect policy ------------------------------------------------------------------------------------------------
 
 /**
- * Returns why a redirect URI is refused, for the client and the owner alike; `undefined` if it is allowed. The
- * allow-list names the apps that may ask, and so keeps strangers' clients off the owner's page. It is not what keeps
- * strangers out: every Claude account has the same redirect URI.
+ * Returns why a redirect URI is refused, or `undefined` if it is allowed. The allow-list names the apps that may ask, and
+ * so keeps strangers' apps off the owner's page. It does not keep strangers out: all Claude accounts use one redirect URI.
  */
 function redirectRefusal(allowed: string[] | null, uri: string): string | undefined {
   const fault = unsafeRedirect(uri);
