@@ -961,9 +961,9 @@ function decodeForm(value: string): string {
 }
 
 /**
- * Authenticates a client that publishes its metadata: by an assertion, or by nothing where that is allowed. Its grant is
- * bound to the client_id and says whether an assertion is required. Where it is not, the connection goes on while the
- * client's keys cannot be fetched: to ignore an assertion is no weaker than to accept a request without one.
+ * Authenticates a client that publishes its metadata: by an assertion, or by nothing where that is allowed. Its grant
+ * is bound to the client_id and says whether an assertion is required. Where it is not, the connection goes on while
+ * the client's keys cannot be fetched: to ignore an assertion is no weaker than to accept a request without one.
  */
 async function authenticatePublished(server: Server, id: string, form: URLSearchParams): Promise<Client> {
   const ids = ["code", "refresh_token", "token"].map((name) => form.get(name) ?? "").map((token) =>
@@ -1491,8 +1491,8 @@ function wellKnownClient(client_id: string): Client | undefined {
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /**
- * Returns why a redirect URI is refused, or `undefined` if it is allowed. The allow-list names the apps that may ask, and
- * so keeps strangers' apps off the owner's page. It does not keep strangers out: all Claude accounts use one redirect URI.
+ * Returns why a redirect URI is refused, or `undefined` if it is allowed. The allow-list names the apps that may ask,
+ * and so keeps other apps off the owner's page. It does not keep strangers out: all Claude accounts use one redirect URI.
  */
 function redirectRefusal(allowed: string[] | null, uri: string): string | undefined {
   const fault = unsafeRedirect(uri);
