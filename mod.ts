@@ -1481,7 +1481,8 @@ function wellKnownClient(client_id: string): Client | undefined {
 
 /**
  * Returns why a redirect URI is refused, or `undefined` if it is allowed. The allow-list names the apps that may ask,
- * and so keeps other apps off the owner's page. It does not keep strangers out: all Claude accounts use one redirect URI.
+ * and so keeps other apps off the owner's page. It does not keep strangers out: all Claude accounts use one redirect
+ * URI.
  */
 function redirectRefusal(allowed: string[] | null, uri: string): string | undefined {
   const fault = unsafeRedirect(uri);
