@@ -3180,6 +3180,7 @@ const MAX_WAITING_PER_TYPE = 20;
 /** Events that strangers can cause at will: they wait in memory for one that is worth a write. */
 const CHEAP_EVENTS = new Set<AuthEvent["type"]>([
   "token_refused",
+  "client_assertion_refused",
   "client_document_refused",
   "redirect_refused",
   "connection_denied",

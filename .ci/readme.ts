@@ -183,7 +183,9 @@ test("the README names tests that exist", () => {
 });
 
 test("what the README links to is there", () => {
-  const links = [...readme.matchAll(/\]\(([^)]+)\)/g)].map(([, link]) => link!);
+  const links = [...readme.matchAll(/\]\(([^)]+)\)|src(?:set)?="([^"]+)"/g)].map(([, link, picture]) =>
+    link ?? picture!
+  );
   ok(links.length > 5);
   for (const link of links.filter((link) => !link.startsWith("https:"))) {
     if (link.startsWith("#")) ok(readme.includes(`\n## ${link[1]!.toUpperCase()}${link.slice(2)}\n`), link);
