@@ -4622,6 +4622,7 @@ export const internals: any = {
 
 /** One thing that {@linkcode checkSetup} looked at. */
 export interface SetupFinding {
+  /** The part of the setup that the check belongs to. */
   heading: "Address" | "Guard" | "Discovery" | "Sign-in" | "Browser apps";
   /** `failed`: some client cannot connect. `warning`: some clients stumble, or something is weaker than it could be. */
   result: "ok" | "warning" | "failed";
@@ -4635,9 +4636,11 @@ export interface SetupFinding {
 
 /** The result of {@linkcode checkSetup}. */
 export interface SetupReport {
+  /** The address that was checked. */
   url: string;
   /** `unreachable`: no answer came at all. */
   verdict: "ready" | "broken" | "unreachable";
+  /** Everything that was looked at, in the order of the checks. */
   findings: SetupFinding[];
   /** What to type into Claude, or the one thing to repair first. */
   next: string[];
@@ -4748,8 +4751,8 @@ function startCheckup(url: URL, options: SetupOptions) {
     const { heading, findings } = checkup;
     const text = CHECKS[check].replace("{}", () => show(found, options.token));
     const [what = "", fix, withPersonalAuth] = text.split(" → ");
-    const finding = { heading, result: failure, what, fix, withPersonalAuth };
-    findings.push(good ? { heading, result: "ok", what: check } : finding);
+    const advice = defined({ fix, withPersonalAuth });
+    findings.push(good ? { heading, result: "ok", what: check } : { heading, result: failure, what, ...advice });
     return Boolean(good);
   };
   const checkup = {
@@ -4783,7 +4786,7 @@ function show(value: unknown, token?: string): string {
 
 /** Parses an http or https URL without credentials, which fetch() refuses. Returns undefined if it is none. */
 function webUrl(value: unknown, base?: URL): URL | undefined {
-  const url = isString(value) && value.length < 8192 ? URL.parse(value, base) : undefined;
+  const url = isString(value) && value.length < 8192 ? URL.parse(value, base?.href) : undefined;
   return url && /^https?:$/.test(url.protocol) && !url.username && !url.password ? url : undefined;
 }
 
@@ -5064,7 +5067,9 @@ function readDenial(page: string): { action: string | undefined; body: URLSearch
     const button = tags.find(({ name, value }) => name && /deny|denied|cancel|reject/i.test(value || name));
     if (!button || method?.toLowerCase() !== "post") continue;
     const fields = tags.filter((tag) => tag === button || tag.type?.toLowerCase() === "hidden");
-    return { action, body: new URLSearchParams(fields.map(({ name = "", value = "" }) => [name, value])) };
+    const body = new URLSearchParams();
+    for (const { name = "", value = "" } of fields) body.append(name, value);
+    return { action, body };
   }
 }
 
