@@ -1972,9 +1972,12 @@ function approveGrant(
 }
 
 /** Returns why this client can neither redeem nor refresh a grant. */
-function grantRefusal(grant: Grant, client_id: string, now: number): string | undefined {
+function grantRefusal(grant: Grant, request: { client_id: string; resource: string }, now: number) {
   if (grant.revoked !== undefined) return `the connection was ended ${ago(now - grant.revoked)}`;
-  return grant.client.id === client_id ? undefined : "the code or refresh token was issued to another client";
+  if (grant.client.id !== request.client_id) return "the code or refresh token was issued to another client";
+  // Servers at several addresses may share a store: each issues tokens for itself alone.
+  if (grant.resource !== request.resource) return `the code or refresh token is for ${quote(grant.resource)}`;
+  return undefined;
 }
 
 function refused(grant: Grant, reason: string): Transition {
@@ -1989,12 +1992,19 @@ function refused(grant: Grant, reason: string): Transition {
  */
 function redeemGrant(
   grant: Grant,
-  request: { hash: string; challenge: string; client_id: string; redirect_uri?: string | undefined; arrived: number },
+  request: {
+    hash: string;
+    challenge: string;
+    client_id: string;
+    resource: string;
+    redirect_uri?: string | undefined;
+    arrived: number;
+  },
   { access, refresh, expires }: Issue,
   now: number,
 ): Transition {
   const { code } = grant;
-  const refusal = grantRefusal(grant, request.client_id, now);
+  const refusal = grantRefusal(grant, request, now);
   if (refusal) return refused(grant, refusal);
   if (code?.hash !== request.hash) return refused(grant, "this code was never issued");
   if (code.challenge !== request.challenge) return refused(grant, "code_verifier does not match the code_challenge");
@@ -2031,10 +2041,9 @@ function refreshGrant(
   now: number,
 ): Transition {
   const { refresh } = grant;
-  const refusal = grantRefusal(grant, request.client_id, now);
+  const refusal = grantRefusal(grant, request, now);
   if (refusal) return refused(grant, refusal);
   if (!refresh) return refused(grant, "the connection has no refresh token");
-  if (grant.resource !== request.resource) return refused(grant, `the refresh token is for ${quote(grant.resource)}`);
   if (grant.expires <= now) return refused(grant, `the connection expired ${ago(now - grant.expires)}`);
   if (refresh.hash !== request.hash) return repeatRefresh(grant, refresh, request.hash, issue, now);
   const n = refresh.n + 1;
@@ -2219,7 +2228,7 @@ async function redeem(server: Server, form: URLSearchParams, client: Client, arr
   const refresh = await deriveRefresh(server, id + random(32));
   const [hash, challenge] = [await hashToken(code), await s256(code_verifier)];
   const redirect_uri = form.get("redirect_uri") ?? undefined;
-  const request = { hash, challenge, client_id: client.id, redirect_uri, arrived };
+  const request = { hash, challenge, client_id: client.id, resource: server.resource, redirect_uri, arrived };
   const issue = await hashIssue(server, access_token, undefined, refresh.hash);
   const grant = await changeGrant(server, id, (grant, now) => redeemGrant(grant, request, issue, now), issue);
   emitFor(server, "code_redeemed", "the app fetched its token", id, grant);

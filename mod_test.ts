@@ -3347,7 +3347,14 @@ const issue = (n: number, now: number, ttl = 3600) => ({
 function redeemed(now: number): Json {
   const request = { client: { id: "c", name: "C" }, redirect_uri: CLAUDE, scopes: ["mcp"], resource: "r" };
   const grant = approveGrant(request, { hash: "code", challenge: "challenge", refreshes: true }, now);
-  const right = { hash: "code", challenge: "challenge", client_id: "c", redirect_uri: CLAUDE, arrived: now };
+  const right = {
+    hash: "code",
+    challenge: "challenge",
+    client_id: "c",
+    resource: "r",
+    redirect_uri: CLAUDE,
+    arrived: now,
+  };
   return redeemGrant(grant, right, issue(0, now), now).grant;
 }
 
@@ -4567,6 +4574,20 @@ test("two servers at different addresses on one store say so, and touch nothing 
   // Each keeps its own password, sessions and events.
   assertEquals((await browse(first.app).approve(authorizeUrl(client.client_id), PASSWORD)).status, 302);
   assert(!JSON.stringify(second.events).includes("connection_approved"));
+});
+
+test("a code is good at the server that issued it, and at no other one on the same store", async () => {
+  const store = memoryStore();
+  const one = world({ store });
+  const other = world({ store, baseUrl: "https://other.example" });
+  const { client_id } = await register(one.app);
+  const request = { ...redeeming(await approvedCode(one.app, client_id)), client_id };
+  const misdirected = async () => (await post(other.app, "/token", request)).body.error;
+  assertEquals(await misdirected(), "invalid_grant");
+  const { status, body } = await post(one.app, "/token", request);
+  assertEquals(status, 200);
+  assertEquals(await misdirected(), "invalid_grant"); // and is no replay that ends the connection
+  assertEquals((await callMcp(one.app, body.access_token)).status, 200);
 });
 
 test("two servers on one store serve one set of connections", async (t) => {
