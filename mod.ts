@@ -1660,6 +1660,8 @@ async function askAgain(
   elsewhere: boolean,
 ): Promise<Response> {
   if (encoded === "" || !session.known) return expiredPage(server, c);
+  // A stranger must not get a form that is good: each time it is sent, an event is written to the store.
+  if (session.who === "stranger") return strangerPage(server, c);
   const request = await readRequest(server, c, encoded);
   if (request instanceof Response) return request;
   // The first of two clicks may have signed the owner in and replaced the browser's secret. The form proves nothing

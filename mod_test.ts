@@ -2301,6 +2301,20 @@ test("authenticateOwner decides in place of the password", async () => {
   assertEquals(await approve({ "Tailscale-User-Login": "me@example.com" }), 302);
 });
 
+test("a stranger whom authenticateOwner refuses gets no form from a made-up one", async () => {
+  const { app, events } = world({ authenticateOwner: () => false });
+  const { client_id } = await register(app);
+  const browser = browse(app);
+  const first = await browser.open(authorizeUrl(client_id)); // brings the cookie
+  assertEquals(first.fields, {});
+  const request = authorizeUrl(client_id).split("?")[1]!;
+  for (const decision of ["approve", "approve_elsewhere", "deny", ""]) {
+    const page = await browser.submit(first, { request, csrf: "x", decision });
+    assertEquals([page.status, page.fields, page.location], [403, {}, undefined]);
+  }
+  assertEquals(events.map(({ type }) => type), ["client_registered"]);
+});
+
 test("authenticateOwner must say true, and its failure approves nothing", async () => {
   for (
     const answer of [() => "yes", () => ({}), () => {
