@@ -2668,11 +2668,11 @@ function isSignedIn(record: BrowserRecord | undefined, epoch: string): boolean {
 
 /**
  * Returns the name of the cookie. Servers on one host share its cookies, whatever their ports and paths, so the name
- * holds both. A dash in a path is doubled, so that `/a/b` and `/a-b` have different names.
+ * holds both. A slash becomes a character that no path holds, so that two paths never have the same name.
  */
 function cookieName({ origin, basePath }: Server): string {
   const { port } = new URL(origin);
-  return `personal-auth${port && `.${port}`}${basePath.replaceAll("-", "--").replaceAll("/", "-")}`;
+  return `personal-auth${port && `.${port}`}${basePath.replaceAll("/", "!")}`;
 }
 
 /**

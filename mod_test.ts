@@ -2342,7 +2342,9 @@ test("a short password is warned about", () => {
 
 test("servers on one host do not share a cookie name", async () => {
   const names = new Set<string>();
-  const paths = ["", "/vault", "/8443", "/a/b", "/a-b"].flatMap((path) => [BASE + path, `${BASE}:8443${path}`]);
+  const paths = ["", "/vault", "/8443", "/a/b", "/a-b", "/a-/b", "/a/-b"].flatMap((
+    path,
+  ) => [BASE + path, `${BASE}:8443${path}`]);
   for (const baseUrl of ["http://localhost:1", "http://localhost:2", ...paths]) {
     const { app } = world({ baseUrl });
     const response = await app.request(`${baseUrl}/authorize?client_id=x`);
@@ -2354,7 +2356,7 @@ test("servers on one host do not share a cookie name", async () => {
     assertEquals(cookie!.includes("; Secure"), baseUrl.startsWith("https"));
     assertEquals(cookie!.startsWith("__Host-"), baseUrl.startsWith("https"));
   }
-  assertEquals(names.size, 12);
+  assertEquals(names.size, 16);
 });
 
 // ─── Owner's page ──────────────────────────────────────────────────────────────────────────────────────────────────
