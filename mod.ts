@@ -3215,6 +3215,7 @@ const MAX_WAITING_PER_TYPE = 20;
 const CHEAP_EVENTS = new Set<AuthEvent["type"]>([
   "token_refused",
   "client_document_refused",
+  "client_assertion_refused",
   "redirect_refused",
   "connection_denied",
   "sign_in_throttled",

@@ -1136,6 +1136,18 @@ test("a client that offers none as well gets in by either, and goes on while its
   assert(events.some(({ type, message }) => type === "client_assertion_refused" && message.includes(DOCUMENT)));
 });
 
+test("refused assertions do not write to the store, whoever knows a connection's id", async () => {
+  const { jwk, sign } = await signer();
+  const { app, store, events } = world({ fetchClientMetadata: site(asserted(), [jwk]).fetchClientMetadata });
+  const request = { ...redeeming(await approvedCode(app, DOCUMENT)), ...asserting(await sign()) };
+  const { body } = await post(app, "/token", request);
+  const before = await contents(store);
+  const forged = body.refresh_token.slice(0, 36) + "0".repeat(96);
+  for (let i = 0; i < 5; i++) assertEquals((await refreshing(app, DOCUMENT, forged)).status, 401);
+  assertEquals(events.at(-1)!.type, "client_assertion_refused");
+  assertEquals(await contents(store), before);
+});
+
 const CHATGPT = "https://chatgpt.com/oauth/client.json";
 const CHATGPT_REDIRECT = "https://chatgpt.com/connector_platform_oauth_redirect";
 const chatgpt = (more: Json) => ({
