@@ -1647,6 +1647,8 @@ async function askAgain(
   elsewhere: boolean,
 ): Promise<Response> {
   if (encoded === "" || !session.known) return expiredPage(server, c);
+  // A stranger must not get a form that is good: each time it is sent, an event is written to the store.
+  if (session.who === "stranger") return strangerPage(server, c);
   const request = await readRequest(server, c, encoded);
   if (request instanceof Response) return request;
   // The first of two clicks may have signed the owner in and replaced the browser's secret. The form proves nothing
@@ -1955,9 +1957,12 @@ function approveGrant(
 }
 
 /** Returns why this client can neither redeem nor refresh a grant. */
-function grantRefusal(grant: Grant, client_id: string, now: number): string | undefined {
+function grantRefusal(grant: Grant, request: { client_id: string; resource: string }, now: number) {
   if (grant.revoked !== undefined) return `the connection was ended ${ago(now - grant.revoked)}`;
-  return grant.client.id === client_id ? undefined : "the code or refresh token was issued to another client";
+  if (grant.client.id !== request.client_id) return "the code or refresh token was issued to another client";
+  // Servers at several addresses may share a store: each issues tokens for itself alone.
+  if (grant.resource !== request.resource) return `the code or refresh token is for ${quote(grant.resource)}`;
+  return undefined;
 }
 
 function refused(grant: Grant, reason: string): Transition {
@@ -1972,12 +1977,19 @@ function refused(grant: Grant, reason: string): Transition {
  */
 function redeemGrant(
   grant: Grant,
-  request: { hash: string; challenge: string; client_id: string; redirect_uri?: string | undefined; arrived: number },
+  request: {
+    hash: string;
+    challenge: string;
+    client_id: string;
+    resource: string;
+    redirect_uri?: string | undefined;
+    arrived: number;
+  },
   { access, refresh, expires }: Issue,
   now: number,
 ): Transition {
   const { code } = grant;
-  const refusal = grantRefusal(grant, request.client_id, now);
+  const refusal = grantRefusal(grant, request, now);
   if (refusal) return refused(grant, refusal);
   if (code?.hash !== request.hash) return refused(grant, "this code was never issued");
   if (code.challenge !== request.challenge) return refused(grant, "code_verifier does not match the code_challenge");
@@ -2014,10 +2026,9 @@ function refreshGrant(
   now: number,
 ): Transition {
   const { refresh } = grant;
-  const refusal = grantRefusal(grant, request.client_id, now);
+  const refusal = grantRefusal(grant, request, now);
   if (refusal) return refused(grant, refusal);
   if (!refresh) return refused(grant, "the connection has no refresh token");
-  if (grant.resource !== request.resource) return refused(grant, `the refresh token is for ${quote(grant.resource)}`);
   if (grant.expires <= now) return refused(grant, `the connection expired ${ago(now - grant.expires)}`);
   if (refresh.hash !== request.hash) return repeatRefresh(grant, refresh, request.hash, issue, now);
   const n = refresh.n + 1;
@@ -2202,7 +2213,7 @@ async function redeem(server: Server, form: URLSearchParams, client: Client, arr
   const refresh = await deriveRefresh(server, id + random(32));
   const [hash, challenge] = [await hashToken(code), await s256(code_verifier)];
   const redirect_uri = form.get("redirect_uri") ?? undefined;
-  const request = { hash, challenge, client_id: client.id, redirect_uri, arrived };
+  const request = { hash, challenge, client_id: client.id, resource: server.resource, redirect_uri, arrived };
   const issue = await hashIssue(server, access_token, undefined, refresh.hash);
   const grant = await changeGrant(server, id, (grant, now) => redeemGrant(grant, request, issue, now), issue);
   emitFor(server, "code_redeemed", "the app fetched its token", id, grant);
@@ -2637,11 +2648,11 @@ function isSignedIn(record: BrowserRecord | undefined, epoch: string): boolean {
 
 /**
  * Returns the name of the cookie. Servers on one host share its cookies, whatever their ports and paths, so the name
- * holds both. A dash in a path is doubled, so that `/a/b` and `/a-b` have different names.
+ * holds both. A slash becomes a character that no path holds, so that two paths never have the same name.
  */
 function cookieName({ origin, basePath }: Server): string {
   const { port } = new URL(origin);
-  return `personal-auth${port && `.${port}`}${basePath.replaceAll("-", "--").replaceAll("/", "-")}`;
+  return `personal-auth${port && `.${port}`}${basePath.replaceAll("/", "!")}`;
 }
 
 /**
@@ -3182,6 +3193,7 @@ const CHEAP_EVENTS = new Set<AuthEvent["type"]>([
   "token_refused",
   "client_assertion_refused",
   "client_document_refused",
+  "client_assertion_refused",
   "redirect_refused",
   "connection_denied",
   "sign_in_throttled",

@@ -1136,6 +1136,18 @@ test("a client that offers none as well gets in by either, and goes on while its
   assert(events.some(({ type, message }) => type === "client_assertion_refused" && message.includes(DOCUMENT)));
 });
 
+test("refused assertions do not write to the store, whoever knows a connection's id", async () => {
+  const { jwk, sign } = await signer();
+  const { app, store, events } = world({ fetchClientMetadata: site(asserted(), [jwk]).fetchClientMetadata });
+  const request = { ...redeeming(await approvedCode(app, DOCUMENT)), ...asserting(await sign()) };
+  const { body } = await post(app, "/token", request);
+  const before = await contents(store);
+  const forged = body.refresh_token.slice(0, 36) + "0".repeat(96);
+  for (let i = 0; i < 5; i++) assertEquals((await refreshing(app, DOCUMENT, forged)).status, 401);
+  assertEquals(events.at(-1)!.type, "client_assertion_refused");
+  assertEquals(await contents(store), before);
+});
+
 const CHATGPT = "https://chatgpt.com/oauth/client.json";
 const CHATGPT_REDIRECT = "https://chatgpt.com/connector_platform_oauth_redirect";
 const chatgpt = (more: Json) => ({
@@ -2301,6 +2313,20 @@ test("authenticateOwner decides in place of the password", async () => {
   assertEquals(await approve({ "Tailscale-User-Login": "me@example.com" }), 302);
 });
 
+test("a stranger whom authenticateOwner refuses gets no form from a made-up one", async () => {
+  const { app, events } = world({ authenticateOwner: () => false });
+  const { client_id } = await register(app);
+  const browser = browse(app);
+  const first = await browser.open(authorizeUrl(client_id)); // brings the cookie
+  assertEquals(first.fields, {});
+  const request = authorizeUrl(client_id).split("?")[1]!;
+  for (const decision of ["approve", "approve_elsewhere", "deny", ""]) {
+    const page = await browser.submit(first, { request, csrf: "x", decision });
+    assertEquals([page.status, page.fields, page.location], [403, {}, undefined]);
+  }
+  assertEquals(events.map(({ type }) => type), ["client_registered"]);
+});
+
 test("authenticateOwner must say true, and its failure approves nothing", async () => {
   for (
     const answer of [() => "yes", () => ({}), () => {
@@ -2328,7 +2354,9 @@ test("a short password is warned about", () => {
 
 test("servers on one host do not share a cookie name", async () => {
   const names = new Set<string>();
-  const paths = ["", "/vault", "/8443", "/a/b", "/a-b"].flatMap((path) => [BASE + path, `${BASE}:8443${path}`]);
+  const paths = ["", "/vault", "/8443", "/a/b", "/a-b", "/a-/b", "/a/-b"].flatMap((
+    path,
+  ) => [BASE + path, `${BASE}:8443${path}`]);
   for (const baseUrl of ["http://localhost:1", "http://localhost:2", ...paths]) {
     const { app } = world({ baseUrl });
     const response = await app.request(`${baseUrl}/authorize?client_id=x`);
@@ -2340,7 +2368,7 @@ test("servers on one host do not share a cookie name", async () => {
     assertEquals(cookie!.includes("; Secure"), baseUrl.startsWith("https"));
     assertEquals(cookie!.startsWith("__Host-"), baseUrl.startsWith("https"));
   }
-  assertEquals(names.size, 12);
+  assertEquals(names.size, 16);
 });
 
 // ─── Owner's page ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3347,7 +3375,14 @@ const issue = (n: number, now: number, ttl = 3600) => ({
 function redeemed(now: number): Json {
   const request = { client: { id: "c", name: "C" }, redirect_uri: CLAUDE, scopes: ["mcp"], resource: "r" };
   const grant = approveGrant(request, { hash: "code", challenge: "challenge", refreshes: true }, now);
-  const right = { hash: "code", challenge: "challenge", client_id: "c", redirect_uri: CLAUDE, arrived: now };
+  const right = {
+    hash: "code",
+    challenge: "challenge",
+    client_id: "c",
+    resource: "r",
+    redirect_uri: CLAUDE,
+    arrived: now,
+  };
   return redeemGrant(grant, right, issue(0, now), now).grant;
 }
 
@@ -4567,6 +4602,20 @@ test("two servers at different addresses on one store say so, and touch nothing 
   // Each keeps its own password, sessions and events.
   assertEquals((await browse(first.app).approve(authorizeUrl(client.client_id), PASSWORD)).status, 302);
   assert(!JSON.stringify(second.events).includes("connection_approved"));
+});
+
+test("a code is good at the server that issued it, and at no other one on the same store", async () => {
+  const store = memoryStore();
+  const one = world({ store });
+  const other = world({ store, baseUrl: "https://other.example" });
+  const { client_id } = await register(one.app);
+  const request = { ...redeeming(await approvedCode(one.app, client_id)), client_id };
+  const misdirected = async () => (await post(other.app, "/token", request)).body.error;
+  assertEquals(await misdirected(), "invalid_grant");
+  const { status, body } = await post(one.app, "/token", request);
+  assertEquals(status, 200);
+  assertEquals(await misdirected(), "invalid_grant"); // and is no replay that ends the connection
+  assertEquals((await callMcp(one.app, body.access_token)).status, 200);
 });
 
 test("two servers on one store serve one set of connections", async (t) => {
