@@ -28,17 +28,18 @@
  * | `/revoke` | `revocationEndpoint` | RFC 7009 §2.1 |
  * | `/introspect` | `introspectionEndpoint` | RFC 7662 §2 |
  * | `/connections` | `showConnections`, `changeConnections` | |
- * | `/mcp` | `guard` | RFC 6750 §2.1 |
+ * | `/mcp` | `createGuard` | RFC 6750 §2.1 |
  *
  * Where the rules are kept:
  *
  * | rule | function | standard |
  * |---|---|---|
  * | which redirect URIs are allowed | `redirectRefusal`, `sameRedirect` | OAuth 2.1 §4.1.1, RFC 8252 §7.3 |
- * | client metadata documents | `fetchDocument`, `fetchPublicly` | draft-ietf-oauth-client-id-metadata-document |
+ * | a client signs with its own key | `verifyAssertion` | RFC 7523 §3 |
+ * | client metadata documents | `readClientDocument`, `fetchPublicly` | draft-ietf-oauth-client-id-metadata-document |
  * | the PKCE challenge is checked | `redeemGrant` | RFC 7636 §4.6 |
  * | a code works once | `redeemGrant` | OAuth 2.1 §4.1.3 |
- * | refresh tokens rotate; reuse ends the connection | `refreshGrant` | OAuth 2.1 §4.3.1 |
+ * | refresh tokens rotate; reuse ends the connection | `refreshGrant`, `repeatRefresh` | OAuth 2.1 §4.3.1 |
  * | the audience of a token | `checkResource`, `verifyGrant` | RFC 8707 §2 |
  * | the 401 and 403 challenges | `challenge` | RFC 9728 §5.1, RFC 6750 §3 |
  * | the owner's password and session | `signIn`, `readSession` | |
