@@ -66,7 +66,7 @@ export interface PersonalAuthOptions {
   baseUrl: string;
   /**
    * The owner's password. Default: one is generated, printed until the first sign-in, and stored as a hash.
-   * `false` turns the password check off: **anybody with an account at an allowed client gets in**.
+   * `false` turns the password check off: **anybody gets in**.
    */
   password?: string | false | undefined;
   /**
@@ -697,7 +697,7 @@ function createServer(options: PersonalAuthOptions): Server {
   // At start, so that a store that another server uses is noticed. A failure is reported, and tried again when needed.
   longMac("start").catch(() => {});
   if (settings.password === false) {
-    emit("owner_unprotected", "password is false: anybody with an account at an allowed client can connect");
+    emit("owner_unprotected", "password is false: anybody who knows the address can connect");
   } else if (!settings.authenticateOwner) {
     if (settings.password !== undefined && settings.password.length < 12) {
       emit("password_weak", "the owner's password is short: take 12 characters or more");
@@ -992,6 +992,7 @@ const MAX_ASSERTION_LENGTH = 8 * 1024;
 const MAX_ASSERTION_AGE = HOUR;
 const MAX_CLOCK_SKEW = MINUTE;
 const MAX_KEYS = 20;
+const MAX_TRIED_KEYS = 4;
 
 /** What each `alg` means, with the one type of key it takes: so a public key is never the secret of an HMAC. */
 const ASSERTION_ALGORITHMS: Record<string, Algorithm> = {
@@ -1045,7 +1046,10 @@ async function verifyAssertion(server: Server, id: string, assertion: string): P
       kty === algorithm!.kty && crv === algorithm!.crv && (alg ?? header.alg) === header.alg &&
       (use ?? "sig") === "sig" && (header.kid === undefined || kid === header.kid)
     );
-    for (const key of keys) if (await isSignedBy(key, algorithm!, signature, signed)) return { jti, exp };
+    // A few keys of a common size: a stranger's own document could otherwise make each request cost much computing.
+    for (const key of keys.filter(isCommonSize).slice(0, MAX_TRIED_KEYS)) {
+      if (await isSignedBy(key, algorithm!, signature, signed)) return { jti, exp };
+    }
     if (keys.length > 0 && header.kid !== undefined) break;
   }
   throw unauthenticated("The client_assertion is signed by none of the client's keys");
@@ -1232,6 +1236,11 @@ function readClientDocument(client_id: string, body: unknown): Client {
   const refreshes = grant_types?.includes("refresh_token") ?? true;
   const auth = isPublic ? undefined : "private_key_jwt" as const;
   return publicClient(client_id, { name, redirect_uris, refreshes, keys, ...defined({ auth }) });
+}
+
+/** Whether an RSA key has at most 4,096 bits and a short exponent. */
+function isCommonSize({ n = "", e = "" }: Jwk): boolean {
+  return n.length <= 683 && e.length <= 4;
 }
 
 /** Returns the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
