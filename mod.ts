@@ -3494,8 +3494,11 @@ function connectionsPage(
 ) {
   const form: Form = (content) =>
     html`<form method="post" action="${action}"><input type="hidden" name="csrf" value="${csrf}">${content}</form>`;
-  const signOut = (name: string, text: string) =>
-    !settings.authenticateOwner && form(html`<button class="plain" name="action" value="${name}">${text}</button>`);
+  const signOut = (name: string, text: string, choice?: Html) =>
+    !settings.authenticateOwner &&
+    form(html`${choice}<button class="plain" name="action" value="${name}">${text}</button>`);
+  const disconnect = html`<fieldset><label>
+    <input type="checkbox" name="revoke_all" value="yes">Disconnect every app and token as well</label></fieldset>`;
   const section = (title: string, items: Html[]) =>
     items.length > 0 && html`
       <h2>${title}</h2>
@@ -3519,7 +3522,7 @@ function connectionsPage(
     ${section("Needs a look", told.filter(isNew).map(eventItem))}
     ${section("Recent activity", told.filter((event) => !isNew(event)).map(eventItem))}
     ${told.length === 0 && html`<p class="soft">No activity yet.</p>`}
-    ${signOut("sign_out_everywhere", "Sign out everywhere")}
+    ${signOut("sign_out_everywhere", "Sign out everywhere", disconnect)}
   `;
   const aside = signOut("sign_out", "Sign out");
   return page(settings, c, "Connections", body, { status: problem?.status, wide: true, aside });

@@ -2665,6 +2665,19 @@ test("/connections signs out here, and everywhere", async () => {
   assertEquals([await isIn(two), await isIn(three)], [false, false]);
 });
 
+test("/connections signs out everywhere, and ends every connection if the owner chooses so", async () => {
+  for (const revokes of [false, true]) {
+    const { app, auth } = world({ password: PASSWORD });
+    const { access_token } = await connectAs(app, PASSWORD);
+    const { browser, page } = await signedIn(app);
+    assert(page.text.includes('name="revoke_all"'));
+    await browser.submit(page, { action: "sign_out_everywhere", ...(revokes && { revoke_all: "yes" }) }, PAGE);
+    assert((await browser.open(PAGE)).text.includes("Sign in"));
+    assertEquals((await auth.connections()).length, revokes ? 0 : 1);
+    assertEquals((await callMcp(app, access_token)).status, revokes ? 401 : 200);
+  }
+});
+
 test("/connections tells what happened lately, of each kind, across a restart", async () => {
   const { app, store } = world({ password: PASSWORD });
   await register(app, { redirect_uris: [CLAUDE, "https://evil.example/<script>".replace(/[<>]/g, "")] });
