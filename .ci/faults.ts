@@ -3,7 +3,7 @@
  * files and wrong clocks, and run side by side; whatever they had answered before has to hold afterwards.
  *
  *     npx -y deno run -A .ci/faults.ts [--cycles N] [--registrations N] [--runtime deno|bun|node] [--only TEXT]
- *     npx -y deno run -A .ci/faults.ts --figure [--cycles N]
+ *     npx -y deno run -A .ci/faults.ts --figure [--cycles N] [--only file|redis|postgres|kv|durable-object]
  *
  * `--cycles` (300) is how often each runtime is killed, `--registrations` (20000) the size of the flood, `--only` runs the
  * checks with that text in their names. `--figure` prints one table instead, for every store and runtime. A line for each check on the standard output, and the sum at the end. Disks are
@@ -756,7 +756,7 @@ const all = await wantedRuntimes(textArgument("runtime"));
 
 if (Deno.args.includes("--figure")) {
   console.log(`${await circumstances(all, CYCLES)}\n`);
-  await check("the figure", 300 + CYCLES * 120, () => figure(all, CYCLES, console.log));
+  await check("the figure", 300 + CYCLES * 120, () => figure(all, CYCLES, ONLY, console.log));
   await finish();
 }
 

@@ -35,6 +35,21 @@ export function overHttp(port: number | string): Carrier {
   return (path, init) => fetch(`http://127.0.0.1:${port}${path}`, { redirect: "manual", ...init });
 }
 
+/**
+ * Asks again, as Retry-After says, while the answer is 503: nothing is lost by one. When a database server has been
+ * killed, its client library may take some seconds until all of its connections are new ones.
+ */
+export function askingAgain(carry: Carrier): Carrier {
+  return async (path, init) => {
+    for (let attempts = 1;; attempts++) {
+      const response = await carry(path, init);
+      if (response.status !== 503 || attempts === 20) return response;
+      await response.body?.cancel();
+      await new Promise((resolve) => setTimeout(resolve, 500));
+    }
+  };
+}
+
 export class Client {
   readonly carry: Carrier;
   #id: string | undefined;

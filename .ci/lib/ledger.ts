@@ -67,8 +67,8 @@ export class Ledger {
     return [...list("lost", this.lost), ...list("revoked alive", this.alive), ...list("wrong", this.wrong)].join(", ");
   }
 
-  async client(port: string): Promise<Client> {
-    const client = new Client(overHttp(port), this.#client_id);
+  async client(port: string, carry = overHttp(port)): Promise<Client> {
+    const client = new Client(carry, this.#client_id);
     this.#client_id = await client.id();
     return client;
   }

@@ -11,7 +11,7 @@
 
 import { join } from "node:path";
 import { check, demand, finish, numberArgument, Running, textArgument, until, wantedRuntimes } from "../lib/checks.ts";
-import type { Client, Tokens } from "../lib/client.ts";
+import { askingAgain, type Client, overHttp, type Tokens } from "../lib/client.ts";
 import { type Engine, ENGINES, installClients } from "../lib/engines.ts";
 import { Ledger } from "../lib/ledger.ts";
 import { oneLine, pause } from "../lib/limits.ts";
@@ -30,6 +30,8 @@ interface Server {
   runtime: Runtime;
   process: Running;
   client: Client;
+  /** Asks again when the answer is 503. */
+  patient: Client;
 }
 
 async function serve(runtime: Runtime, engine: Engine, ledger = new Ledger()): Promise<Server> {
@@ -38,7 +40,8 @@ async function serve(runtime: Runtime, engine: Engine, ledger = new Ledger()): P
   const env = { STORE_MODULE: join(ROOT, ".ci", "lib", "stores.ts"), STORE_URL: engine.url, STORE_PACKAGES };
   const process = new Running(executable!, [...before, ...flags, SERVER, "serve", "-"], env);
   const port = await process.says(/listening on (\d+)/);
-  return { runtime, process, client: await ledger.client(port) };
+  const [client, patient] = [await ledger.client(port), await ledger.client(port, askingAgain(overHttp(port)))];
+  return { runtime, process, client, patient };
 }
 
 async function contract(engine: Engine): Promise<void> {
@@ -66,7 +69,7 @@ async function killed(engine: Engine): Promise<string> {
   let engineKills = 0;
   for (let kill = 1; kill <= KILLS; kill++) {
     const killEngine = engine.kill && kill % 2 === 0;
-    const loads = servers.map(({ client }) => ledger.load(client, 5, killEngine ? "away" : undefined));
+    const loads = servers.map(({ client }) => ledger.load(client, 5, engine.kill ? "away" : undefined));
     await pause(50 + Math.random() * 250);
     if (killEngine) {
       await engine.kill!();
@@ -86,10 +89,10 @@ async function killed(engine: Engine): Promise<string> {
       await serves(client, runtime);
     }
     demand(ledger.faults === "", `after kill ${kill}: ${ledger.faults}`);
-    await ledger.audit(shuffled(servers)[0]!.client);
+    await ledger.audit(shuffled(servers)[0]!.patient);
     demand(ledger.faults === "", `after kill ${kill}: ${ledger.faults}`);
   }
-  await ledger.audit(servers[0]!.client, true);
+  await ledger.audit(servers[0]!.patient, true);
   demand(ledger.faults === "", ledger.faults);
   return `${KILLS - engineKills} kills of servers on ${all.map(({ name }) => name).join("+")}, ${engineKills} of the ` +
     `engine: nothing lost of ${ledger.acknowledged} acknowledged changes`;
