@@ -41,7 +41,7 @@ const ONLY = textArgument("only") ?? "";
 const SERVER = join(ROOT, ".ci", "lib", "server.ts");
 
 /** What one request after the other may take, however busy the machine. */
-const PROMPT = 1500;
+const PROMPT = 500;
 const DAY = 86_400;
 
 interface Server {
