@@ -555,6 +555,7 @@ const byKeyboard: Checks<Walk> = {
         "summary Disconnect all",
         // How each of them came in, and what was denied above.
         ...["Third", "Second", "First", "Claude", "Claude Code", "Claude"].map((name) => `summary ${name}`),
+        "input Disconnect every app and token as well",
         "button Sign out everywhere",
       ],
       "the stops",
