@@ -175,26 +175,6 @@ export interface Connection {
   expiresAt: number;
 }
 
-/** What {@linkcode PersonalAuth.createToken} needs. */
-export interface TokenRequest {
-  /** The owner's name for the token, shown in the list of connections. */
-  name: string;
-  /** Default: every scope on offer. */
-  scopes?: string[];
-  /** Lifetime in seconds. Default: 365 days. */
-  expiresIn?: number;
-}
-
-/** A new personal access token. */
-export interface NewToken {
-  /** The id of its {@linkcode Connection}. */
-  id: string;
-  /** The token itself, which is shown only here. */
-  token: string;
-  /** Seconds since the epoch. */
-  expiresAt: number;
-}
-
 /** What the guard knows about a request: the `AuthInfo` of both generations of the MCP SDK. It is frozen. */
 export interface AuthInfo {
   /** The access token. */
@@ -243,11 +223,14 @@ export interface PersonalAuth extends Hono<AuthEnv> {
   /** Ends a connection with its code, access and refresh tokens. Returns `false` if there is none with this id. */
   revoke(id: string): Promise<boolean>;
   /**
-   * Makes a personal access token for scripts and headless clients.
+   * Makes a personal access token, for scripts and headless clients: by default with every scope, for 365 days.
+   * `expiresIn` is in seconds. Returns the token, which is shown only here, and the id of its {@linkcode Connection}.
    *
    * @throws {TypeError} if the name is empty, a scope is not on offer, or the lifetime is not a positive number.
    */
-  createToken(request: TokenRequest): Promise<NewToken>;
+  createToken(
+    request: { name: string; scopes?: string[]; expiresIn?: number },
+  ): Promise<{ id: string; token: string; expiresAt: number }>;
 }
 
 /**
@@ -341,6 +324,7 @@ const OPTIONS: Record<keyof PersonalAuthOptions, [isGood: (it: any) => unknown, 
 };
 
 type Settings = ReturnType<typeof readOptions>;
+type TokenRequest = Parameters<PersonalAuth["createToken"]>[0];
 type Emit = (type: AuthEvent["type"], message: string, more?: Partial<AuthEvent>) => void;
 
 /** Everything the endpoints share: the checked options, and what the server keeps besides. */
@@ -383,7 +367,8 @@ function readOptions(options: PersonalAuthOptions) {
     const found = name === "password" ? "" : `, not ${quote(value)}`;
     assert((value === undefined && name !== "baseUrl") || isGood(value), `${name} ${must}${found}`);
   }
-  const { baseUrl, mcpPath = "/mcp", password, authenticateOwner, pages = {} } = options;
+  const { baseUrl, mcpPath = "/mcp", password, authenticateOwner, pages = {}, registration = true } = options;
+  const { accessTokenTtl = 30 * DAY, refreshTokenTtl = 365 * DAY, onEvent = logEvent } = options;
   assert(
     !authenticateOwner || password === undefined,
     "authenticateOwner is used instead of password: give one of them",
@@ -409,16 +394,11 @@ function readOptions(options: PersonalAuthOptions) {
     resourceNames: [baseUrl + mcpPath, baseUrl].map(normalizeResource),
     resourceMetadataUrl: `${origin}/.well-known/oauth-protected-resource${basePath}${mcpPath}`,
     scopes: readScopes(options.scopes ?? { mcp: "use every tool of this server" }),
-    accessTokenTtl: options.accessTokenTtl ?? 30 * DAY,
-    refreshTokenTtl: options.refreshTokenTtl ?? 365 * DAY,
     allowed: readAllowed(options.allowedRedirectDomains),
-    registration: options.registration ?? true,
     clients: readClients(options.clients ?? []),
     password: typeof password === "string" ? normalizePassword(password) : password,
-    authenticateOwner,
     fetchClientMetadata: options.fetchClientMetadata ?? fetchPublicly,
-    pages,
-    onEvent: options.onEvent ?? logEvent,
+    ...{ accessTokenTtl, refreshTokenTtl, registration, authenticateOwner, pages, onEvent },
   };
 }
 
@@ -2268,7 +2248,7 @@ async function createToken(
   server: Server,
   { name, scopes, expiresIn = 365 * DAY }: TokenRequest,
   form: string = random(32),
-): Promise<NewToken | undefined> {
+) {
   const { all } = server.scopes;
   assert(isString(name) && printable(name) !== "", "createToken: name must say what the token is for");
   assert(isLifetime(expiresIn), `createToken: expiresIn ${LIFETIME}, not ${quote(expiresIn)}`);
