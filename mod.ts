@@ -1,51 +1,36 @@
 /**
  * One file that makes a [Hono](https://hono.dev) app its own OAuth 2.1 authorization server, for **one person's** MCP
- * server. Claude on the web, on the phone, on the desktop and in the terminal connects to it, and only the owner can
- * let a client in.
+ * server. Claude on the web, the phone, the desktop and in the terminal connects to it; only the owner lets it in.
  *
  * ```ts ignore
  * import { Hono } from "hono";
  * import { personalAuth } from "@personal-auth/mcp";
  *
  * const auth = personalAuth({ baseUrl: "https://your-domain.com" });
- *
  * const app = new Hono();
  * app.route("/", auth); // the OAuth endpoints and the owner's pages
  * app.all("/mcp", auth.guard, (c) => c.json({ hello: c.var.auth.clientId })); // only with a valid token
- *
  * export default app;
  * ```
  *
- * What it serves below `baseUrl`, and the function that does it:
- *
- * | path | function | standard |
+ * | path or rule | function | standard |
  * |---|---|---|
  * | `/.well-known/oauth-authorization-server` | `authorizationServerMetadata` | RFC 8414 §2 |
  * | `/.well-known/oauth-protected-resource/mcp` | `protectedResourceMetadata` | RFC 9728 §2 |
  * | `/register` | `registerClient` | RFC 7591 §3 |
- * | `/authorize` | `showConsent`, `decideConsent` | OAuth 2.1 §4.1, RFC 8707, RFC 9207 |
+ * | `/authorize` | `showConsent`, `decideConsent` | OAuth 2.1 §4.1, RFC 9207 |
  * | `/token` | `tokenEndpoint` | OAuth 2.1 §3.2 |
  * | `/revoke` | `revocationEndpoint` | RFC 7009 §2.1 |
  * | `/introspect` | `introspectionEndpoint` | RFC 7662 §2 |
  * | `/connections` | `showConnections`, `changeConnections` | |
- * | `/mcp` | `createGuard` | RFC 6750 §2.1 |
- *
- * Where the rules are kept:
- *
- * | rule | function | standard |
- * |---|---|---|
+ * | `/mcp` | `createGuard`; its 401 and 403: `challenge` | RFC 6750 §2.1, RFC 9728 §5.1 |
  * | which redirect URIs are allowed | `redirectRefusal`, `sameRedirect` | OAuth 2.1 §4.1.1, RFC 8252 §7.3 |
  * | a client signs with its own key | `verifyAssertion` | RFC 7523 §3 |
  * | client metadata documents | `readClientDocument`, `fetchPublicly` | draft-ietf-oauth-client-id-metadata-document |
- * | the PKCE challenge is checked | `redeemGrant` | RFC 7636 §4.6 |
- * | a code works once | `redeemGrant` | OAuth 2.1 §4.1.3 |
+ * | a code works once, with PKCE | `redeemGrant` | OAuth 2.1 §4.1.3, RFC 7636 §4.6 |
  * | refresh tokens rotate; reuse ends the connection | `refreshGrant`, `repeatRefresh` | OAuth 2.1 §4.3.1 |
  * | the audience of a token | `checkResource`, `verifyGrant` | RFC 8707 §2 |
- * | the 401 and 403 challenges | `challenge` | RFC 9728 §5.1, RFC 6750 §3 |
  * | the owner's password and session | `signIn`, `readSession` | |
- *
- * Sections, in the order a client meets them: options, server, discovery, clients, metadata documents, redirects,
- * authorization, tokens, grants, guard, owner, pages, stores, primitives, errors, setup check.
  *
  * @module
  */
@@ -60,21 +45,18 @@ import { html, raw } from "hono/html";
 /** Options of {@linkcode personalAuth}. Only `baseUrl` is required. */
 export interface PersonalAuthOptions {
   /**
-   * The public URL of the server, without a trailing slash: `https`, or `http` on loopback. It is the issuer (RFC 8414
-   * §2), and clients compare it byte for byte. With a path (`https://host/vault`), the endpoints are below it.
+   * The public URL of the server, without a slash at the end: `https`, or `http` on loopback. It is the issuer (RFC 8414
+   * §2). With a path (`https://host/vault`), the endpoints are below it.
    */
   baseUrl: string;
-  /**
-   * The owner's password. Default: one is generated, printed until the first sign-in, and stored as a hash.
-   * `false` turns the password check off: **anybody gets in**.
-   */
+  /** The owner's password. Default: one is generated, and printed until it is used. `false`: **anybody gets in**. */
   password?: string | false | undefined;
   /**
-   * Which redirect URIs clients may register: `example.com` (https), `*.example.com` (its subdomains), `localhost`
-   * (any loopback address and port), `scheme://host` (a private-use scheme). `null`: all. This decides which apps may
-   * ask, not who gets in. Default: claude.ai, claude.com, localhost and Claude Desktop's `claude://claude.ai`.
+   * Which apps may ask, by where they are sent back to: `example.com` (https), `*.example.com` (its subdomains),
+   * `localhost` (any loopback address and port), `scheme://host` (a private-use scheme). `null`: all. Default:
+   * claude.ai, claude.com, localhost and Claude Desktop's `claude://claude.ai`.
    */
-  allowedRedirectDomains?: string[] | null | undefined;
+  allowedRedirectDomains?: readonly string[] | null | undefined;
   /** Lifetime of an access token, in seconds. Default: 30 days. */
   accessTokenTtl?: number | undefined;
   /** Lifetime of a connection after its last refresh, in seconds. Default: 365 days. */
@@ -95,9 +77,8 @@ export interface PersonalAuthOptions {
    */
   authenticateOwner?: ((c: Context) => boolean | Response | Promise<boolean | Response>) | undefined;
   /**
-   * Fetches a Client ID Metadata Document, or a client's keys, in place of the built-in function, which connects to
-   * public addresses only. For runtimes without `node:https`, and networks with a mandatory proxy. It must not follow
-   * redirects, and must end when the signal is aborted: until then it counts as one of the few requests at a time.
+   * Fetches a client's metadata document or keys, where the built-in function cannot: it needs `node:https`, and
+   * connects to public addresses only. It must not follow redirects, and must end when the signal is aborted.
    */
   fetchClientMetadata?: ((url: string, signal: AbortSignal) => Promise<Response>) | undefined;
   /** How the owner's pages look. */
@@ -194,26 +175,6 @@ export interface Connection {
   expiresAt: number;
 }
 
-/** What {@linkcode PersonalAuth.createToken} needs. */
-export interface TokenRequest {
-  /** The owner's name for the token, shown in the list of connections. */
-  name: string;
-  /** Default: every scope on offer. */
-  scopes?: string[];
-  /** Lifetime in seconds. Default: 365 days. */
-  expiresIn?: number;
-}
-
-/** A new personal access token. */
-export interface NewToken {
-  /** The id of its {@linkcode Connection}. */
-  id: string;
-  /** The token itself, which is shown only here. */
-  token: string;
-  /** Seconds since the epoch. */
-  expiresAt: number;
-}
-
 /** What the guard knows about a request: the `AuthInfo` of both generations of the MCP SDK. It is frozen. */
 export interface AuthInfo {
   /** The access token. */
@@ -242,10 +203,7 @@ export interface AuthEnv {
 export interface PersonalAuth extends Hono<AuthEnv> {
   /** The path of the MCP endpoint, with the path of `baseUrl`: the route for your handler. */
   readonly mcpPath: string;
-  /**
-   * Middleware that lets a request pass only with a valid access token and sets `c.var.auth`. It works at any route,
-   * with or without the other routes: `app.all("/mcp", auth.guard, handler)`.
-   */
+  /** Lets a request pass only with a valid access token, at any route, and sets `c.var.auth`. */
   readonly guard: MiddlewareHandler<AuthEnv>;
   /**
    * Checks an access token. This is the MCP SDK's `OAuthTokenVerifier`.
@@ -265,11 +223,14 @@ export interface PersonalAuth extends Hono<AuthEnv> {
   /** Ends a connection with its code, access and refresh tokens. Returns `false` if there is none with this id. */
   revoke(id: string): Promise<boolean>;
   /**
-   * Makes a personal access token for scripts and headless clients.
+   * Makes a personal access token, for scripts and headless clients: by default with every scope, for 365 days.
+   * `expiresIn` is in seconds. Returns the token, which is shown only here, and the id of its {@linkcode Connection}.
    *
    * @throws {TypeError} if the name is empty, a scope is not on offer, or the lifetime is not a positive number.
    */
-  createToken(request: TokenRequest): Promise<NewToken>;
+  createToken(
+    request: { name: string; scopes?: string[]; expiresIn?: number },
+  ): Promise<{ id: string; token: string; expiresAt: number }>;
 }
 
 /**
@@ -280,9 +241,9 @@ export interface Store {
   /** Returns the value of a key, or `undefined` if there is none or it has expired. */
   get(key: string): Promise<unknown>;
   /**
-   * Reads, changes and writes one key, atomically against every other process on the same store, and durably before
-   * it resolves. `change` must be pure: it is called again after a lost race. If it returns `undefined` the key is
-   * deleted; if it returns `current` itself nothing is written. Without `expiresAt` a key keeps its expiry.
+   * Changes one key, atomically against every other process, and durably before it resolves. `change` must be pure: it
+   * is called again after a lost race. If it returns `undefined` the key is deleted; if it returns `current` itself
+   * nothing is written. Without `expiresAt` a key keeps its expiry.
    *
    * @returns what `change` returned.
    */
@@ -290,34 +251,16 @@ export interface Store {
   /** Yields all live entries whose keys start with `prefix`, in the order of their keys. */
   list(prefix: string): AsyncIterable<[key: string, value: unknown]>;
   /**
-   * Returns a stamp that differs after any change by any process, and costs little to read. While it stays the same,
-   * the guard does not read again; a change by another process may show a millisecond later. `undefined`, or a store
-   * without this method: the guard always reads.
+   * Returns a stamp that differs after any change by any process, at the latest a millisecond after it. While it stays
+   * the same, the guard does not read again. `undefined`, or a store without this method: the guard always reads.
    */
   version?(): number | undefined;
   /** Closes files and sockets. */
   close?(): void | Promise<void>;
 }
 
-/**
- * Entries of `allowedRedirectDomains` for common apps:
- * `allowedRedirectDomains: [...redirects.claude, ...redirects.cursor]`.
- */
-export const redirects: Record<
-  | "claude"
-  | "local"
-  | "antigravity"
-  | "chatgpt"
-  | "cursor"
-  | "devin"
-  | "grok"
-  | "metaai"
-  | "mistral"
-  | "perplexity"
-  | "slack"
-  | "vscode",
-  string[]
-> = {
+/** Entries of `allowedRedirectDomains` for common apps: `[...redirects.claude, ...redirects.cursor]`. */
+export const redirects = {
   /** Claude on the web, the phone and the desktop; the scheme is for the Code tab of Claude Desktop. */
   claude: ["claude.ai", "claude.com", "claude://claude.ai"],
   /** Programs on the owner's computer: Claude Code, Codex, Gemini CLI, Inspector, mcp-remote, opencode. */
@@ -332,7 +275,7 @@ export const redirects: Record<
   perplexity: ["www.perplexity.ai", "enterprise.perplexity.ai"],
   slack: ["oauth2.slack.com"],
   vscode: ["vscode.dev", "insiders.vscode.dev", "localhost"],
-};
+} as const;
 
 const MINUTE = 60;
 const HOUR = 60 * MINUTE;
@@ -345,7 +288,6 @@ const LIFETIME = "must be a number of seconds, from 1 to 100 years";
 
 /** A path whose segments do not begin with a dot: neither `/..` nor `/.well-known`. */
 const PATH = /^(\/(?!\.)[A-Za-z0-9._~-]+)+$/;
-const OUR_PATHS = new Set(["/authorize", "/token", "/register", "/revoke", "/introspect", "/connections"]);
 
 /** For every option: what a good value is, and what to say of a bad one. These are also all the names there are. */
 // deno-lint-ignore no-explicit-any
@@ -367,13 +309,10 @@ const OPTIONS: Record<keyof PersonalAuthOptions, [isGood: (it: any) => unknown, 
   ],
   registration: [(it) => typeof it === "boolean", "must be true or false"],
   mcpPath: [
-    (it) => isString(it) && PATH.test(it) && !OUR_PATHS.has(it),
+    (it) => isString(it) && PATH.test(it) && !["/connections", ...Object.keys(ENDPOINTS)].includes(it),
     `must be a path of its own without a trailing slash, such as "/mcp"`,
   ],
-  scopes: [
-    (it) => isStringList(it) || isObject(it),
-    `must be a list of names, such as ["mcp"], or an object from name to description`,
-  ],
+  scopes: [(it) => isStringList(it) || isObject(it), `must be a list of names, or an object from name to description`],
   clients: [
     (it) => Array.isArray(it) && it.every(isObject),
     "must be a list of { client_id, client_secret?, redirect_uris }",
@@ -385,6 +324,7 @@ const OPTIONS: Record<keyof PersonalAuthOptions, [isGood: (it: any) => unknown, 
 };
 
 type Settings = ReturnType<typeof readOptions>;
+type TokenRequest = Parameters<PersonalAuth["createToken"]>[0];
 type Emit = (type: AuthEvent["type"], message: string, more?: Partial<AuthEvent>) => void;
 
 /** Everything the endpoints share: the checked options, and what the server keeps besides. */
@@ -427,21 +367,22 @@ function readOptions(options: PersonalAuthOptions) {
     const found = name === "password" ? "" : `, not ${quote(value)}`;
     assert((value === undefined && name !== "baseUrl") || isGood(value), `${name} ${must}${found}`);
   }
-  const { baseUrl, mcpPath = "/mcp", password, authenticateOwner } = options;
+  const { baseUrl, mcpPath = "/mcp", password, authenticateOwner, pages = {}, registration = true } = options;
+  const { accessTokenTtl = 30 * DAY, refreshTokenTtl = 365 * DAY, onEvent = logEvent } = options;
   assert(
-    authenticateOwner === undefined || password === undefined,
-    "authenticateOwner is used instead of password: give one of the two",
+    !authenticateOwner || password === undefined,
+    "authenticateOwner is used instead of password: give one of them",
   );
+  assert(pages.title === undefined || isString(pages.title), "pages.title must be a string");
+  // It becomes part of a style sheet, where nothing is escaped.
+  assert(/^#[0-9a-f]{6}$/i.test(pages.accent ?? "#000000"), `pages.accent must be a colour such as "#7a3cff"`);
   const { origin, protocol, pathname } = readBaseUrl(baseUrl);
   const basePath = pathname === "/" ? "" : pathname;
-  assert(
-    !basePath.endsWith(mcpPath),
-    `baseUrl must not contain mcpPath as well: write "${baseUrl.slice(0, -mcpPath.length)}"`,
-  );
+  const doubled = `baseUrl must not contain mcpPath as well: write "${baseUrl.slice(0, -mcpPath.length)}"`;
+  assert(!basePath.endsWith(mcpPath), doubled);
   return {
     issuer: baseUrl,
     origin,
-    /** Whether the server is on https, as opposed to http on loopback. */
     secure: protocol === "https:",
     /** The path of `baseUrl`, or "". */
     basePath,
@@ -449,20 +390,15 @@ function readOptions(options: PersonalAuthOptions) {
     mcpPath: basePath + mcpPath,
     /** The one resource identifier that tokens are issued for (RFC 8707). */
     resource: baseUrl + mcpPath,
-    /** What clients may ask for instead, normalized. */
+    /** What clients may ask for instead. */
     resourceNames: [baseUrl + mcpPath, baseUrl].map(normalizeResource),
     resourceMetadataUrl: `${origin}/.well-known/oauth-protected-resource${basePath}${mcpPath}`,
     scopes: readScopes(options.scopes ?? { mcp: "use every tool of this server" }),
-    accessTokenTtl: options.accessTokenTtl ?? 30 * DAY,
-    refreshTokenTtl: options.refreshTokenTtl ?? 365 * DAY,
     allowed: readAllowed(options.allowedRedirectDomains),
-    registration: options.registration ?? true,
     clients: readClients(options.clients ?? []),
     password: typeof password === "string" ? normalizePassword(password) : password,
-    authenticateOwner,
     fetchClientMetadata: options.fetchClientMetadata ?? fetchPublicly,
-    pages: readPages(options.pages ?? {}),
-    onEvent: options.onEvent ?? logEvent,
+    ...{ accessTokenTtl, refreshTokenTtl, registration, authenticateOwner, pages, onEvent },
   };
 }
 
@@ -481,56 +417,50 @@ function didYouMean(name: string): string {
 function readBaseUrl(baseUrl: string): URL {
   const url = URL.parse(baseUrl);
   assert(url, `baseUrl must be a URL such as "https://your-domain.com", not ${quote(baseUrl)}`);
-  assert(
-    url.protocol === "https:" || (url.protocol === "http:" && isLoopback(url.hostname)),
-    "baseUrl must be https, or http on localhost, because tokens would be sent unencrypted; " +
-      (isPrivateHost(url.hostname)
-        ? "put a tunnel or a proxy with https in front of a server on a local network"
-        : `write "https://${url.host}"`),
-  );
+  const { protocol, hostname, host, origin, pathname } = url;
+  const isPrivate = !hostname.includes(".") || /\.(local|lan|home|internal)$/.test(hostname) ||
+    /^(10|192\.168|172\.(1[6-9]|2\d|3[01]))\./.test(hostname);
+  const advice = isPrivate
+    ? "put a tunnel with https in front of a server on a local network"
+    : `write "https://${host}"`;
+  const isSafe = protocol === "https:" || (protocol === "http:" && isLoopback(hostname));
+  assert(isSafe, `baseUrl must be https, or http on localhost, because tokens would be sent unencrypted; ${advice}`);
   // Clients compare the issuer byte for byte (RFC 8414 §3.3), so only the one way to write a URL is accepted.
-  const canonical = url.origin + (url.pathname === "/" ? "" : url.pathname.replace(/\/+$/, ""));
+  const canonical = origin + (pathname === "/" ? "" : pathname.replace(/\/+$/, ""));
   assert(baseUrl === canonical, `baseUrl is ${quote(baseUrl)}; write it exactly like this: "${canonical}"`);
-  assert(
-    url.pathname === "/" || PATH.test(url.pathname),
-    `the path of baseUrl may contain letters, digits and ._~- only, not ${quote(url.pathname)}`,
-  );
+  const fault = `the path of baseUrl may contain letters, digits and ._~- only, not ${quote(pathname)}`;
+  assert(pathname === "/" || PATH.test(pathname), fault);
   return url;
 }
 
-/** Whether a host is on a local network, where nobody can get a certificate. */
-function isPrivateHost(hostname: string): boolean {
-  return !hostname.includes(".") ||
-    /\.(local|lan|home|internal)$|^(10|192\.168|172\.(1[6-9]|2\d|3[01]))\./.test(hostname);
-}
+/** One scope-token (RFC 6749 §3.3). */
+const SCOPE = /^[\x21\x23-\x5b\x5d-\x7e]+$/;
+
+/** The scope by which clients ask for a refresh token. */
+const OFFLINE_ACCESS = "offline_access";
 
 function readScopes(scopes: string[] | Record<string, string | ScopeOption>) {
+  const entries = Array.isArray(scopes) ? scopes.map((name) => [name, {}] as const) : Object.entries(scopes);
   const options = new Map<string, ScopeOption>(
-    Array.isArray(scopes)
-      ? scopes.map((name) => [name, {}])
-      : Object.entries(scopes).map(([name, it]) => [name, typeof it === "string" ? { description: it } : it]),
+    entries.map(([name, it]) => [name, typeof it === "string" ? { description: it } : it]),
   );
   const all = [...options.keys()];
   const byDefault = all.filter((name) => !options.get(name)?.onRequest);
   assert(byDefault.length > 0, `scopes must name a scope that is granted by default, such as ["mcp"]`);
   for (const [name, { description = "", includes = [] }] of options) {
-    assert(
-      SCOPE.test(name) && name !== OFFLINE_ACCESS && name !== "openid",
-      `scopes contains ${quote(name)}: a scope is printable ASCII without spaces and quotes; ` +
-        "openid and offline_access cannot be offered",
-    );
+    const isGood = SCOPE.test(name) && name !== OFFLINE_ACCESS && name !== "openid";
+    const rule = "a scope is printable ASCII without spaces and quotes; openid and offline_access cannot be offered";
+    assert(isGood, `scopes contains ${quote(name)}: ${rule}`);
     assert(typeof description === "string", `scopes: the description of ${quote(name)} must be a string`);
     const unknown = includes.filter((scope) => !options.has(scope));
     assert(unknown.length === 0, `scopes: ${quote(name)} includes ${quote(unknown[0])}, which is not on offer`);
   }
   return {
-    /** All scopes on offer. */
     all,
     /** What a client gets that asks for nothing, or for nothing that is known here. */
     byDefault,
     /** Describes a scope in words. */
     words: (scope: string): string => options.get(scope)?.description || scope,
-    /** Adds all included scopes. */
     withIncluded(scopes: string[]): string[] {
       const reached = new Set(scopes);
       for (const scope of reached) { // a Set visits what is added meanwhile, so this follows chains and ends in circles
@@ -541,18 +471,11 @@ function readScopes(scopes: string[] | Record<string, string | ScopeOption>) {
   };
 }
 
-/** The scope by which clients ask for a refresh token. */
-const OFFLINE_ACCESS = "offline_access";
+const ALLOW_ENTRY = /^((\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)*(:\d{1,5})?|(?!https?:)[a-z][a-z0-9+.-]*:\/\/[^\s/?#@\\]*)$/;
 
-/** One scope-token (RFC 6749 §3.3). */
-const SCOPE = /^[\x21\x23-\x5b\x5d-\x7e]+$/;
-
-function readAllowed(allowed: string[] | null | undefined): string[] | null {
-  if (allowed === null) return null;
-  const entries = allowed ?? [...redirects.claude, ...redirects.local];
-  assert(Array.isArray(entries), "allowedRedirectDomains must be a list of domains, or null to allow all");
-  for (const entry of entries) {
-    const url = URL.parse(String(entry).includes("://") ? entry : `https://${entry}`);
+function readAllowed(allowed: readonly string[] | null = [...redirects.claude, ...redirects.local]) {
+  for (const entry of allowed ?? []) {
+    const url = URL.parse(entry.includes("://") ? entry : `https://${entry}`);
     const better = url && (/^https?:$/.test(url.protocol) && !isLoopback(url.hostname) ? url.host : allowEntry(url));
     assert(
       entry === better && ALLOW_ENTRY.test(entry),
@@ -561,34 +484,22 @@ function readAllowed(allowed: string[] | null | undefined): string[] | null {
         "app's own scheme",
     );
   }
-  return entries;
+  return allowed;
 }
 
-const ALLOW_ENTRY = /^((\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)*(:\d{1,5})?|(?!https?:)[a-z][a-z0-9+.-]*:\/\/[^\s/?#@\\]*)$/;
-
 function readClients(clients: PreregisteredClient[]): PreregisteredClient[] {
-  assert(Array.isArray(clients), "clients must be a list of { client_id, client_secret?, redirect_uris }");
   const ids = new Set<string>();
-  for (const client of clients) {
+  for (const { client_id, client_secret, redirect_uris } of clients) {
     assert(
-      isObject(client),
-      `clients holds ${quote(client)}, which is not { client_id, client_secret?, redirect_uris }`,
+      isString(client_id) && /^[\x20-\x7e]+$/.test(client_id),
+      "clients: each needs a client_id of printable ASCII",
     );
-    const { client_id, client_secret, redirect_uris } = client;
     assert(!ids.has(client_id), `clients: two have the client_id ${quote(client_id)}`);
     ids.add(client_id);
-    assert(
-      typeof client_id === "string" && /^[\x20-\x7e]+$/.test(client_id),
-      "clients: every client needs a client_id of printable ASCII",
-    );
-    assert(
-      client_secret === undefined || (typeof client_secret === "string" && client_secret.length >= 16),
-      `clients: the client_secret of ${quote(client_id)} must have at least 16 characters`,
-    );
-    assert(
-      Array.isArray(redirect_uris) && redirect_uris.length > 0,
-      `clients: ${quote(client_id)} needs a list of redirect_uris`,
-    );
+    const isLong = client_secret === undefined || (isString(client_secret) && client_secret.length >= 16);
+    assert(isLong, `clients: the client_secret of ${quote(client_id)} must have at least 16 characters`);
+    const isList = Array.isArray(redirect_uris) && redirect_uris.length > 0;
+    assert(isList, `clients: ${quote(client_id)} needs a list of redirect_uris`);
     for (const uri of redirect_uris) {
       const fault = unsafeRedirect(uri);
       assert(!fault, `clients: redirect_uri ${quote(uri)} of ${quote(client_id)} ${fault}`);
@@ -597,18 +508,24 @@ function readClients(clients: PreregisteredClient[]): PreregisteredClient[] {
   return clients;
 }
 
-function readPages(pages: PageOptions): PageOptions {
-  const { title, accent } = pages;
-  assert(title === undefined || typeof title === "string", "pages.title must be a string");
-  // It becomes part of a style sheet, where nothing is escaped.
-  assert(accent === undefined || /^#[0-9a-f]{6}$/i.test(accent), `pages.accent must be a colour such as "#7a3cff"`);
-  return pages;
-}
-
 // --- The server -----------------------------------------------------------------------------------------------------
 
 /** An endpoint. */
 type Handler = (server: Server, c: Context) => Response | Promise<Response>;
+
+/** What programs post to. They never read a cookie. */
+const ENDPOINTS: Record<string, Handler> = {
+  "/register": registerClient,
+  "/token": tokenEndpoint,
+  "/revoke": revocationEndpoint,
+  "/introspect": introspectionEndpoint,
+};
+
+/** What the owner opens, and what its forms post. */
+const OWNER_PAGES: Record<string, [show: Handler, change: Handler]> = {
+  "/authorize": [showConsent, decideConsent],
+  "/connections": [showConnections, changeConnections],
+};
 
 /**
  * Makes a complete OAuth 2.1 authorization server and the guard of one person's MCP server, as a Hono app. Mount it at
@@ -622,41 +539,32 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   const guard = createGuard(server);
   const { basePath, mcpPath } = server;
   const app = new Hono<AuthEnv>();
+  const withSlash = (path: string) => [path, `${path}/`];
 
   for (const [place, document] of discoveryDocuments(server)) {
-    for (const path of [place, `${place}/`]) {
+    for (const path of withSlash(place)) {
       app.use(path, CORS);
       app.get(path, (c) => c.json(document, 200, { ...NOSNIFF, "Cache-Control": "public, max-age=300" }));
       app.all(path, withErrors(server, () => methodNotAllowed("GET, HEAD")));
     }
   }
   // Answer 404 explicitly: OpenID clients fail on partial documents and on an app's catch-all page.
-  for (const path of openidPaths(server)) app.all(path, (c) => c.json({ error: "not_found" }, 404, NOSNIFF));
-
-  const endpoints: [path: string, handler: Handler][] = [
-    ["/register", registerClient],
-    ["/token", tokenEndpoint],
-    ["/revoke", revocationEndpoint],
-    ["/introspect", introspectionEndpoint],
-  ];
-  const pages: [path: string, show: Handler, change: Handler][] = [
-    ["/authorize", showConsent, decideConsent],
-    ["/connections", showConnections, changeConnections],
-  ];
-  const withSlash = (path: string) => [basePath + path, `${basePath}${path}/`];
-  for (const [path, handler] of endpoints) {
+  const openid = "/.well-known/openid-configuration";
+  for (const path of new Set([openid + basePath, openid + mcpPath, basePath + openid, mcpPath + openid])) {
+    app.all(path, (c) => c.json({ error: "not_found" }, 404, NOSNIFF));
+  }
+  for (const [path, handler] of Object.entries(ENDPOINTS)) {
     if (path === "/register" && !server.registration) continue;
     const onlyPost: Handler = (server, c) => c.req.method === "POST" ? handler(server, c) : methodNotAllowed("POST");
-    for (const route of withSlash(path)) app.all(route, withCors(withErrors(server, onlyPost)));
+    for (const route of withSlash(basePath + path)) app.all(route, withCors(withErrors(server, onlyPost)));
   }
-  for (const [path, show, change] of pages) {
-    for (const route of withSlash(path)) {
+  for (const [path, [show, change]] of Object.entries(OWNER_PAGES)) {
+    for (const route of withSlash(basePath + path)) {
       app.get(route, withErrors(server, show, errorPage));
       app.post(route, withErrors(server, (server, c) => assertOwnSite(server, c) ?? change(server, c), errorPage));
       app.all(route, withErrors(server, () => methodNotAllowed("GET, HEAD, POST"), errorPage));
     }
   }
-
   for (const path of new Set([basePath || "/", `${basePath}/`])) app.get(path, homePage(server));
 
   // A second line behind `auth.guard`, also without the path of baseUrl: a handler at the wrong path is not open.
@@ -676,10 +584,11 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
 /** Reads the options and puts together what the endpoints share. */
 function createServer(options: PersonalAuthOptions): Server {
   const settings = readOptions(options);
-  const emit: Emit = (type, message, more) => recordEvent(events, settings.onEvent, { type, message, ...more });
+  const { issuer, password, authenticateOwner, onEvent } = settings;
+  const emit: Emit = (type, message, more) => recordEvent(events, onEvent, { type, message, ...more });
   const store = guardStore(options.store ?? fileStore(".oauth-state"), emit);
-  const events: EventLog = { store, key: `events/${settings.issuer}`, waiting: [], writing: Promise.resolve() };
-  const longMac = serverMac(store, settings.issuer, emit);
+  const events: EventLog = { store, key: `events/${issuer}`, waiting: [], writing: Promise.resolve() };
+  const longMac = serverMac(store, issuer, emit);
   const server: Server = {
     ...settings,
     emit,
@@ -696,14 +605,12 @@ function createServer(options: PersonalAuthOptions): Server {
   };
   // At start, so that a store that another server uses is noticed. A failure is reported, and tried again when needed.
   longMac("start").catch(() => {});
-  if (settings.password === false) {
+  if (password === false) {
     emit("owner_unprotected", "password is false: anybody who knows the address can connect");
-  } else if (!settings.authenticateOwner) {
-    if (settings.password !== undefined && settings.password.length < 12) {
-      emit("password_weak", "the owner's password is short: take 12 characters or more");
-    }
-    // Likewise, so that a generated password is printed.
-    server.passwordReady().catch(() => {});
+  } else if (!authenticateOwner) {
+    const isShort = password !== undefined && password.length < 12;
+    if (isShort) emit("password_weak", "the owner's password is short: take 12 characters or more");
+    server.passwordReady().catch(() => {}); // also at start, so that a generated password is printed
   }
   return server;
 }
@@ -713,16 +620,10 @@ function createServer(options: PersonalAuthOptions): Server {
 /** Keeps browsers from guessing that an answer is a page. */
 const NOSNIFF = { "X-Content-Type-Options": "nosniff" };
 
-/**
- * Lets browser-based clients, such as MCP Inspector, read an answer from another origin. `*` is safe, because nothing
- * behind it looks at a cookie. The owner's pages, which do, are never opened this way.
- */
+/** Lets apps within a web page read an answer. `*` is safe: nothing behind it looks at a cookie; the owner's pages do. */
 const CORS = cors({ origin: "*", exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"] });
 
-/**
- * Adds CORS to a handler. Only browsers send Origin, and only they need it. A preflight carries no token by design, so
- * it is answered before the handler is called.
- */
+/** Adds CORS for browsers, which send Origin. A preflight carries no token, so it is answered before the handler. */
 function withCors(handler: MiddlewareHandler<AuthEnv>): MiddlewareHandler<AuthEnv> {
   return (c, next) => {
     if (!c.req.raw.headers.has("Origin")) return handler(c, next);
@@ -735,7 +636,7 @@ function withCors(handler: MiddlewareHandler<AuthEnv>): MiddlewareHandler<AuthEn
 
 /**
  * Returns both metadata documents at every place where clients look. They are built from `baseUrl`, never from the
- * request: behind a proxy that ends TLS a request claims to be http, and a forged Host header would be believed.
+ * request: behind a proxy that ends TLS it claims to be http, and a forged Host header would be believed.
  */
 function discoveryDocuments(server: Server): Map<string, Record<string, unknown>> {
   const { basePath, mcpPath } = server;
@@ -751,14 +652,10 @@ function discoveryDocuments(server: Server): Map<string, Record<string, unknown>
   ]);
 }
 
-/**
- * Returns the metadata of the authorization server.
- *
- * @see {@link https://www.rfc-editor.org/rfc/rfc8414#section-2 | RFC 8414 §2}
- */
+/** @see {@link https://www.rfc-editor.org/rfc/rfc8414#section-2 | RFC 8414 §2} */
 function authorizationServerMetadata({ issuer, scopes, clients, registration }: Server): Record<string, unknown> {
-  // Claude looks for "none".
-  const authMethods = ["none", "client_secret_post", "client_secret_basic", "private_key_jwt"];
+  const secrets = ["client_secret_post", "client_secret_basic"];
+  const authMethods = ["none", ...secrets, "private_key_jwt"]; // Claude looks for "none"
   const algorithms = Object.keys(ASSERTION_ALGORITHMS);
   return {
     issuer,
@@ -777,7 +674,7 @@ function authorizationServerMetadata({ issuer, scopes, clients, registration }: 
     revocation_endpoint_auth_signing_alg_values_supported: algorithms,
     ...(clients.some(({ client_secret }) => client_secret !== undefined) && {
       introspection_endpoint: `${issuer}/introspect`,
-      introspection_endpoint_auth_methods_supported: ["client_secret_post", "client_secret_basic"],
+      introspection_endpoint_auth_methods_supported: secrets,
     }),
     code_challenge_methods_supported: ["S256"],
     client_id_metadata_document_supported: true,
@@ -785,25 +682,15 @@ function authorizationServerMetadata({ issuer, scopes, clients, registration }: 
   };
 }
 
-/**
- * Returns the metadata of the resource: what a client needs to begin with. Omits `offline_access`, which concerns only
- * the authorization server.
- *
- * @see {@link https://www.rfc-editor.org/rfc/rfc9728#section-2 | RFC 9728 §2}
- */
+/** @see {@link https://www.rfc-editor.org/rfc/rfc9728#section-2 | RFC 9728 §2} */
 function protectedResourceMetadata({ issuer, resource, scopes, pages }: Server): Record<string, unknown> {
   return {
     resource,
     resource_name: pages.title ?? new URL(issuer).host,
     authorization_servers: [issuer],
-    scopes_supported: scopes.byDefault,
+    scopes_supported: scopes.byDefault, // without offline_access, which concerns only the authorization server
     bearer_methods_supported: ["header"],
   };
-}
-
-function openidPaths({ basePath, mcpPath }: Server): Set<string> {
-  const document = "/.well-known/openid-configuration";
-  return new Set([document + basePath, document + mcpPath, basePath + document, mcpPath + document]);
 }
 
 // --- Clients --------------------------------------------------------------------------------------------------------
@@ -1490,11 +1377,10 @@ function wellKnownClient(client_id: string): Client | undefined {
 // --- Redirect policy ------------------------------------------------------------------------------------------------
 
 /**
- * Returns why a redirect URI is refused, or `undefined` if it is allowed. The allow-list names the apps that may ask,
- * and so keeps other apps off the owner's page. It does not keep strangers out: all Claude accounts use one redirect
- * URI.
+ * Returns why a redirect URI is refused, or `undefined`. The list keeps other apps off the owner's page. It does not keep
+ * strangers out: all Claude accounts use one redirect URI.
  */
-function redirectRefusal(allowed: string[] | null, uri: string): string | undefined {
+function redirectRefusal(allowed: readonly string[] | null, uri: string): string | undefined {
   const fault = unsafeRedirect(uri);
   if (fault) return `redirect_uri ${quote(uri)} ${fault}`;
   const url = new URL(uri);
@@ -1503,27 +1389,22 @@ function redirectRefusal(allowed: string[] | null, uri: string): string | undefi
   return `redirect_uri ${quote(uri)} is not allowed here; the owner can add ${entry} to allowedRedirectDomains`;
 }
 
-function isListed(allowed: string[] | null, url: URL): boolean {
+function isListed(allowed: readonly string[] | null, url: URL): boolean {
   const entry = allowEntry(url);
   const isBelow = (wildcard: string) => wildcard.startsWith("*.") && entry.endsWith(wildcard.slice(1));
   return allowed?.some((item) => item === entry || (url.protocol === "https:" && isBelow(item))) ?? false;
 }
 
-/** Whether the owner's list names this site itself, and not just some program on some computer. */
-function isListedSite(allowed: string[] | null, url: URL): boolean {
-  return url.protocol === "https:" && !isLoopback(url.hostname) && isListed(allowed, url);
-}
-
 /** The entry of `allowedRedirectDomains` that lets a URL in. */
 function allowEntry(url: URL): string {
-  if (isLoopback(url.hostname) && /^https?:$/.test(url.protocol)) return "localhost";
+  if (isLocal(url)) return "localhost";
   return url.protocol === "https:" ? url.host : `${url.protocol}//${url.host}`;
 }
 
 /** Schemes a browser acts on itself: a code sent there is script, or a file, or readable on the way. */
 const NEVER_SCHEMES = /^(javascript|data|file|blob|filesystem|vbscript|about|view-source|intent|ftp|wss?):/i;
 
-/** What no list can allow. Each rule closes a known way to make a URI look like another one, or run as script. */
+/** Returns what no list can allow. Each rule closes a known way to make a URI look like another one, or run as script. */
 function unsafeRedirect(uri: unknown): string | undefined {
   if (typeof uri !== "string" || uri.length > MAX_URI_LENGTH) {
     return `must be a string of ${MAX_URI_LENGTH} characters at the most`;
@@ -1537,19 +1418,18 @@ function unsafeRedirect(uri: unknown): string | undefined {
   if (/^[^/?]*\/\/[^/?]*@/.test(uri)) return "must not hold a user name"; // https://claude.ai@evil.example
   if (url.protocol === "http:" && !isLoopback(url.hostname)) return "must be https, or http on localhost";
   if (/^https?:/.test(url.protocol) && !/^https?:\/\/[^/]/i.test(uri)) return "must name its host after //";
-  const taken = ["code", "state", "iss", "error"].filter((name) => url.searchParams.has(name));
   // A client that takes the first of two equal parameters would read the one that stood there before.
-  if (taken.length > 0) return `must not carry the parameter ${taken[0]}`;
-  return undefined;
+  const taken = ["code", "state", "iss", "error"].find((name) => url.searchParams.has(name));
+  return taken && `must not carry the parameter ${taken}`;
 }
 
 function isLoopback(hostname: string): boolean {
-  return hostname === "localhost" || hostname === "127.0.0.1" || hostname === "[::1]";
+  return ["localhost", "127.0.0.1", "[::1]"].includes(hostname);
 }
 
 /**
- * Exact string comparison (OAuth 2.1 §4.1.1), except that a native app's loopback listener may be on any port
- * (RFC 8252 §7.3). The three loopback names stay different from each other: whoever holds one need not hold the others.
+ * Compares exactly (OAuth 2.1 §4.1.1), but lets a native app listen on any port of loopback (RFC 8252 §7.3). The three
+ * names of loopback stay different: whoever holds one need not hold the others.
  */
 function sameRedirect(registered: string, requested: string): boolean {
   const portless = (uri: string) =>
@@ -1590,30 +1470,29 @@ async function decideConsent(server: Server, c: Context): Promise<Response> {
   const decision = form.get("decision") ?? "";
   const session = await readSession(server, c);
   if (session.answer) return session.answer;
-  const isKnown = ["approve", "approve_elsewhere", "deny"].includes(decision);
+  const elsewhere = decision === "approve_elsewhere";
+  const isKnown = elsewhere || decision === "approve" || decision === "deny";
   if (!isKnown || !await checkCsrf(server, session.browser, encoded, csrf)) {
-    return await askAgain(server, c, encoded, csrf, session, decision === "approve_elsewhere");
+    return await askAgain(server, c, encoded, csrf, session, elsewhere);
   }
   const request = await readRequest(server, c, encoded);
   if (request instanceof Response) return request;
   const { client, redirect_uri } = request;
-  const clientName = client.name;
   // Only the address of a loopback listener is ever shown: any other app is reached from here, and its code is no text
   // that somebody could be talked into sending on.
-  const elsewhere = decision === "approve_elsewhere";
   if (elsewhere && !isLocal(new URL(redirect_uri))) throw invalidRequest("This app can be reached from this browser");
   if (decision === "deny") {
-    server.emit("connection_denied", "the request was denied", { clientName });
+    server.emit("connection_denied", "the request was denied", { clientName: client.name });
     noteAttempt(server, client, { denied: seconds() });
-    const error_description = "The owner denied the request";
-    return redirectBack(server, c, request, { error: "access_denied", error_description });
+    const answer = { error: "access_denied", error_description: "The owner denied the request" };
+    return redirectBack(server, c, request, answer);
   }
   const problem = await signIn(server, c, session, form.get("password") ?? "");
   if (problem) return await askOwner(server, c, request, session, { csrf, problem });
   const approval = await approve(server, csrf, request);
   if (!approval) throw invalidRequest("The app has changed its redirect_uri since the page was shown: connect again");
   const { code, repeated } = approval;
-  if (!repeated) server.emit("connection_approved", `approved for ${redirect_uri}`, { clientName });
+  if (!repeated) server.emit("connection_approved", `approved for ${redirect_uri}`, { clientName: client.name });
   if (repeated || elsewhere) return approvedPage(server, c, request, code, elsewhere);
   return redirectBack(server, c, request, { code: code! });
 }
@@ -1642,7 +1521,9 @@ async function askOwner(
   again?: { csrf: string; problem: Problem },
 ): Promise<Response> {
   const { client, redirect_uri, encoded } = request;
-  const vouched = isListedSite(server.allowed, new URL(client.source === "document" ? client.id : redirect_uri));
+  // Whether the owner's list names this site itself, and not just some program on some computer.
+  const site = new URL(client.source === "document" ? client.id : redirect_uri);
+  const vouched = site.protocol === "https:" && !isLocal(site) && isListed(server.allowed, site);
   const csrf = again?.csrf ?? await createCsrf(server, browser, encoded);
   return consentPage(server, c, request, { who, encoded, vouched, ...again, csrf });
 }
@@ -1693,8 +1574,7 @@ function redirectBack(server: Server, c: Context, target: Target, answer: Record
   const uri = answerUri(server, target, answer);
   if (!/^https?:/i.test(uri)) return openAppPage(server, c, uri, target.client.name, "code" in answer);
   c.header("Cache-Control", "no-store");
-  // 302, never 307: the browser would post the owner's password on to the client.
-  return c.redirect(uri, 302);
+  return c.redirect(uri, 302); // never 307: the browser would post the owner's password on to the client
 }
 
 function invalidRequest(description: string, options?: OAuthErrorDetails): OAuthError {
@@ -1703,22 +1583,19 @@ function invalidRequest(description: string, options?: OAuthErrorDetails): OAuth
 
 /** Finds client and redirect URI. Until both are known good, nothing may be redirected (OAuth 2.1 §4.1.2.1). */
 async function authorizationTarget(server: Server, params: URLSearchParams): Promise<Target> {
-  const client_id = params.get("client_id");
-  if (client_id === null) throw invalidRequest("The request names no client_id");
-  const client = await resolveClient(server, client_id);
-  if (!client) {
-    throw new OAuthError("invalid_client", "This server does not know the app that sent you here", { status: 401 });
-  }
-  const [only, ...others] = client.redirect_uris;
-  const redirect_uri = params.get("redirect_uri") ?? (others.length === 0 ? only : undefined);
-  if (redirect_uri === undefined) throw invalidRequest("The request names no redirect_uri");
-  const event = { event: "redirect_refused", clientName: client.name } as const;
-  if (!client.redirect_uris.some((registered) => sameRedirect(registered, redirect_uri))) {
+  const client = await resolveClient(server, required(params, "client_id"));
+  const unknown = "This server does not know the app that sent you here";
+  if (!client) throw new OAuthError("invalid_client", unknown, { status: 401 });
+  const { redirect_uris, source, name: clientName } = client;
+  const only = redirect_uris.length === 1 ? redirect_uris[0] : undefined;
+  const redirect_uri = only !== undefined && !params.has("redirect_uri") ? only : required(params, "redirect_uri");
+  const event = { event: "redirect_refused", clientName } as const;
+  if (!redirect_uris.some((registered) => sameRedirect(registered, redirect_uri))) {
     const description = `redirect_uri ${quote(redirect_uri)} is not one that the client registered`;
-    throw invalidRequest(description, { ...event, reason: `${description}: ${quote(client.redirect_uris)}` });
+    throw invalidRequest(description, { ...event, reason: `${description}: ${quote(redirect_uris)}` });
   }
   // Checked again although registration did: the owner may have shortened the list, and a signed client_id stays valid.
-  const isOwn = client.source === "preregistered";
+  const isOwn = source === "preregistered";
   const refused = isOwn ? unsafeRedirect(redirect_uri) : redirectRefusal(server.allowed, redirect_uri);
   if (refused) throw invalidRequest(refused, event);
   return { client, redirect_uri, state: params.get("state") };
@@ -1733,8 +1610,8 @@ function authorizationRequest(server: Server, params: URLSearchParams) {
     throw new OAuthError("unsupported_response_type", "response_type must be code");
   }
   if ((params.get("response_mode") ?? "query") !== "query") throw invalidRequest("response_mode must be query");
-  const code_challenge = params.get("code_challenge");
   // Without PKCE a stolen code is a stolen connection; "plain" sends the verifier where codes are stolen from.
+  const code_challenge = params.get("code_challenge");
   if (code_challenge === null) throw invalidRequest("code_challenge is missing: PKCE is required");
   if (params.get("code_challenge_method") !== "S256") throw invalidRequest("code_challenge_method must be S256");
   const isDigest = /^[A-Za-z0-9_-]{43}$/.test(code_challenge);
@@ -1780,11 +1657,9 @@ const FAULTS: Record<string, [title: string, advice: string]> = {
  */
 function checkResource({ resource, resourceNames }: Server, params: URLSearchParams): void {
   for (const asked of params.getAll("resource")) {
-    const normal = normalizeResource(asked);
-    if (normal === undefined || !resourceNames.includes(normal)) {
-      const reason = `the client asked for ${quote(asked)}`;
-      throw new OAuthError("invalid_target", `This server grants access to ${resource} only`, { reason });
-    }
+    if (resourceNames.includes(normalizeResource(asked) ?? "")) continue;
+    const reason = `the client asked for ${quote(asked)}`;
+    throw new OAuthError("invalid_target", `This server grants access to ${resource} only`, { reason });
   }
 }
 
@@ -1793,7 +1668,7 @@ const MAX_RESOURCE_LENGTH = 2048;
 function normalizeResource(resource: string): string | undefined {
   if (resource.length > MAX_RESOURCE_LENGTH || resource.includes("#")) return undefined;
   const url = URL.parse(resource);
-  if (!url || url.username || url.password || (url.protocol !== "https:" && url.protocol !== "http:")) return undefined;
+  if (!url || url.username || url.password || !/^https?:$/.test(url.protocol)) return undefined;
   // A loop, not /\/+$/: that takes quadratic time on a stranger's "////…x" and stopped the whole server.
   let end = url.pathname.length;
   while (url.pathname[end - 1] === "/") end--;
@@ -1846,8 +1721,8 @@ async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
 }
 
 /**
- * Ends the connection that a token of either kind belongs to. The client stays registered, because Claude Code signs
- * out and comes back with the same client_id. An unknown token is answered 200 as well.
+ * Ends the connection that a token belongs to, and answers 200 for an unknown one too. The client stays registered:
+ * Claude Code signs out and comes back with the same client_id.
  *
  * @see {@link https://www.rfc-editor.org/rfc/rfc7009#section-2.1 | RFC 7009 §2.1}
  */
@@ -1855,8 +1730,7 @@ async function revocationEndpoint(server: Server, c: Context): Promise<Response>
   const form = await readForm(c);
   const client = await authenticateClient(server, c, form);
   await revokeToken(server, required(form, "token"), client);
-  c.header("Cache-Control", "no-store");
-  return c.body(null, 200);
+  return c.body(null, 200, { "Cache-Control": "no-store" });
 }
 
 /**
@@ -2374,7 +2248,7 @@ async function createToken(
   server: Server,
   { name, scopes, expiresIn = 365 * DAY }: TokenRequest,
   form: string = random(32),
-): Promise<NewToken | undefined> {
+) {
   const { all } = server.scopes;
   assert(isString(name) && printable(name) !== "", "createToken: name must say what the token is for");
   assert(isLifetime(expiresIn), `createToken: expiresIn ${LIFETIME}, not ${quote(expiresIn)}`);
