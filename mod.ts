@@ -399,8 +399,8 @@ interface Server extends Settings {
   documents: DocumentCache;
   /** Access tokens that the store confirmed, by the Authorization header they came in. */
   verified: Map<string, VerifiedToken>;
-  /** The AuthInfo of requests whose token was just checked, so that two guards on one route check it once. */
-  checked: WeakMap<Request, AuthInfo>;
+  /** Under this key a Hono context keeps the AuthInfo of a token that was checked: a second guard does no more. */
+  passed: symbol;
   /** Attempts to connect that are not approved yet, by client_id, the latest last. */
   attempts: Map<string, Attempt>;
   /** When somebody last called without a token: how a client finds the server. */
@@ -689,7 +689,7 @@ function createServer(options: PersonalAuthOptions): Server {
     longMac,
     documents: { copies: new Map(), underWay: new Map(), asked: new Map() },
     verified: new Map(),
-    checked: new WeakMap(),
+    passed: Symbol("passed"),
     attempts: new Map(),
     found: {},
     passwordReady: once(() => ensurePassword(server)),
@@ -1886,71 +1886,57 @@ async function introspectionEndpoint(server: Server, c: Context): Promise<Respon
 // --- Grants ---------------------------------------------------------------------------------------------------------
 
 /**
- * A connection: one record, `grant/<id>`, with everything about it. Every token names its grant, so checking a token is
- * one read, every change is one atomic change, and ending the connection ends all its tokens. Only hashes of secrets
- * are stored. Times are in seconds since the epoch, with fractions.
+ * A connection: one record, `grant/<id>`. Every token names its grant, so checking a token is one read, every change is
+ * one atomic change, and ending the connection ends all its tokens. Only hashes of secrets are stored.
  */
 interface Grant {
-  /** `auth`: the only way in which it may authenticate. */
-  client: { id: string; name: string; auth?: "private_key_jwt" };
+  client: { id: string; name: string; auth?: "private_key_jwt" }; // `auth`: the only way in which it may authenticate
   redirect_uri?: string;
   scopes: string[];
   resource: string;
   created: number;
-  /** When an access token was first used. */
-  called?: number;
-  /** When a token was last used, to the minute. */
-  used?: number;
+  called?: number; // when an access token was first used
+  used?: number; // when a token was last used, to the minute
   expires: number;
   revoked?: number;
   code?: NewCode & { expires: number; redeemed?: number };
   refresh?: RefreshState;
-  /** Live access tokens, oldest first. A refresh leaves the earlier ones to their own expiry. */
-  access: AccessToken[];
-  /** The owner's own name for it, how it came to be approved, and why it was last refused. */
-  label?: string;
+  access: AccessToken[]; // oldest first: a refresh leaves the earlier ones to their own expiry
+  label?: string; // the owner's own name for it
   attempt?: Pick<Attempt, "found" | "introduced" | "shown">;
   refused?: Refusal;
 }
 
-/** `refreshes`: whether the client registered for refresh tokens. */
 type NewCode = { hash: string; challenge: string; refreshes: boolean };
 
 interface RefreshState {
-  /** Fingerprint of the current refresh token, RT(n). */
-  hash: string;
+  hash: string; // of the current refresh token, RT(n)
   n: number;
-  /** Whether RT(n), or the access token issued with it, has been used: then the client has it, and RT(n-1) is spent. */
-  presented: boolean;
-  /** The latest refresh tokens before RT(n) and when each was first rotated, newest first. */
-  rotated: [hash: string, at: number][];
-  /** The latest n whose answer was repeated after the grace period. */
-  repeated?: number;
+  presented: boolean; // RT(n) or its access token has been used: the client has it, and RT(n-1) is spent
+  rotated: [hash: string, at: number][]; // the latest before RT(n), newest first
+  repeated?: number; // the latest n whose answer was repeated after the grace period
 }
 
-interface AccessToken {
-  hash: string;
-  /** The n of the refresh token it was issued with. */
-  n: number;
-  /** Present if it has fewer than the grant. */
-  scopes?: string[];
-  expires: number;
-}
+/** `n`: of the refresh token it was issued with. `scopes`: which ones of the grant's, by position, if not all. */
+type AccessToken = { hash: string; n: number; scopes?: number[]; expires: number };
+
+/** What a client presents: the hash of a code or refresh token, its own id, and the resource of this server. */
+type Presented = { hash: string; client_id: string; resource: string };
+
+/** What is to be issued: the hashes of the tokens, and when the connection ends unless it is refreshed. */
+type Issue = { access: Omit<AccessToken, "n">; refresh: string; expires: number };
 
 /** The record to keep (the same object if nothing changed), what happened, and why it was refused. */
 interface Transition {
   grant: Grant;
-  outcome: "issued" | "repeated" | "replayed" | "reused" | "refused";
+  outcome: "redeemed" | "issued" | "repeated" | "replayed" | "reused" | "refused";
   reason?: string;
 }
-
-/** The hashes of the tokens to issue, and when the connection ends unless it is refreshed. */
-type Issue = { access: Omit<AccessToken, "n">; refresh: string; expires: number };
 
 const CODE_TTL = 5 * MINUTE;
 /** How long a refresh token works after its rotation: clients on several machines refresh in parallel. */
 const REFRESH_GRACE = 2 * MINUTE;
-/** Bounds on one record for clients that refresh without pause. Deno KV takes 64 KiB; these come to half of it. */
+/** With these bounds, the largest record takes less than the 64 KiB that Deno KV holds. */
 const MAX_ACCESS_TOKENS = 100;
 const MAX_ROTATIONS = 200;
 
@@ -1958,7 +1944,7 @@ const MAX_ROTATIONS = 200;
 
 /** Returns the grant of a new approval: a code, and no token yet. The record outlives its form, which is good once. */
 function approveGrant(
-  request: Pick<Grant, "client" | "scopes" | "resource" | "attempt"> & { redirect_uri: string },
+  request: Pick<Grant, "client" | "redirect_uri" | "scopes" | "resource" | "attempt">,
   code: NewCode,
   now: number,
 ): Grant {
@@ -1967,7 +1953,7 @@ function approveGrant(
 }
 
 /** Returns why this client can neither redeem nor refresh a grant. */
-function grantRefusal(grant: Grant, request: { client_id: string; resource: string }, now: number) {
+function grantRefusal(grant: Grant, request: Presented, now: number): string | undefined {
   if (grant.revoked !== undefined) return `the connection was ended ${ago(now - grant.revoked)}`;
   if (grant.client.id !== request.client_id) return "the code or refresh token was issued to another client";
   // Servers at several addresses may share a store: each issues tokens for itself alone.
@@ -1987,14 +1973,7 @@ function refused(grant: Grant, reason: string): Transition {
  */
 function redeemGrant(
   grant: Grant,
-  request: {
-    hash: string;
-    challenge: string;
-    client_id: string;
-    resource: string;
-    redirect_uri?: string | undefined;
-    arrived: number;
-  },
+  request: Presented & { challenge: string; redirect_uri?: string | undefined; arrived: number },
   { access, refresh, expires }: Issue,
   now: number,
 ): Transition {
@@ -2007,34 +1986,25 @@ function redeemGrant(
     return refused(grant, `redirect_uri ${quote(request.redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
   }
   if (code.redeemed !== undefined) {
-    // Client and verifier are right, so somebody else holds both: end what was issued. A request that had arrived
-    // before the code was redeemed is the client's own duplicate, and is only refused.
+    // The client's own duplicate had arrived before the code was redeemed. Otherwise, as client and verifier are right,
+    // somebody else holds both.
     if (request.arrived < code.redeemed) return refused(grant, "a duplicate of a request that came at the same time");
     return { grant: revokeGrant(grant, now), outcome: "replayed" };
   }
   if (code.expires <= now) return refused(grant, `the code expired ${ago(now - code.expires)}`);
   const redeemed = { ...grant, code: { ...code, redeemed: now }, access: [{ ...access, n: 0 }] };
-  if (!code.refreshes) return { grant: { ...redeemed, expires: access.expires }, outcome: "issued" };
+  if (!code.refreshes) return { grant: { ...redeemed, expires: access.expires }, outcome: "redeemed" };
   const first: RefreshState = { hash: refresh, n: 0, presented: false, rotated: [] };
-  return { grant: { ...redeemed, expires, refresh: first }, outcome: "issued" };
+  return { grant: { ...redeemed, expires, refresh: first }, outcome: "redeemed" };
 }
 
 /**
- * Rotates a refresh token, or repeats the answer to one that was rotated. Tokens are derived, not drawn, so everybody
- * who presents the same token gets the same answer, and parallel refreshes are harmless. A rotated token is accepted
- * within the grace period, and later for as long as nothing issued for it has been used: then its answer was lost.
- * Anything else is a second holder, and the connection ends.
- *
- * `request.hash` must be the fingerprint of a refresh token that this server made for this grant.
+ * Rotates a refresh token. Its successor is derived, not drawn, so that parallel refreshes get the same answer.
+ * `request.hash` must be of a token that this server made for this grant: an unknown one ends the connection.
  *
  * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.3.1 | OAuth 2.1 §4.3.1}
  */
-function refreshGrant(
-  grant: Grant,
-  request: { hash: string; client_id: string; resource: string },
-  issue: Issue,
-  now: number,
-): Transition {
+function refreshGrant(grant: Grant, request: Presented, issue: Issue, now: number): Transition {
   const { refresh } = grant;
   const refusal = grantRefusal(grant, request, now);
   if (refusal) return refused(grant, refusal);
@@ -2045,35 +2015,36 @@ function refreshGrant(
   const recent = refresh.rotated.filter(([, at]) => now - at <= REFRESH_GRACE).slice(0, MAX_ROTATIONS - 1);
   const rotated: RefreshState["rotated"] = [[request.hash, now], ...recent];
   const next = { ...refresh, hash: issue.refresh, n, presented: false, rotated };
-  return { outcome: "issued", grant: withTokens(grant, issue, next, n, now) };
+  return { grant: withTokens(grant, issue, next, n, now), outcome: "issued" };
 }
 
-/** Repeats the answer to a refresh token that was rotated, or ends the connection. */
+/**
+ * Repeats the answer to a refresh token that was rotated: within the grace period, or later if nothing issued for it
+ * has been used, because the answer was lost then. Anything else is a second holder, and the connection ends.
+ */
 function repeatRefresh(grant: Grant, refresh: RefreshState, hash: string, issue: Issue, now: number): Transition {
   const { rotated, n } = refresh;
   const index = rotated.findIndex(([known]) => known === hash);
   const at = rotated[index]?.[1];
-  const inGrace = at !== undefined && now - at <= REFRESH_GRACE;
-  const isUnused = index === 0 && !refresh.presented;
-  // A thief who copies a token can rotate it first, leave the answer unused, and wait: the client then looks like one
-  // that lost an answer. Lost answers are rare; two consecutive ones, both asked for late, are taken for a thief.
+  if (at !== undefined && now - at <= REFRESH_GRACE) {
+    // The first answer again; its access token gets new time only if it has used up half of it.
+    const issued = grant.access.find((token) => token.hash === issue.access.hash);
+    const lasts = issued && issued.expires - now >= (issue.access.expires - now) / 2;
+    return { grant: lasts ? grant : withTokens(grant, issue, refresh, n - index, now), outcome: "issued" };
+  }
+  // A thief can rotate first, leave the answer unused, and wait: the client then looks like one that lost an answer.
+  // Lost answers are rare; two consecutive ones, both asked for late, are taken for a thief.
   const isSecondInRow = refresh.repeated !== undefined && refresh.repeated === n - 1;
-  if (!inGrace && (!isUnused || isSecondInRow)) {
-    const when = at === undefined ? "long ago" : ago(now - at);
-    return { grant: revokeGrant(grant, now), outcome: "reused", reason: `the refresh token was rotated ${when}` };
+  if (index !== 0 || refresh.presented || isSecondInRow) {
+    const reason = `the refresh token was rotated ${at === undefined ? "long ago" : ago(now - at)}`;
+    return { grant: revokeGrant(grant, now), outcome: "reused", reason };
   }
-  if (!inGrace) {
-    // A late answer counts as the first one: the grace period for the client's other machines starts again.
-    const late: RefreshState = { ...refresh, rotated: [[hash, now], ...rotated.slice(1)], repeated: n };
-    return { outcome: "repeated", grant: withTokens(grant, issue, late, n, now) };
-  }
-  // The repeated answer is the first one again; its access token gets new time only if it has used up half of it.
-  const issued = grant.access.find((token) => token.hash === issue.access.hash);
-  const lasts = issued && issued.expires - now >= (issue.access.expires - now) / 2;
-  return { outcome: "issued", grant: lasts ? grant : withTokens(grant, issue, refresh, n - index, now) };
+  // A late answer counts as the first one: the grace period for the client's other machines starts again.
+  const late: RefreshState = { ...refresh, rotated: [[hash, now], ...rotated.slice(1)], repeated: n };
+  return { grant: withTokens(grant, issue, late, n, now), outcome: "repeated" };
 }
 
-/** Returns the grant after a refresh: with one more access token, issued with RT(n), and without those that expired. */
+/** Returns the grant with one more access token, issued with RT(n), and without those that expired. */
 function withTokens(grant: Grant, issue: Issue, refresh: RefreshState, n: number, now: number): Grant {
   const others = grant.access.filter((token) => token.expires > now && token.hash !== issue.access.hash);
   const access = [...others, { ...issue.access, n }].slice(-MAX_ACCESS_TOKENS);
@@ -2083,8 +2054,12 @@ function withTokens(grant: Grant, issue: Issue, refresh: RefreshState, n: number
 function verifyGrant(grant: Grant, hash: string, resource: string, now: number): AccessToken | undefined {
   // Digests are compared, not tokens: how far two digests agree says nothing about the token behind them.
   const token = grant.access.find((candidate) => candidate.hash === hash);
-  const live = token && token.expires > now && grant.expires > now && grant.revoked === undefined;
-  return live && grant.resource === resource ? token : undefined;
+  const isLive = token && token.expires > now && grant.expires > now && grant.revoked === undefined;
+  return isLive && grant.resource === resource ? token : undefined;
+}
+
+function scopesOf(grant: Grant, { scopes }: AccessToken): string[] {
+  return scopes ? grant.scopes.filter((_, position) => scopes.includes(position)) : grant.scopes;
 }
 
 /** Records that an access token was used. Returns the same object if there is nothing new to remember. */
@@ -2126,33 +2101,13 @@ async function updateGrant({ store }: Server, id: string, change: (grant: Grant)
   return await store.update(`grant/${id}`, changeIt, defined({ expiresAt })) as Grant | undefined;
 }
 
-/** The outcomes that the owner must hear of. */
-const ALARMS: Partial<Record<Transition["outcome"], [event: AuthEvent["type"], message: string]>> = {
+/** The outcomes that the owner hears of. */
+const OUTCOMES: Partial<Record<Transition["outcome"], [event: AuthEvent["type"], message: string]>> = {
+  redeemed: ["code_redeemed", "the app fetched its token"],
   replayed: ["code_replayed", "a code was redeemed twice: the connection is ended"],
   reused: ["refresh_token_reused", "a refresh token was used again: the connection is ended"],
   repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
 };
-
-/** Applies a transition atomically, raises the event of what happened, and throws what to answer unless it issued. */
-async function changeGrant(
-  server: Server,
-  id: string,
-  transition: (grant: Grant, now: number) => Transition,
-  { expires }: Issue,
-): Promise<Grant> {
-  let result = undefined as Transition | undefined;
-  const grant = await updateGrant(server, id, (grant) => {
-    result = transition(grant, seconds());
-    return result.grant;
-  }, expires);
-  // Both are asked for: when a write is tried again, the grant may be gone, and the result that of the first try.
-  if (!grant || !result) throw invalidGrant("the connection has ended");
-  const { outcome, reason } = result;
-  const [event, message] = ALARMS[outcome] ?? [];
-  if (event) emitFor(server, event, message!, id, grant);
-  if (outcome === "issued" || outcome === "repeated") return grant;
-  throw invalidGrant(reason, event);
-}
 
 /** One answer to whatever is wrong with a code or refresh token: the reason is for the owner, not for a thief. */
 function invalidGrant(reason?: string, event?: AuthEvent["type"]): OAuthError {
@@ -2179,58 +2134,46 @@ async function approve(
   { client, redirect_uri, scopes, code_challenge: challenge }: AuthorizationRequest,
   lookOnly = false,
 ): Promise<{ code?: string; repeated: boolean } | undefined> {
-  const { attempts, resource } = server;
   const id = await formId(server, form);
   const code = `pac_${id}${await server.mac("code", form)}`;
-  const { found, introduced, shown } = attempts.get(client.id) ?? {};
-  const attempt = defined({ found, introduced, shown });
-  const who = { id: client.id, name: client.name, ...defined({ auth: client.auth }) };
-  const fresh = approveGrant(
-    { client: who, redirect_uri, scopes, resource, attempt },
-    { hash: await hashToken(code), challenge, refreshes: client.refreshes },
-    seconds(),
-  );
-  const before = lookOnly ? await readGrant(server, id) : await insertGrant(server, id, fresh);
-  if (!lookOnly) attempts.delete(client.id); // from here on, the record tells
-  const grant = before ?? fresh;
-  if (lookOnly && !before || grant.client.id !== client.id || grant.redirect_uri !== redirect_uri) return undefined;
+  let before: Grant | undefined;
+  if (lookOnly) before = await readGrant(server, id);
+  else {
+    const { found, introduced, shown } = server.attempts.get(client.id) ?? {};
+    const attempt = defined({ found, introduced, shown });
+    const who = { id: client.id, name: client.name, ...defined({ auth: client.auth }) };
+    const request = { client: who, redirect_uri, scopes, resource: server.resource, attempt };
+    const newCode = { hash: await hashToken(code), challenge, refreshes: client.refreshes };
+    before = await insertGrant(server, id, approveGrant(request, newCode, seconds()));
+    server.attempts.delete(client.id); // from here on, the record tells
+  }
+  if (!before) return lookOnly ? undefined : { code, repeated: false };
+  if (before.client.id !== client.id || before.redirect_uri !== redirect_uri) return undefined;
   // After a double click the browser follows the second response, so it carries the first one's code.
-  return { repeated: before !== undefined, ...(hasOpenCode(grant, seconds()) && { code }) };
+  return { repeated: true, ...(hasOpenCode(before, seconds()) && { code }) };
 }
 
 function hasOpenCode({ code }: Grant, now: number): boolean {
   return code !== undefined && code.redeemed === undefined && code.expires > now;
 }
 
-/** The response of the token endpoint (OAuth 2.1 §3.2.3). No member is ever null: strict clients refuse that. */
-interface TokenResponse {
-  access_token: string;
-  token_type: "Bearer";
-  expires_in: number;
-  refresh_token?: string;
-  scope: string;
-}
-
 /** Exchanges a code for tokens. `arrived` is when the request came, before its body was read. */
-async function redeem(server: Server, form: URLSearchParams, client: Client, arrived: number): Promise<TokenResponse> {
+async function redeem(server: Server, form: URLSearchParams, client: Client, arrived: number) {
   const [code, code_verifier] = [required(form, "code"), required(form, "code_verifier")];
   if (!/^[A-Za-z0-9._~-]{43,128}$/.test(code_verifier)) {
     throw invalidRequest("code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)");
   }
   const id = grantId("pac", code);
   if (!id) throw new OAuthError("invalid_grant", "This is not a code of this server");
-  const access_token = `pat_${id}${random(32)}`;
-  const refresh = await deriveRefresh(server, id + random(32));
   const [hash, challenge] = [await hashToken(code), await s256(code_verifier)];
   const redirect_uri = form.get("redirect_uri") ?? undefined;
   const request = { hash, challenge, client_id: client.id, resource: server.resource, redirect_uri, arrived };
-  const issue = await hashIssue(server, access_token, undefined, refresh.hash);
-  const grant = await changeGrant(server, id, (grant, now) => redeemGrant(grant, request, issue, now), issue);
-  emitFor(server, "code_redeemed", "the app fetched its token", id, grant);
-  return tokenResponse(grant, issue, access_token, grant.refresh && refresh.token);
+  const successor = await deriveRefresh(server, id + random(32));
+  const transition = (grant: Grant, issue: Issue) => redeemGrant(grant, request, issue, seconds());
+  return await issueTokens(server, id, `pat_${id}${random(32)}`, successor, transition);
 }
 
-async function refresh(server: Server, form: URLSearchParams, client: Client): Promise<TokenResponse> {
+async function refresh(server: Server, form: URLSearchParams, client: Client) {
   const refresh_token = required(form, "refresh_token");
   const id = grantId("prt", refresh_token);
   if (!id) throw invalidGrant("it does not have the form of a refresh token");
@@ -2241,22 +2184,58 @@ async function refresh(server: Server, form: URLSearchParams, client: Client): P
   if (!granted) throw invalidGrant("the connection has ended");
   const asked = form.get("scope");
   const scopes = asked === null ? granted : narrowedScopes(asked, granted);
+  // By position: a list of names in each token would outgrow the record.
+  const narrower = scopes.length < granted.length ? scopes.map((scope) => granted.indexOf(scope)) : undefined;
   const access_token = `pat_${id}${await server.mac("access", refresh_token, scopes.join(" "))}`;
-  const successor = await deriveRefresh(server, current.successor);
   const request = { hash: current.hash, client_id: client.id, resource: server.resource };
-  const narrower = scopes.length < granted.length ? scopes : undefined;
-  const issue = await hashIssue(server, access_token, narrower, successor.hash);
-  const grant = await changeGrant(server, id, (grant, now) => refreshGrant(grant, request, issue, now), issue);
-  return tokenResponse(grant, issue, access_token, successor.token);
+  const successor = await deriveRefresh(server, current.successor);
+  const transition = (grant: Grant, issue: Issue) => refreshGrant(grant, request, issue, seconds());
+  return await issueTokens(server, id, access_token, successor, transition, narrower);
+}
+
+/**
+ * Issues tokens by an atomic transition, and raises the event of what happened. Returns the response of the token
+ * endpoint (OAuth 2.1 §3.2.3), in which no member is null, because strict clients refuse that.
+ */
+async function issueTokens(
+  server: Server,
+  id: string,
+  access_token: string,
+  successor: { token: string; hash: string },
+  transition: (grant: Grant, issue: Issue) => Transition,
+  scopes?: number[],
+) {
+  const { accessTokenTtl, refreshTokenTtl } = server;
+  const [hash, now] = [await hashToken(access_token), seconds()];
+  const access = { hash, ...defined({ scopes }), expires: now + accessTokenTtl };
+  const issue = { access, refresh: successor.hash, expires: now + Math.max(refreshTokenTtl, accessTokenTtl) };
+  let result = undefined as Transition | undefined;
+  const grant = await updateGrant(server, id, (grant) => {
+    result = transition(grant, issue);
+    return result.grant;
+  }, issue.expires);
+  // Both are asked for: when a write is tried again, the grant may be gone, and the result that of the first try.
+  if (!grant || !result) throw invalidGrant("the connection has ended");
+  const { outcome, reason } = result;
+  const [event, message] = OUTCOMES[outcome] ?? [];
+  if (event) emitFor(server, event, message!, id, grant);
+  if (!["redeemed", "issued", "repeated"].includes(outcome)) throw invalidGrant(reason, event);
+  const issued = grant.access.find((token) => token.hash === hash)!;
+  return {
+    access_token,
+    token_type: "Bearer",
+    expires_in: Math.round(issued.expires - seconds()),
+    ...(grant.refresh && { refresh_token: successor.token }),
+    scope: scopesOf(grant, issued).join(" "),
+  };
 }
 
 /** The digits at the end of a refresh token that prove, without a look at the store, that this server made it. */
 const CHECK_DIGITS = 32;
 
 /**
- * Derives everything about a refresh token, `prt_<id><secret><check>`, from one MAC of its id and secret: the check,
- * the fingerprint that is stored, and its successor. As parts of one pseudorandom digest, they tell nothing of each
- * other.
+ * Derives a refresh token, `prt_<id><secret><check>`, its fingerprint for the store and its successor from one MAC of
+ * its id and secret. As parts of one pseudorandom digest, they tell nothing of each other.
  */
 async function deriveRefresh({ longMac }: Server, body: string) {
   const digest = await longMac("refresh", body);
@@ -2267,30 +2246,9 @@ async function deriveRefresh({ longMac }: Server, body: string) {
   };
 }
 
-/** Returns what the record keeps of tokens that are about to be issued. */
-async function hashIssue(server: Server, access_token: string, scopes: string[] | undefined, refresh: string) {
-  const { accessTokenTtl, refreshTokenTtl } = server;
-  const now = seconds();
-  const hash = await hashToken(access_token);
-  const access = { hash, ...defined({ scopes }), expires: now + accessTokenTtl };
-  return { access, refresh, expires: now + Math.max(refreshTokenTtl, accessTokenTtl) };
-}
-
-function tokenResponse(grant: Grant, issue: Issue, access_token: string, refresh_token?: string): TokenResponse {
-  const issued = grant.access.find((token) => token.hash === issue.access.hash);
-  const { expires = 0, scopes = grant.scopes } = issued ?? {};
-  return {
-    access_token,
-    token_type: "Bearer",
-    expires_in: Math.round(expires - seconds()),
-    ...defined({ refresh_token }),
-    scope: scopes.join(" "),
-  };
-}
-
 /**
- * Returns the id of the grant that a token names, if the token has the right form: `pat_` access, `prt_` refresh,
- * `pac_` code. A personal access token is in base64url, which is shorter to copy; all others are in hex.
+ * Returns the id of the grant that a token names, if it has the form of an access token, refresh token or code. A
+ * personal access token is in base64url, which is shorter to copy; all others are in hex.
  */
 function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefined {
   if (typeof token !== "string" || !token.startsWith(`${prefix}_`)) return undefined;
@@ -2347,10 +2305,9 @@ async function listConnections(server: Server): Promise<Connection[]> {
   for await (const [key, value] of server.store.list("grant/")) {
     const grant = value as Grant;
     const { client, label, redirect_uri: redirectUri, scopes, created, used, expires } = grant;
-    const isOver = grant.revoked !== undefined || expires <= now ||
-      (grant.access.length === 0 && !hasOpenCode(grant, now));
+    const isLive = grant.revoked === undefined && expires > now && (grant.access.length > 0 || hasOpenCode(grant, now));
     // A store may be shared by servers at several addresses: none lists what belongs to another one.
-    if (isOver || grant.resource !== server.resource) continue;
+    if (!isLive || grant.resource !== server.resource) continue;
     live.push({
       id: key.slice("grant/".length),
       kind: client.id === PERSONAL ? "token" : "client",
@@ -2379,10 +2336,8 @@ async function createToken(
   assert(isString(name) && printable(name) !== "", "createToken: name must say what the token is for");
   assert(isLifetime(expiresIn), `createToken: expiresIn ${LIFETIME}, not ${quote(expiresIn)}`);
   const granted = scopes ?? all;
-  assert(
-    isStringList(granted) && granted.length > 0 && granted.every((scope) => all.includes(scope)),
-    `createToken: scopes must be some of ${all.join(", ")}, not ${quote(scopes)}`,
-  );
+  const isOffered = isStringList(granted) && granted.length > 0 && granted.every((scope) => all.includes(scope));
+  assert(isOffered, `createToken: scopes must be some of ${all.join(", ")}, not ${quote(scopes)}`);
   // The same form makes the same token, so that a double click shows it; a form with other fields makes another one.
   // A copy of the store does not give the token, because the form is sealed with the browser's secret.
   const parts = [form, name, String(expiresIn), ...granted];
@@ -2390,14 +2345,9 @@ async function createToken(
   const token = `pat_${base64url(unhex(id))}${base64url(unhex(await server.mac("token", ...parts)))}`;
   const created = seconds();
   const expires = created + expiresIn;
-  const grant: Grant = {
-    client: { id: PERSONAL, name: printable(name) },
-    scopes: granted,
-    resource: server.resource,
-    created,
-    expires,
-    access: [{ hash: await hashToken(token), n: 0, expires }],
-  };
+  const client = { id: PERSONAL, name: printable(name) };
+  const access = [{ hash: await hashToken(token), n: 0, expires }];
+  const grant: Grant = { client, scopes: granted, resource: server.resource, created, expires, access };
   const before = await insertGrant(server, id, grant);
   if (before?.used !== undefined || before?.revoked !== undefined) return undefined;
   if (!before) emitFor(server, "token_created", "a personal access token was made", id, grant);
@@ -2417,61 +2367,58 @@ const MARK_PATIENCE = 200;
 /** A bearer token in a header. It is never read from query or body, because URLs are logged (RFC 6750 §2.1). */
 const BEARER = /^Bearer +([A-Za-z0-9._~+/-]+=*) *$/i;
 
-/**
- * Makes the guard. It looks at nothing but the token: a client without one learns from the 401 alone where to get it,
- * whatever method, body or Accept header it tried.
- */
+/** Makes the guard. It looks at the token alone: a client without one learns from the 401, whatever it asked for. */
 function createGuard(server: Server): MiddlewareHandler<AuthEnv> {
-  const { mcpPath } = server;
-
   const checkToken = withCors(async (c, next) => {
     try {
-      c.set("auth", await authenticate(server, c));
+      await authenticate(server, c);
     } catch (error) {
       return refuse(server, c, error);
     }
     await next();
     // Some clients add a slash to the URL they were given. 308 keeps method and body, and stays on this host.
+    const { mcpPath } = server;
     if (c.req.path === `${mcpPath}/` && c.res.status === 404) c.res = c.redirect(mcpPath, 308);
   });
-
   return function personalAuthGuard(c, next) {
     // The common case, without a promise of its own: the token is known, and no browser needs to be told about CORS.
-    const { headers } = c.req.raw;
-    const info = recall(server, headers.get("Authorization"));
-    if (info === undefined || headers.has("Origin") || c.req.path.endsWith("/")) return checkToken(c, next);
-    c.set("auth", info);
+    const info = recall(server, c);
+    if (!info || c.req.raw.headers.has("Origin") || c.req.path.endsWith("/")) return checkToken(c, next);
+    admit(server, c, info);
     return next();
   };
 }
 
-/** Returns what is remembered of a token. A revocation by any process changes the store's stamp and ends that. */
-function recall({ verified, store }: Server, header: string | null): AuthInfo | undefined {
-  const known = header === null ? undefined : verified.get(header);
+/** Returns what is known of a token. A revocation by any process changes the store's stamp and ends that. */
+function recall({ passed, verified, store }: Server, c: Context): AuthInfo | undefined {
+  const earlier = c.get(passed) as AuthInfo | undefined; // from another guard of the same request
+  if (earlier) return earlier;
+  const known = verified.get(c.req.raw.headers.get("Authorization") ?? "");
   return known && known.version === store.version?.() && Date.now() / 1000 < known.until ? known.info : undefined;
 }
 
-async function authenticate(server: Server, c: Context): Promise<AuthInfo> {
-  const header = c.req.raw.headers.get("Authorization");
-  const known = recall(server, header) ?? server.checked.get(c.req.raw);
-  if (known) return known;
-  const token = header?.match(BEARER)?.[1];
-  if (header === null || token === undefined) {
-    server.found.at = seconds();
-    // No error code where no token came: the client has done nothing wrong yet (RFC 6750 §3.1).
-    throw new OAuthError("unauthorized", "An access token is needed: send it as Authorization: Bearer", {
-      status: 401,
-      headers: { "WWW-Authenticate": challenge(server, server.scopes.byDefault) },
-    });
-  }
-  const info = await verifyAccessToken(server, token, header);
-  server.checked.set(c.req.raw, info);
+function admit({ passed }: Server, c: Context, info: AuthInfo): AuthInfo {
+  c.set(passed, info); // c.var.auth alone would not do: any middleware can set it
+  c.set("auth", info);
   return info;
+}
+
+async function authenticate(server: Server, c: Context): Promise<AuthInfo> {
+  const known = recall(server, c);
+  if (known) return admit(server, c, known);
+  const header = c.req.raw.headers.get("Authorization");
+  const token = header?.match(BEARER)?.[1];
+  if (header !== null && token !== undefined) return admit(server, c, await verifyAccessToken(server, token, header));
+  server.found.at = seconds();
+  // No error code where no token came: the client has done nothing wrong yet (RFC 6750 §3.1).
+  const headers = { "WWW-Authenticate": challenge(server, server.scopes.byDefault) };
+  const description = "An access token is needed: send it as Authorization: Bearer";
+  throw new OAuthError("unauthorized", description, { status: 401, headers });
 }
 
 /** Checks an access token against the store, and remembers it under the header it came in. */
 async function verifyAccessToken(server: Server, token: string, header = `Bearer ${token}`): Promise<AuthInfo> {
-  const { store, verified, resource } = server;
+  const { store, verified, resource, resourceMetadataUrl } = server;
   const now = seconds();
   const version = store.version?.(); // before the record is read, or a change in between would go unseen
   const id = grantId("pat", token);
@@ -2487,18 +2434,18 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   }
   const presented = presentGrant(grant, access, now);
   if (presented !== grant) {
-    if (grant.called === undefined) emitFor(server, "first_call", "the app called for the first time", id, grant);
     const marking = markPresented(server, id, hash, now);
-    // Wait up to 200 ms for writes that theft detection needs; the time of use is best effort.
-    if (presented.refresh !== grant.refresh) await Promise.race([marking, delay(MARK_PATIENCE)]);
+    // The first call and what theft detection needs should be stored first; the time of use is best effort.
+    const matters = grant.called === undefined || presented.refresh !== grant.refresh;
+    if (matters) await Promise.race([marking, delay(MARK_PATIENCE)]);
   }
   const info: AuthInfo = Object.freeze({
     token,
     clientId: grant.client.id,
-    scopes: Object.freeze(server.scopes.withIncluded(access.scopes ?? grant.scopes)) as string[],
+    scopes: Object.freeze(server.scopes.withIncluded(scopesOf(grant, access))) as string[],
     expiresAt: Math.floor(access.expires),
     resource: new URL(resource),
-    resourceMetadataUrl: server.resourceMetadataUrl,
+    resourceMetadataUrl,
     extra: Object.freeze({ connection: id, clientName: grant.client.name }),
   });
   if (version === undefined) return info; // nothing would tell that it has changed
@@ -2519,10 +2466,14 @@ function whyInvalid({ resource }: Server, id: string | undefined, grant: Grant |
 
 /** Remembers that a token was used. A store that cannot write must not keep the owner from reading. */
 async function markPresented(server: Server, id: string, hash: string, now: number): Promise<void> {
-  await updateGrant(server, id, (grant) => {
+  let isFirst = false;
+  const change = (grant: Grant) => {
     const access = verifyGrant(grant, hash, server.resource, now);
+    isFirst = access !== undefined && grant.called === undefined;
     return access ? presentGrant(grant, access, now) : grant;
-  }).catch(() => {}); // the store has reported it already
+  };
+  const grant = await updateGrant(server, id, change).catch(() => undefined); // the store has reported it already
+  if (grant && isFirst) emitFor(server, "first_call", "the app called for the first time", id, grant);
 }
 
 /**
@@ -2532,11 +2483,8 @@ async function markPresented(server: Server, id: string, hash: string, now: numb
  * @see {@link https://www.rfc-editor.org/rfc/rfc6750#section-3 | RFC 6750 §3}
  */
 function challenge({ resourceMetadataUrl }: Server, scope: string[], error?: OAuthError): string {
-  return "Bearer " + [
-    ...(error ? [`error="${error.code}"`, `error_description="${error.message}"`] : []),
-    `scope="${scope.join(" ")}"`,
-    `resource_metadata="${resourceMetadataUrl}"`,
-  ].join(", ");
+  const why = error ? `error="${error.code}", error_description="${error.message}", ` : "";
+  return `Bearer ${why}scope="${scope.join(" ")}", resource_metadata="${resourceMetadataUrl}"`;
 }
 
 function refuse(server: Server, c: Context, error: unknown): Response {
@@ -2546,19 +2494,15 @@ function refuse(server: Server, c: Context, error: unknown): Response {
 
 function createScopeGuard(server: Server, required: string[]): MiddlewareHandler<AuthEnv> {
   const { all } = server.scopes;
-  assert(
-    required.length > 0 && required.every((scope) => all.includes(scope)),
-    `requireScopes: ${quote(required)} must be among the scopes on offer: ${all.join(", ")}`,
-  );
+  const isOffered = required.length > 0 && required.every((scope) => all.includes(scope));
+  assert(isOffered, `requireScopes: ${quote(required)} must be among the scopes on offer: ${all.join(", ")}`);
   return async function personalAuthScopes(c, next) {
     try {
-      // Not taken from c.var.auth, which any middleware can set. A token that was just checked is remembered.
-      const auth = await authenticate(server, c);
-      c.set("auth", auth);
-      if (!required.every((scope) => auth.scopes.includes(scope))) {
+      const { scopes } = await authenticate(server, c);
+      if (!required.every((scope) => scopes.includes(scope))) {
         const error = new OAuthError("insufficient_scope", "The token lacks a scope that this needs", { status: 403 });
         // Everything needed at once, with what the token has already: clients ask for exactly this list.
-        const needed = [...new Set([...auth.scopes, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
+        const needed = [...new Set([...scopes, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
         return errorResponse(server, c, error, { "WWW-Authenticate": challenge(server, needed, error) });
       }
     } catch (error) {
@@ -2570,46 +2514,30 @@ function createScopeGuard(server: Server, required: string[]): MiddlewareHandler
 
 // --- Owner ----------------------------------------------------------------------------------------------------------
 
-/** What is known of whoever opened one of the owner's pages. */
+/** Who opened one of the owner's pages. `anybody` has to type the password; `authenticateOwner` refused a `stranger`. */
 interface Session {
-  /** The browser's secret, which its cookie holds. */
-  browser: string;
-  /** Whether the browser sent that cookie. */
-  known: boolean;
-  /** The owner; anybody, who has to type the password; or a stranger, whom `authenticateOwner` refused. */
+  browser: string; // the browser's secret, which its cookie holds
+  known: boolean; // whether the browser sent that cookie
   who: "owner" | "anybody" | "stranger";
-  /** What `authenticateOwner` sends in place of the page, such as a redirect to its own login. */
-  answer?: Response;
+  answer?: Response; // what authenticateOwner sends in place of the page, such as a redirect to its own login
 }
 
 /** Why the owner could not be recognised, as the page says it. */
-interface Problem {
-  status: 403 | 429;
-  message: string;
-}
+type Problem = { status: 403 | 429; message: string };
 
 /** `browser/<hash of its secret>`: a browser that has signed in at least once. */
 interface BrowserRecord {
-  attempts?: Attempts;
+  attempts?: { left: number; at: number };
   session?: { epoch: string; since: number; seen: number };
 }
 
-/** `owner/<issuer>`: the password, as PBKDF2-HMAC-SHA-256 of it. A session is good for the epoch it began in. */
+/** `owner/<issuer>`: the password. */
 interface OwnerRecord {
   salt: string;
-  /** One, or until the first sign-in several: a generated password is printed at every start until it is used. */
-  hashes: string[];
-  /** Drawn at random, with 100 bits: it needs neither slow hashing nor a throttle. */
-  generated: boolean;
-  /** Whether the owner has signed in with it. */
-  used: boolean;
-  epoch: string;
-}
-
-/** Password attempts left, and since when: a token bucket. */
-interface Attempts {
-  left: number;
-  at: number;
+  hashes: string[]; // until the first sign-in several: a generated password is printed at every start until it is used
+  generated: boolean; // at random, with 100 bits: it needs neither slow hashing nor a throttle
+  used: boolean; // the owner has signed in with it
+  epoch: string; // the sessions that began in it are good
 }
 
 /** How long a form can be sent after it was shown. */
@@ -2618,18 +2546,17 @@ const SESSION_TTL = 30 * DAY;
 const SESSION_IDLE_TTL = 7 * DAY;
 /** How long a browser is remembered; 400 days is the longest that browsers keep a cookie. */
 const BROWSER_TTL = 400 * DAY;
-/** Ten guesses at once, then one a minute: 1,450 in a day, of 2^100 for a generated password. */
+/** Ten guesses at once, then one a minute: 1,450 in a day. */
 const MAX_ATTEMPTS = 10;
 const ATTEMPT_INTERVAL = MINUTE;
+const MAX_PRINTED_PASSWORDS = 10;
+const NOT_OWNER = "You are not signed in as the owner of this server.";
 
 async function browserKey(browser: string): Promise<string> {
   return `browser/${await hashToken(browser)}`;
 }
 
-/**
- * Reads who is at the browser. It never writes to the store, so that opening a page changes nothing. The owner's record
- * is read each time: another process may have changed the password or ended all sessions.
- */
+/** Reads who is at the browser. It never writes to the store, so that opening a page changes nothing. */
 async function readSession(server: Server, c: Context): Promise<Session> {
   const { secure, store, password, authenticateOwner } = server;
   const held = getCookie(c, cookieName(server), secure ? "host" : undefined);
@@ -2644,90 +2571,78 @@ async function readSession(server: Server, c: Context): Promise<Session> {
     if (answer instanceof Response) return { browser, known, who: "stranger", answer };
     return { browser, known, who: answer === true ? "owner" : "stranger" };
   }
+  // Read each time: another process may have changed the password or ended all sessions.
   const { epoch } = await readOwner(server);
-  const record = await store.get(await browserKey(browser)) as BrowserRecord | undefined;
-  return { browser, known, who: isSignedIn(record, epoch) ? "owner" : "anybody" };
-}
-
-function isSignedIn(record: BrowserRecord | undefined, epoch: string): boolean {
-  const session = record?.session;
+  const { session } = (await store.get(await browserKey(browser)) ?? {}) as BrowserRecord;
   const now = seconds();
-  return session !== undefined && session.epoch === epoch && now - session.since < SESSION_TTL &&
+  const isSignedIn = session !== undefined && session.epoch === epoch && now - session.since < SESSION_TTL &&
     now - session.seen < SESSION_IDLE_TTL;
+  return { browser, known, who: isSignedIn ? "owner" : "anybody" };
 }
 
-/**
- * Returns the name of the cookie. Servers on one host share its cookies, whatever their ports and paths, so the name
- * holds both. A slash becomes a character that no path holds, so that two paths never have the same name.
- */
+/** Servers on one host share its cookies, so the name holds port and path. No path holds "!": names stay distinct. */
 function cookieName({ origin, basePath }: Server): string {
   const { port } = new URL(origin);
   return `personal-auth${port && `.${port}`}${basePath.replaceAll("/", "!")}`;
 }
 
-/**
- * Gives the browser its secret. `__Host-`: no other host and no subdomain can set this cookie, so nobody can make the
- * owner use a secret they know. Lax: it comes along when an app sends the owner here, but not with another site's form.
- */
 function rememberBrowser(server: Server, c: Context, browser: string): void {
   setCookie(c, cookieName(server), browser, {
     path: "/",
     httpOnly: true,
-    sameSite: "Lax",
+    sameSite: "Lax", // it comes along when an app sends the owner here, but not with another site's form
     maxAge: BROWSER_TTL,
     secure: server.secure, // plain http on loopback only, where Safari refuses to keep a Secure cookie
+    // `__Host-`: no other host or subdomain can set it, and make the owner use a secret that somebody else knows.
     ...(server.secure && { prefix: "host" as const }),
   });
 }
 
 /** Returns a token that binds a form to one browser and one request. Another site can neither read nor make one. */
-async function createCsrf({ mac }: Server, browser: string, request: string): Promise<string> {
-  const head = `${Math.floor(seconds()).toString(36)}.${random(8)}`;
+async function createCsrf(
+  { mac }: Server,
+  browser: string,
+  request: string,
+  head = `${Math.floor(seconds()).toString(36)}.${random(8)}`,
+): Promise<string> {
   return `${head}.${await mac("form", browser, request, head)}`;
 }
 
-/** Checks that token, which is good for ten minutes. */
-async function checkCsrf({ mac }: Server, browser: string, request: string, csrf: string): Promise<boolean> {
+async function checkCsrf(server: Server, browser: string, request: string, csrf: string): Promise<boolean> {
   const [time = "", nonce = ""] = csrf.split(".", 2);
-  const head = `${time}.${nonce}`;
-  const expected = `${head}.${await mac("form", browser, request, head)}`;
+  const expected = await createCsrf(server, browser, request, `${time}.${nonce}`);
   return equal(csrf, expected) && Math.abs(seconds() - parseInt(time, 36)) < FORM_TTL;
 }
 
 /** Proves that the owner is at the browser, by a session or by the password. Returns what is wrong if not. */
-async function signIn(
-  server: Server,
-  c: Context,
-  { browser, who }: Session,
-  password: string,
-): Promise<Problem | undefined> {
+async function signIn(server: Server, c: Context, { browser, who }: Session, password: string) {
   const { store, emit } = server;
+  const problem = (status: Problem["status"], message: string): Problem => ({ status, message });
   const key = await browserKey(browser);
   if (who === "owner") return await touchSession(server, key);
   if (who === "stranger") {
     emit("sign_in_failed", "authenticateOwner did not recognise the owner");
-    return { status: 403, message: NOT_OWNER };
+    return problem(403, NOT_OWNER);
   }
   // A form from before the session ended has no password. That is not a wrong one, and costs no attempt.
-  if (password === "") return { status: 403, message: "Please type your password." };
+  if (password === "") return problem(403, "Please type your password.");
   const bucket = await store.get(key) === undefined ? "throttle" : key;
   const wait = await takeAttempt(server, bucket);
   const record = await readOwner(server);
   // Nobody guesses a generated password, so the right one is let in whatever strangers have used up. One that a person
   // chose is not even looked at while there are no attempts left.
   const hash = wait === 0 || record.generated ? await matchingHash(password, record) : undefined;
-  const isRight = hash !== undefined;
-  if (!isRight && wait > 0) {
+  if (hash === undefined && wait > 0) {
     emit("sign_in_throttled", "too many wrong passwords");
     c.header("Retry-After", String(wait));
-    return { status: 429, message: `Too many attempts. Try again in ${wait} seconds.` };
+    return problem(429, `Too many attempts. Try again in ${wait} seconds.`);
   }
-  if (!isRight) {
+  if (hash === undefined) {
     emit("sign_in_failed", "a wrong password was entered");
-    return { status: 403, message: "That is not the password." };
+    return problem(403, "That is not the password.");
   }
   // Only wrong passwords count: the owner's own sign-ins from new browsers must not use up the shared attempts.
-  if (wait === 0) await returnAttempt(server, bucket);
+  if (wait === 0) await takeAttempt(server, bucket, -1);
   if (!record.used) {
     // Of the generated passwords that were printed, only the one that the owner uses stays good.
     await store.update(ownerKey(server), (current) => current && { ...current, hashes: [hash], used: true });
@@ -2735,8 +2650,8 @@ async function signIn(
   // A new secret at every sign-in: the one that was in the browser before may be known to somebody else.
   const fresh = random(32);
   const now = seconds();
-  const session: BrowserRecord = { session: { epoch: record.epoch, since: now, seen: now } };
-  await store.update(await browserKey(fresh), () => session, { expiresAt: now + BROWSER_TTL });
+  const session = { epoch: record.epoch, since: now, seen: now };
+  await store.update(await browserKey(fresh), () => ({ session }), { expiresAt: now + BROWSER_TTL });
   await store.update(key, () => undefined);
   rememberBrowser(server, c, fresh);
   emit("owner_signed_in", "the owner signed in");
@@ -2757,15 +2672,12 @@ function assertOwnSite({ origin }: Server, c: Context): undefined {
   throw new OAuthError("invalid_request", "The form was sent by another site", { status: 403 });
 }
 
-const NOT_OWNER = "You are not signed in as the owner of this server.";
-
 /** Prolongs a session, at most once a minute. */
 async function touchSession({ store }: Server, key: string): Promise<undefined> {
   const now = seconds();
   await store.update(key, (current) => {
-    const record = current as BrowserRecord | undefined;
-    if (!record?.session || now - record.session.seen < MINUTE) return current;
-    return { ...record, session: { ...record.session, seen: now } };
+    const { session, ...rest } = (current ?? {}) as BrowserRecord;
+    return !session || now - session.seen < MINUTE ? current : { ...rest, session: { ...session, seen: now } };
   }, { expiresAt: now + BROWSER_TTL });
 }
 
@@ -2784,31 +2696,23 @@ async function signOutEverywhere(server: Server): Promise<void> {
 }
 
 /**
- * Takes one password attempt, before the password is looked at. Returns 0, or the seconds until there is one. All
- * strangers share one allowance, because an attacker has as many addresses as he likes. A browser that has signed in
- * before has its own, so that he cannot use up the owner's.
+ * Takes a password attempt before the password is looked at, or gives it back (-1). Returns 0, or the seconds until
+ * there is one. All strangers share one allowance, because an attacker has as many addresses as he likes. A browser that
+ * has signed in before has its own, so that he cannot use up the owner's.
  */
-async function takeAttempt({ store }: Server, bucket: string): Promise<number> {
+async function takeAttempt({ store }: Server, bucket: string, count: 1 | -1 = 1): Promise<number> {
   let wait = 0;
   await store.update(bucket, (current) => {
-    const record = current as { attempts?: Attempts } | undefined;
+    const record = current as BrowserRecord | undefined;
     const now = seconds();
     const { left, at } = record?.attempts ?? { left: MAX_ATTEMPTS, at: now };
     // A clock that was set back must not stop the refill until it has caught up: `at` follows it below.
     const refilled = Math.min(MAX_ATTEMPTS, left + Math.max(0, now - at) / ATTEMPT_INTERVAL);
-    wait = refilled >= 1 ? 0 : Math.ceil((1 - refilled) * ATTEMPT_INTERVAL);
+    wait = refilled >= count ? 0 : Math.ceil((1 - refilled) * ATTEMPT_INTERVAL);
     if (wait > 0 && at <= now) return current;
-    return { ...record, attempts: { left: wait > 0 ? left : refilled - 1, at: now } };
+    return { ...record, attempts: { left: wait > 0 ? left : Math.min(MAX_ATTEMPTS, refilled - count), at: now } };
   });
   return wait;
-}
-
-async function returnAttempt({ store }: Server, bucket: string): Promise<void> {
-  await store.update(bucket, (current) => {
-    const record = current as { attempts?: Attempts } | undefined;
-    if (!record?.attempts) return current;
-    return { ...record, attempts: { ...record.attempts, left: Math.min(MAX_ATTEMPTS, record.attempts.left + 1) } };
-  });
 }
 
 /** Servers at several addresses on one store each have their own owner record: none overwrites another's password. */
@@ -2825,7 +2729,7 @@ async function readOwner(server: Server): Promise<OwnerRecord> {
 /**
  * Puts the right password into the store. A configured one replaces what is there and ends all sessions. Without one,
  * the stored password stays; but until the owner has used a generated one, every start prints another, because the
- * earlier output may be lost. All that were printed are good until then.
+ * earlier output may be lost.
  */
 async function ensurePassword(server: Server): Promise<OwnerRecord> {
   const { password, store } = server;
@@ -2849,8 +2753,6 @@ async function ensurePassword(server: Server): Promise<OwnerRecord> {
   return kept;
 }
 
-const MAX_PRINTED_PASSWORDS = 10;
-
 /** Generates 100 bits, in an alphabet without look-alikes, grouped to be typed on a phone. */
 function generatePassword(): string {
   const alphabet = "abcdefghjkmnpqrstuvwxyz123456789"; // 32 characters, so that a byte's remainder is even
@@ -2869,19 +2771,15 @@ async function matchingHash(typed: string, record: OwnerRecord): Promise<string 
   return record.hashes.find((stored) => equal(stored, hash));
 }
 
-/** 600,000 iterations in all. In rounds, because Cloudflare Workers refuse more than 100,000 in one call. */
-const PASSWORD_ROUNDS = 6;
-const ITERATIONS_PER_ROUND = 100_000;
-
 /**
- * Hashes a password slowly, by PBKDF2-HMAC-SHA-256 of PBKDF2: a stolen store must not give up a short password. A
- * generated one cannot be guessed and takes one iteration. The password is first hashed to 32 bytes, because HMAC pads
- * its key with NULs, and "secret\0" would open what "secret" opens.
+ * Hashes a password by PBKDF2-HMAC-SHA-256 of PBKDF2, slowly: a stolen store must not give up a short password. It is
+ * first hashed to 32 bytes: HMAC pads its key with NULs, and "secret\0" would open what "secret" opens.
  */
 async function stretch(password: string, { salt, generated }: OwnerRecord): Promise<string> {
-  const iterations = generated ? 1 : ITERATIONS_PER_ROUND;
+  // 600,000 in all. In rounds, because Cloudflare Workers refuse more than 100,000 in one call.
+  const [rounds, iterations] = generated ? [1, 1] : [6, 100_000];
   let secret = await sha256(password);
-  for (let round = 0; round < (generated ? 1 : PASSWORD_ROUNDS); round++) {
+  for (let round = 0; round < rounds; round++) {
     const key = await crypto.subtle.importKey("raw", secret, "PBKDF2", false, ["deriveBits"]);
     const params = { name: "PBKDF2", hash: "SHA-256", salt: utf8.encode(salt), iterations };
     secret = new Uint8Array(await crypto.subtle.deriveBits(params, key, 256));
