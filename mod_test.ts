@@ -3447,17 +3447,19 @@ test("the largest record that a client can cause fits into a Deno.Kv", async () 
   const redirect_uri = `${CLAUDE}?${"p".repeat(400)}`;
   const metadata = { client_name: "\u{20bb7}".repeat(200), redirect_uris: [redirect_uri] };
   const scope = scopes.join(" ");
-  let { client, access_token, refresh_token } = await connect(app, metadata, { redirect_uri, scope });
-  const key = `grant/${access_token.slice(4, 36)}`;
+  const { client_id } = await register(app, metadata);
+  const code = await approvedCode(app, client_id, { redirect_uri, scope });
+  const redeemed = { grant_type: "authorization_code", client_id, code, code_verifier: VERIFIER };
+  let { refresh_token } = (await post(app, "/token", redeemed)).body;
   for (let n = 0; n < 250; n++) {
     const fewer = scopes.filter((_, i) => i !== n % 12);
-    const { status, body } = await refreshing(app, client.client_id, refresh_token, { scope: fewer.join(" ") });
+    const { status, body } = await refreshing(app, client_id, refresh_token, { scope: fewer.join(" ") });
     assertEquals([status, body.scope], [200, fewer.join(" ")]);
-    ({ access_token, refresh_token } = body);
-    if (n === 200) assertEquals((await auth.verifyAccessToken(access_token)).scopes, fewer);
+    refresh_token = body.refresh_token;
+    if (n === 200) assertEquals((await auth.verifyAccessToken(body.access_token)).scopes, fewer);
   }
-  await refreshing(app, client.client_id, refresh_token, { resource: `https://${"\u00e9".repeat(900)}` });
-  const bytes = kv.entries.get(key)!.value as Uint8Array;
+  await refreshing(app, client_id, refresh_token, { resource: `https://${"\u00e9".repeat(900)}` });
+  const bytes = kv.entries.get(`grant/${code.slice(4, 36)}`)!.value as Uint8Array;
   const [, { access, refresh, refused, client: { name } }] = JSON.parse(new TextDecoder().decode(bytes));
   assertEquals([access.length, refresh.rotated.length, [...name].length], [100, 200, 200]);
   assert(refused.reason.length > 1000 && bytes.length < 40_000, `${bytes.length}`);
