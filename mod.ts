@@ -1929,7 +1929,6 @@ type Issue = { access: Omit<AccessToken, "n">; refresh: string; expires: number 
 /** `grant`: the record to keep, the same object if nothing changed. */
 type Transition = { grant: Grant; outcome: "refused" | "issued" | keyof typeof EVENTS; reason?: string };
 
-/** The outcomes that the owner hears of. */
 const EVENTS = {
   redeemed: ["code_redeemed", "the app fetched its token"],
   replayed: ["code_replayed", "a code was redeemed twice: the connection is ended"],
@@ -1938,15 +1937,15 @@ const EVENTS = {
 } as const;
 
 const CODE_TTL = 5 * MINUTE;
-/** A refresh token works on after its rotation, because several machines of one client refresh in parallel. */
+/** For clients that refresh in parallel on several machines. */
 const REFRESH_GRACE = 2 * MINUTE;
-/** So that the largest record takes less than the 64 KiB that Deno KV holds. */
+/** So that the largest record fits into the 64 KiB of a Deno KV. */
 const MAX_ACCESS_TOKENS = 100;
 const MAX_ROTATIONS = 200;
 
 // OAuth's hard rules are pure functions, without HTTP and storage.
 
-/** Returns the grant of a new approval. It outlives its form, so that the form is good once. */
+/** The record outlives its form, so that the form is good once. */
 function approveGrant(approval: Approval, code: NewCode, now: number): Grant {
   const expires = now + UNREDEEMED_KEPT;
   return { ...approval, created: now, expires, code: { ...code, expires: now + CODE_TTL }, access: [] };
@@ -1959,12 +1958,10 @@ function grantRefusal(grant: Grant, request: Presented, now: number) {
   if (grant.resource !== request.resource) return `the code or refresh token is for ${quote(grant.resource)}`;
 }
 
-function refused(grant: Grant, reason: string): Transition {
-  return { grant, outcome: "refused", reason };
-}
+const refused = (grant: Grant, reason: string): Transition => ({ grant, outcome: "refused", reason });
 
 /**
- * Redeems a code once. A wrong attempt changes nothing, so it costs the client neither the code nor the connection.
+ * Redeems a code once. A wrong attempt costs the client neither the code nor the connection.
  * @see {@link https://www.rfc-editor.org/rfc/rfc7636#section-4.6 | RFC 7636 §4.6}
  * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1.3 | OAuth 2.1 §4.1.3}
  */
@@ -1979,7 +1976,7 @@ function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: nu
     return refused(grant, `redirect_uri ${quote(redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
   }
   if (code.redeemed !== undefined) {
-    // The client's own duplicate came before that. Later, somebody else holds code and verifier.
+    // The client's own duplicate came before that. Later, somebody else holds both.
     if (request.arrived < code.redeemed) return refused(grant, "a duplicate of a request that came at the same time");
     return { grant: revokeGrant(grant, now), outcome: "replayed" };
   }
@@ -1991,7 +1988,7 @@ function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: nu
 }
 
 /**
- * Rotates a refresh token that this server made for this grant. Parallel refreshes get the same derived successor.
+ * Rotates a refresh token that this server made for this grant.
  * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.3.1 | OAuth 2.1 §4.3.1}
  */
 function refreshGrant(grant: Grant, request: Presented, issue: Issue, now: number): Transition {
@@ -2008,7 +2005,7 @@ function refreshGrant(grant: Grant, request: Presented, issue: Issue, now: numbe
   return { grant: withTokens(grant, issue, next, n, now), outcome: "issued" };
 }
 
-/** Repeats an answer, within the grace period or because it was lost. Anything else is a second holder. */
+/** Repeats an answer within the grace period, or later if it was lost. Anything else is a second holder. */
 function repeatRefresh(grant: Grant, refresh: RefreshState, hash: string, issue: Issue, now: number): Transition {
   const { rotated, n } = refresh;
   const index = rotated.findIndex(([known]) => known === hash);
@@ -2019,8 +2016,7 @@ function repeatRefresh(grant: Grant, refresh: RefreshState, hash: string, issue:
     const lasts = issued && issued.expires - now >= (issue.access.expires - now) / 2;
     return { grant: lasts ? grant : withTokens(grant, issue, refresh, n - index, now), outcome: "issued" };
   }
-  // A thief who rotates first and waits makes the client look like one that lost an answer. Lost answers are rare: two
-  // consecutive ones, both asked for late, are taken for a thief.
+  // A thief may rotate first and wait: the client then seems to have lost an answer. Two in a row are taken for theft.
   const isSecondInRow = refresh.repeated !== undefined && refresh.repeated === n - 1;
   if (index !== 0 || refresh.presented || isSecondInRow) {
     const reason = `the refresh token was rotated ${at === undefined ? "long ago" : ago(now - at)}`;
@@ -2049,10 +2045,10 @@ function scopesOf(grant: Grant, { scopes }: AccessToken): string[] {
   return scopes ? grant.scopes.filter((_, position) => scopes.includes(position)) : grant.scopes;
 }
 
-/** Records that an access token was used. Returns the same object if there is nothing new. */
+/** Returns the grant after use of an access token, the same object if there is nothing new. */
 function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
   const { refresh, called = now } = grant;
-  // The client has the latest tokens: from now on, use of the previous refresh token is theft.
+  // The client has the latest tokens: use of the previous refresh token is theft from now on.
   if (refresh && refresh.n === token.n && refresh.rotated.length > 0 && !refresh.presented) {
     return { ...grant, called, used: now, refresh: { ...refresh, presented: true } };
   }
@@ -2066,9 +2062,7 @@ function revokeGrant({ code: _code, refresh: _refresh, ...rest }: Grant, now: nu
   return { ...rest, access: [], revoked: rest.revoked ?? now };
 }
 
-async function readGrant({ store }: Server, id: string) {
-  return await store.get(`grant/${id}`) as Grant | undefined;
-}
+const readGrant = ({ store }: Server, id: string) => store.get(`grant/${id}`) as Promise<Grant | undefined>;
 
 /** Stores a new grant, or returns the one that the same form has made before. */
 async function insertGrant({ store }: Server, id: string, grant: Grant) {
@@ -2097,35 +2091,31 @@ function emitFor(server: Server, type: AuthEvent["type"], message: string, conne
 }
 
 /** An id that comes from the form, so that sending it twice finds the first grant. */
-async function formId({ mac }: Server, ...form: string[]) {
-  return (await mac("grant", ...form)).slice(0, 32);
-}
+const formId = async ({ mac }: Server, ...form: string[]) => (await mac("grant", ...form)).slice(0, 32);
 
-/** Approves a request, or with `lookOnly` finds its approval, and returns its code while that is good. */
+/** Approves a request (or with `lookOnly` finds its approval), and returns its code while that is good. */
 async function approve(server: Server, form: string, request: AuthorizationRequest, lookOnly = false) {
-  const { client, redirect_uri, scopes, code_challenge: challenge } = request;
+  const { client: { id: client_id, name, auth, refreshes }, redirect_uri, scopes, code_challenge: challenge } = request;
   const id = await formId(server, form);
   const code = `pac_${id}${await server.mac("code", form)}`;
   let before: Grant | undefined;
   if (lookOnly) before = await readGrant(server, id);
   else {
-    const { found, introduced, shown } = server.attempts.get(client.id) ?? {};
+    const { found, introduced, shown } = server.attempts.get(client_id) ?? {};
     const attempt = defined({ found, introduced, shown });
-    const who = { id: client.id, name: client.name, ...defined({ auth: client.auth }) };
-    const approval = { client: who, redirect_uri, scopes, resource: server.resource, attempt };
-    const newCode = { hash: await hashToken(code), challenge, refreshes: client.refreshes };
+    const client = { id: client_id, name, ...defined({ auth }) };
+    const approval = { client, redirect_uri, scopes, resource: server.resource, attempt };
+    const newCode = { hash: await hashToken(code), challenge, refreshes };
     before = await insertGrant(server, id, approveGrant(approval, newCode, seconds()));
-    server.attempts.delete(client.id); // from here on, the record tells
+    server.attempts.delete(client_id); // from here on, the record tells
   }
   if (!before) return lookOnly ? undefined : { code, repeated: false };
-  if (before.client.id !== client.id || before.redirect_uri !== redirect_uri) return undefined;
-  // After a double click the browser follows the second response: it carries the first one's code.
+  if (before.client.id !== client_id || before.redirect_uri !== redirect_uri) return undefined;
+  // After a double click the browser follows the second response.
   return { code: hasOpenCode(before, seconds()) ? code : undefined, repeated: true };
 }
 
-function hasOpenCode({ code }: Grant, now: number): boolean {
-  return code !== undefined && code.redeemed === undefined && code.expires > now;
-}
+const hasOpenCode = ({ code }: Grant, now: number) => !!code && code.redeemed === undefined && code.expires > now;
 
 async function redeem(server: Server, form: URLSearchParams, client: Client, arrived: number) {
   const [code, code_verifier] = [required(form, "code"), required(form, "code_verifier")];
@@ -2178,8 +2168,7 @@ async function issueTokens<P extends Presented>(
     result = transition(grant, request, issue, seconds());
     return result.grant;
   }, issue.expires);
-  // When a write is tried again, the grant may be gone, and the result that of the first try.
-  if (!grant || !result) throw invalidGrant("the connection has ended");
+  if (!grant || !result) throw invalidGrant("the connection has ended"); // perhaps between two tries to write
   const { outcome, reason } = result;
   if (outcome === "refused") throw invalidGrant(reason);
   if (outcome !== "issued") {
@@ -2197,7 +2186,7 @@ async function issueTokens<P extends Presented>(
   };
 }
 
-/** The last digits of a refresh token prove, without a look at the store, that this server made it. */
+/** The last digits of a refresh token: they prove that this server made it. */
 const CHECK_DIGITS = 32;
 
 /** Derives a refresh token, `prt_<id><secret><check>`, its hash and its successor from id and secret. */
@@ -2207,7 +2196,7 @@ async function deriveRefresh({ longMac }: Server, body: string) {
   return { token, hash: digest.slice(CHECK_DIGITS, 64), successor: body.slice(0, 32) + digest.slice(64) };
 }
 
-/** Returns the id of the grant that a token names: an access token, a refresh token, or a code. */
+/** Returns the id of the grant that an access token, a refresh token or a code names. */
 function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefined {
   if (typeof token !== "string" || !token.startsWith(`${prefix}_`)) return undefined;
   const digits = 32 + 64 + (prefix === "prt" ? CHECK_DIGITS : 0);
@@ -2236,15 +2225,13 @@ async function revokeToken(server: Server, token: string, client: Client) {
   const grant = await readGrant(server, id);
   if (grant) {
     const hash = await hashToken(token);
-    const isOurs = grant.access.some((access) => access.hash === hash) ||
-      token === (await deriveRefresh(server, token.slice(4, -CHECK_DIGITS))).token;
-    if (!isOurs) return;
+    const { token: refresh_token } = await deriveRefresh(server, token.slice(4, -CHECK_DIGITS));
+    if (token !== refresh_token && !grant.access.some((access) => access.hash === hash)) return;
     if (grant.client.id !== client.id) throw new OAuthError("invalid_grant", "The token was issued to another client");
   }
   await revoke(server, id); // also where nothing seems to be left: the clock may be wrong
 }
 
-/** Ends a connection of this server. Returns `false` if there is none with this id. */
 async function revoke(server: Server, id: string): Promise<boolean> {
   let isNew = false;
   const now = seconds();
@@ -2283,7 +2270,7 @@ async function listConnections(server: Server): Promise<Connection[]> {
 /** Stands in place of a client_id. */
 const PERSONAL = "personal-access-token";
 
-/** Makes a personal access token. Returns `undefined` if the form was sent before and its token has been used. */
+/** Makes a personal access token, unless the same form has made one that is in use. */
 async function createToken(server: Server, request: TokenRequest, form = random(32)): Promise<NewToken | undefined> {
   const { all } = server.scopes;
   const { name, expiresIn = 365 * DAY } = request;
@@ -2292,8 +2279,7 @@ async function createToken(server: Server, request: TokenRequest, form = random(
   assert(isLifetime(expiresIn), `createToken: expiresIn ${LIFETIME}, not ${quote(expiresIn)}`);
   const isOffered = isStringList(scopes) && scopes.length > 0 && scopes.every((scope) => all.includes(scope));
   assert(isOffered, `createToken: scopes must be some of ${all.join(", ")}, not ${quote(scopes)}`);
-  // The same form makes the same token, so that a double click shows it. The form is sealed with the browser's secret,
-  // so a copy of the store does not give the token.
+  // The same form makes the same token, as for a double click. It is sealed: a copy of the store does not give it.
   const parts = [form, name, String(expiresIn), ...scopes];
   const id = await formId(server, ...parts);
   const token = `pat_${base64url(unhex(id))}${base64url(unhex(await server.mac("token", ...parts)))}`;
@@ -2314,8 +2300,7 @@ async function createToken(server: Server, request: TokenRequest, form = random(
 type VerifiedToken = { info: AuthInfo; version: number; until: number };
 
 const MAX_VERIFIED = 1000;
-/** Milliseconds that a request waits for the mark on its connection. */
-const MARK_PATIENCE = 200;
+const MARK_PATIENCE = 200; // ms
 /** Never read from query or body: URLs are logged (RFC 6750 §2.1). */
 const BEARER = /^Bearer +([A-Za-z0-9._~+/-]+=*) *$/i;
 
@@ -2333,7 +2318,7 @@ function createGuard(server: Server): MiddlewareHandler<AuthEnv> {
     if (c.req.path === `${mcpPath}/` && c.res.status === 404) c.res = c.redirect(mcpPath, 308);
   });
   return function personalAuthGuard(c, next) {
-    // The common case, without a promise of its own: a known token, and no browser that asks for CORS.
+    // The common case, without a promise of its own.
     const info = recall(server, c);
     if (!info || c.req.raw.headers.has("Origin") || c.req.path.endsWith("/")) return checkToken(c, next);
     admit(server, c, info);
@@ -2341,7 +2326,7 @@ function createGuard(server: Server): MiddlewareHandler<AuthEnv> {
   };
 }
 
-/** Returns what is known of a token. A revocation by any process changes the store's version. */
+/** Returns what is known of a token, unless any process has changed the store since. */
 function recall({ passed, verified, store }: Server, c: Context): AuthInfo | undefined {
   const earlier: AuthInfo | undefined = c.get(passed); // from another guard of the same request
   if (earlier) return earlier;
@@ -2375,16 +2360,15 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   const access = grant && verifyGrant(grant, hash, resource, now);
   if (!id || !access) {
     const error = challenge(server, 401, "invalid_token", "The access token is unknown, expired or revoked");
-    error.details.reason = `access token: ${whyInvalid(server, id, grant, hash, now)}`;
+    error.details.reason = `access token: ${whyInvalid(id, grant, hash, resource, now)}`;
     await noteRefusal(server, error, id);
     throw error;
   }
   const presented = presentGrant(grant, access, now);
   if (presented !== grant) {
     const marking = markPresented(server, id, hash, now);
-    // Theft detection needs these writes before the answer; the time of use is best effort.
-    const matters = grant.called === undefined || presented.refresh !== grant.refresh;
-    if (matters) await Promise.race([marking, delay(MARK_PATIENCE)]);
+    // Theft detection needs this before the answer; the time of use is best effort.
+    if (!grant.called || presented.refresh !== grant.refresh) await Promise.race([marking, delay(MARK_PATIENCE)]);
   }
   const info: AuthInfo = Object.freeze({
     token,
@@ -2402,7 +2386,7 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   return info;
 }
 
-function whyInvalid({ resource }: Server, id: string | undefined, grant: Grant | undefined, hash: string, now: number) {
+function whyInvalid(id: string | undefined, grant: Grant | undefined, hash: string, resource: string, now: number) {
   if (!id) return "it does not have the form of an access token of this server";
   if (!grant) return "its connection has ended, or never existed";
   if (grant.revoked !== undefined) return `its connection was ended ${ago(now - grant.revoked)}`;
@@ -2411,7 +2395,7 @@ function whyInvalid({ resource }: Server, id: string | undefined, grant: Grant |
   return expires <= now ? `it expired ${ago(now - expires)}` : "it was replaced, or never issued";
 }
 
-/** Stores that a token was used. A store that cannot write must not keep the owner from reading. */
+/** Stores that a token was used, if it can: the owner may always read. */
 async function markPresented(server: Server, id: string, hash: string, now: number) {
   let isFirst = false;
   const change = (grant: Grant) => {
@@ -2467,23 +2451,20 @@ interface BrowserRecord {
   session?: { epoch: string; since: number; seen: number };
 }
 
-/** `owner/<issuer>`: the password; until it is used, one of several that were printed. Sessions end with the epoch. */
+/** `owner/<issuer>`: the password, or all that were printed until one is used. Sessions end with the epoch. */
 type OwnerRecord = { salt: string; hashes: string[]; generated: boolean; used: boolean; epoch: string };
 
 const FORM_TTL = 10 * MINUTE;
 const SESSION_TTL = 30 * DAY;
 const SESSION_IDLE_TTL = 7 * DAY;
-/** The longest that browsers keep a cookie. */
-const BROWSER_TTL = 400 * DAY;
-/** Ten guesses at once, then one a minute: 1,450 in a day. */
+const BROWSER_TTL = 400 * DAY; // the longest that browsers keep a cookie
 const MAX_ATTEMPTS = 10;
 const ATTEMPT_INTERVAL = MINUTE;
 const MAX_PRINTED_PASSWORDS = 10;
 const NOT_OWNER = "You are not signed in as the owner of this server.";
 
-async function browserKey(browser: string) {
-  return `browser/${await hashToken(browser)}`;
-}
+const browserKey = async (browser: string) => `browser/${await hashToken(browser)}`;
+const ownerKey = ({ issuer }: Server) => `owner/${issuer}`;
 
 /** Reads who is at the browser. Opening a page never writes to the store. */
 async function readSession(server: Server, c: Context): Promise<Session> {
@@ -2507,7 +2488,7 @@ async function readSession(server: Server, c: Context): Promise<Session> {
   return { browser, known, who: isSignedIn ? "owner" : "anybody" };
 }
 
-/** Servers on one host share cookies, so the name holds port and path; no path holds a "!". */
+/** Servers on one host share cookies, so the name holds port and path. No path holds a "!". */
 function cookieName({ origin, basePath }: Server) {
   const { port } = new URL(origin);
   return `personal-auth${port && `.${port}`}${basePath.replaceAll("/", "!")}`;
@@ -2537,7 +2518,7 @@ async function checkCsrf(server: Server, browser: string, request: string, csrf:
   return equal(csrf, expected) && Math.abs(seconds() - parseInt(time, 36)) < FORM_TTL;
 }
 
-/** Proves that the owner is at the browser, by a session or by the password. Returns the problem if not. */
+/** Returns why it is not proved, by a session or the password, that the owner is at the browser. */
 async function signIn(server: Server, c: Context, { browser, who }: Session, password: string) {
   const { store, emit } = server;
   const problem = (status: Problem["status"], message: string): Problem => ({ status, message });
@@ -2552,8 +2533,7 @@ async function signIn(server: Server, c: Context, { browser, who }: Session, pas
   const bucket = await store.get(key) === undefined ? "throttle" : key;
   const wait = await takeAttempt(server, bucket);
   const record = await readOwner(server);
-  // Nobody guesses a generated password, so strangers' attempts do not lock it. One that a person chose is not even
-  // looked at while no attempts are left.
+  // Nobody guesses a generated password, so a lack of attempts does not lock it. A chosen one is not even looked at.
   const hash = wait === 0 || record.generated ? await matchingHash(password, record) : undefined;
   if (hash === undefined && wait > 0) {
     emit("sign_in_throttled", "too many wrong passwords");
@@ -2580,18 +2560,17 @@ async function signIn(server: Server, c: Context, { browser, who }: Session, pas
   emit("owner_signed_in", "the owner signed in");
 }
 
-/** Refuses a form of another site, should SameSite and the form's token fail. Old browsers name no site. */
+/** Refuses a form of another site, should SameSite and the form's token fail. */
 function assertOwnSite({ origin }: Server, c: Context): undefined {
   const site = c.req.header("Sec-Fetch-Site") ?? "none";
   const sender = c.req.header("Origin") ?? origin;
-  // The page may be open under another name of this server: then Origin and Host agree.
+  // Under another name of this server, Origin and Host agree.
   const isOwn = sender === origin || (sender.includes("://") && sender.split("://")[1] === c.req.header("Host")) ||
     (sender === "null" && site === "same-origin");
   if (isOwn && (site === "same-origin" || site === "none")) return undefined;
   throw new OAuthError("invalid_request", "The form was sent by another site", { status: 403 });
 }
 
-/** Prolongs a session, at most once a minute. */
 async function touchSession({ store }: Server, key: string): Promise<undefined> {
   const now = seconds();
   await store.update(key, (current) => {
@@ -2600,7 +2579,7 @@ async function touchSession({ store }: Server, key: string): Promise<undefined> 
   }, { expiresAt: now + BROWSER_TTL });
 }
 
-/** Ends the session. The browser stays known, with its own allowance of attempts. */
+/** Ends the session. The browser keeps its own bucket of attempts. */
 async function signOut({ store }: Server, { browser }: Session) {
   await store.update(await browserKey(browser), (current) => {
     const { session: _session, ...rest } = (current ?? {}) as BrowserRecord;
@@ -2615,7 +2594,7 @@ async function signOutEverywhere(server: Server) {
 
 /**
  * Takes a password attempt, or gives it back (-1). Returns 0, or the seconds until there is one. All strangers share
- * one bucket, because an attacker has any number of addresses; a browser that has signed in has its own.
+ * one bucket, because an attacker has many addresses; a browser that has signed in has its own.
  */
 async function takeAttempt({ store }: Server, bucket: string, count: 1 | -1 = 1): Promise<number> {
   let wait = 0;
@@ -2623,7 +2602,7 @@ async function takeAttempt({ store }: Server, bucket: string, count: 1 | -1 = 1)
     const record = current as BrowserRecord | undefined;
     const now = seconds();
     const { left, at } = record?.attempts ?? { left: MAX_ATTEMPTS, at: now };
-    // A clock that was set back must not stop the refill: `at` follows it below.
+    // `at` follows a clock that was set back, or it would stop the refill.
     const refilled = Math.min(MAX_ATTEMPTS, left + Math.max(0, now - at) / ATTEMPT_INTERVAL);
     wait = refilled >= count ? 0 : Math.ceil((1 - refilled) * ATTEMPT_INTERVAL);
     if (wait > 0 && at <= now) return current;
@@ -2632,14 +2611,10 @@ async function takeAttempt({ store }: Server, bucket: string, count: 1 | -1 = 1)
   return wait;
 }
 
-function ownerKey({ issuer }: Server) {
-  return `owner/${issuer}`;
-}
-
 async function readOwner(server: Server): Promise<OwnerRecord> {
   await server.passwordReady();
   const record = await server.store.get(ownerKey(server)) as OwnerRecord | undefined;
-  return record ?? await ensurePassword(server); // somebody emptied the store under the running server
+  return record ?? await ensurePassword(server); // somebody emptied the store
 }
 
 /**
@@ -2673,7 +2648,7 @@ function generatePassword(): string {
   return letters.match(/.{5}/g)!.join("-");
 }
 
-/** Phones add a space after a word, and one character can be typed in two ways. */
+/** Phones add a space, and one character can be typed in two ways. */
 function normalizePassword(password: string): string {
   return password.normalize("NFKC").trim();
 }
@@ -2683,7 +2658,7 @@ async function matchingHash(typed: string, record: OwnerRecord) {
   return record.hashes.find((stored) => equal(stored, hash));
 }
 
-/** Hashes a password slowly: a stolen store must not give up a short one. One of 100 random bits needs none. */
+/** Hashes slowly, so that a stolen store does not give up a password; 100 random bits do not need it. */
 async function stretch(password: string, { salt, generated }: OwnerRecord) {
   // In rounds, because Cloudflare Workers refuse more than 100,000 in one call.
   const [rounds, iterations] = generated ? [1, 1] : [6, 100_000];
