@@ -2128,7 +2128,8 @@ async function redeem(server: Server, form: URLSearchParams, client: Client, arr
   const redirect_uri = form.get("redirect_uri") ?? undefined;
   const request = { hash, challenge, client_id: client.id, resource: server.resource, redirect_uri, arrived };
   const successor = await deriveRefresh(server, id + random(32));
-  return await issueTokens(server, id, redeemGrant, request, successor, `pat_${id}${random(32)}`);
+  const tokens = { access_token: `pat_${id}${random(32)}`, successor };
+  return await issueTokens(server, id, tokens, (grant, issue, now) => redeemGrant(grant, request, issue, now));
 }
 
 async function refresh(server: Server, form: URLSearchParams, client: Client) {
@@ -2142,30 +2143,26 @@ async function refresh(server: Server, form: URLSearchParams, client: Client) {
   if (!granted) throw invalidGrant("the connection has ended");
   const asked = form.get("scope");
   const scopes = asked === null ? granted : narrowedScopes(asked, granted);
-  const narrower = scopes.length < granted.length ? scopes.map((scope) => granted.indexOf(scope)) : undefined;
+  const narrower = scopes.length < granted.length && { scopes: scopes.map((scope) => granted.indexOf(scope)) };
   const access_token = `pat_${id}${await server.mac("access", refresh_token, scopes.join(" "))}`;
   const request = { hash: current.hash, client_id: client.id, resource: server.resource };
   const successor = await deriveRefresh(server, current.successor);
-  return await issueTokens(server, id, refreshGrant, request, successor, access_token, narrower);
+  const tokens = { access_token, successor, ...narrower };
+  return await issueTokens(server, id, tokens, (grant, issue, now) => refreshGrant(grant, request, issue, now));
 }
 
+type Tokens = { access_token: string; successor: { token: string; hash: string }; scopes?: number[] };
+type Step = (grant: Grant, issue: Issue, now: number) => Transition;
+
 /** Issues tokens by an atomic transition, and raises its event. Returns the token response (OAuth 2.1 §3.2.3). */
-async function issueTokens<P extends Presented>(
-  server: Server,
-  id: string,
-  transition: (grant: Grant, request: P, issue: Issue, now: number) => Transition,
-  request: P,
-  successor: { token: string; hash: string },
-  access_token: string,
-  scopes?: number[],
-) {
+async function issueTokens(server: Server, id: string, { access_token, successor, scopes }: Tokens, step: Step) {
   const { accessTokenTtl, refreshTokenTtl } = server;
   const [hash, now] = [await hashToken(access_token), seconds()];
   const access = { hash, ...defined({ scopes }), expires: now + accessTokenTtl };
   const issue = { access, refresh: successor.hash, expires: now + Math.max(refreshTokenTtl, accessTokenTtl) };
   let result = undefined as Transition | undefined;
   const grant = await updateGrant(server, id, (grant) => {
-    result = transition(grant, request, issue, seconds());
+    result = step(grant, issue, seconds());
     return result.grant;
   }, issue.expires);
   if (!grant || !result) throw invalidGrant("the connection has ended"); // perhaps between two tries to write
@@ -2446,10 +2443,8 @@ type Session = { browser: string; known: boolean; who: "owner" | "anybody" | "st
 type Problem = { status: 403 | 429; message: string };
 
 /** `browser/<hash of its secret>`: a browser that has signed in. */
-interface BrowserRecord {
-  attempts?: { left: number; at: number };
-  session?: { epoch: string; since: number; seen: number };
-}
+type BrowserRecord = { attempts?: Attempts; session?: { epoch: string; since: number; seen: number } };
+type Attempts = { left: number; at: number };
 
 /** `owner/<issuer>`: the password, or all that were printed until one is used. Sessions end with the epoch. */
 type OwnerRecord = { salt: string; hashes: string[]; generated: boolean; used: boolean; epoch: string };
