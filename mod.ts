@@ -339,8 +339,8 @@ interface Server extends Settings {
   documents: DocumentCache;
   /** Access tokens that the store confirmed, by the Authorization header they came in. */
   verified: Map<string, VerifiedToken>;
-  /** The AuthInfo of requests whose token was just checked, so that two guards on one route check it once. */
-  checked: WeakMap<Request, AuthInfo>;
+  /** Under this key a Hono context keeps the AuthInfo of a token that was checked: a second guard does no more. */
+  passed: symbol;
   /** Attempts to connect that are not approved yet, by client_id, the latest last. */
   attempts: Map<string, Attempt>;
   /** When somebody last called without a token: how a client finds the server. */
@@ -598,7 +598,7 @@ function createServer(options: PersonalAuthOptions): Server {
     longMac,
     documents: { copies: new Map(), underWay: new Map(), asked: new Map() },
     verified: new Map(),
-    checked: new WeakMap(),
+    passed: Symbol("passed"),
     attempts: new Map(),
     found: {},
     passwordReady: once(() => ensurePassword(server)),
@@ -1760,155 +1760,112 @@ async function introspectionEndpoint(server: Server, c: Context): Promise<Respon
 // --- Grants ---------------------------------------------------------------------------------------------------------
 
 /**
- * A connection: one record, `grant/<id>`, with everything about it. Every token names its grant, so checking a token is
- * one read, every change is one atomic change, and ending the connection ends all its tokens. Only hashes of secrets
- * are stored. Times are in seconds since the epoch, with fractions.
+ * A connection: one record, `grant/<id>`. Every token names its grant, so checking a token is one read, every change is
+ * one atomic change, and ending the connection ends all its tokens. Only hashes of secrets are stored.
  */
 interface Grant {
-  /** `auth`: the only way in which it may authenticate. */
-  client: { id: string; name: string; auth?: "private_key_jwt" };
+  client: { id: string; name: string; auth?: "private_key_jwt" }; // `auth`: its only way to authenticate
   redirect_uri?: string;
   scopes: string[];
   resource: string;
   created: number;
-  /** When an access token was first used. */
-  called?: number;
-  /** When a token was last used, to the minute. */
-  used?: number;
+  called?: number; // for the first time
+  used?: number; // for the last time, to the minute
   expires: number;
   revoked?: number;
   code?: NewCode & { expires: number; redeemed?: number };
   refresh?: RefreshState;
-  /** Live access tokens, oldest first. A refresh leaves the earlier ones to their own expiry. */
-  access: AccessToken[];
-  /** The owner's own name for it, how it came to be approved, and why it was last refused. */
-  label?: string;
+  access: AccessToken[]; // oldest first
+  label?: string; // the owner's own name for it
   attempt?: Pick<Attempt, "found" | "introduced" | "shown">;
   refused?: Refusal;
 }
 
-/** `refreshes`: whether the client registered for refresh tokens. */
+type Approval = Pick<Grant, "client" | "redirect_uri" | "scopes" | "resource" | "attempt">;
 type NewCode = { hash: string; challenge: string; refreshes: boolean };
 
+/** `n`: of the refresh token it came with. `scopes`: which of the grant's, by position, if not all. */
+type AccessToken = { hash: string; n: number; scopes?: number[]; expires: number };
+
 interface RefreshState {
-  /** Fingerprint of the current refresh token, RT(n). */
-  hash: string;
+  hash: string; // of the current token, RT(n)
   n: number;
-  /** Whether RT(n), or the access token issued with it, has been used: then the client has it, and RT(n-1) is spent. */
-  presented: boolean;
-  /** The latest refresh tokens before RT(n) and when each was first rotated, newest first. */
-  rotated: [hash: string, at: number][];
-  /** The latest n whose answer was repeated after the grace period. */
-  repeated?: number;
+  presented: boolean; // RT(n) or its access token was used: the client has it, and RT(n-1) is spent
+  rotated: [hash: string, at: number][]; // the latest before RT(n), newest first
+  repeated?: number; // the latest n that was issued again after the grace period
 }
 
-interface AccessToken {
-  hash: string;
-  /** The n of the refresh token it was issued with. */
-  n: number;
-  /** Present if it has fewer than the grant. */
-  scopes?: string[];
-  expires: number;
-}
+type Presented = { hash: string; client_id: string; resource: string };
+type PresentedCode = Presented & { challenge: string; redirect_uri?: string | undefined; arrived: number };
 
-/** The record to keep (the same object if nothing changed), what happened, and why it was refused. */
-interface Transition {
-  grant: Grant;
-  outcome: "issued" | "repeated" | "replayed" | "reused" | "refused";
-  reason?: string;
-}
-
-/** The hashes of the tokens to issue, and when the connection ends unless it is refreshed. */
 type Issue = { access: Omit<AccessToken, "n">; refresh: string; expires: number };
 
+/** `grant`: the record to keep, the same object if nothing changed. */
+type Transition = { grant: Grant; outcome: "refused" | "issued" | keyof typeof EVENTS; reason?: string };
+
+const EVENTS = {
+  redeemed: ["code_redeemed", "the app fetched its token"],
+  replayed: ["code_replayed", "a code was redeemed twice: the connection is ended"],
+  reused: ["refresh_token_reused", "a refresh token was used again: the connection is ended"],
+  repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
+} as const;
+
 const CODE_TTL = 5 * MINUTE;
-/** How long a refresh token works after its rotation: clients on several machines refresh in parallel. */
+/** For clients that refresh in parallel on several machines. */
 const REFRESH_GRACE = 2 * MINUTE;
-/** Bounds on one record for clients that refresh without pause. Deno KV takes 64 KiB; these come to half of it. */
+/** So that the largest record fits into the 64 KiB of a Deno KV. */
 const MAX_ACCESS_TOKENS = 100;
 const MAX_ROTATIONS = 200;
 
-// OAuth's hard rules as pure functions of (grant, request, now), without HTTP and storage.
+// OAuth's hard rules are pure functions, without HTTP and storage.
 
-/** Returns the grant of a new approval: a code, and no token yet. The record outlives its form, which is good once. */
-function approveGrant(
-  request: Pick<Grant, "client" | "scopes" | "resource" | "attempt"> & { redirect_uri: string },
-  code: NewCode,
-  now: number,
-): Grant {
+/** The record outlives its form, so that the form is good once. */
+function approveGrant(approval: Approval, code: NewCode, now: number): Grant {
   const expires = now + UNREDEEMED_KEPT;
-  return { ...request, created: now, expires, code: { ...code, expires: now + CODE_TTL }, access: [] };
+  return { ...approval, created: now, expires, code: { ...code, expires: now + CODE_TTL }, access: [] };
 }
 
-/** Returns why this client can neither redeem nor refresh a grant. */
-function grantRefusal(grant: Grant, request: { client_id: string; resource: string }, now: number) {
+function grantRefusal(grant: Grant, request: Presented, now: number) {
   if (grant.revoked !== undefined) return `the connection was ended ${ago(now - grant.revoked)}`;
   if (grant.client.id !== request.client_id) return "the code or refresh token was issued to another client";
-  // Servers at several addresses may share a store: each issues tokens for itself alone.
+  // Servers may share a store: each issues tokens for itself alone.
   if (grant.resource !== request.resource) return `the code or refresh token is for ${quote(grant.resource)}`;
-  return undefined;
 }
 
-function refused(grant: Grant, reason: string): Transition {
-  return { grant, outcome: "refused", reason };
-}
+const refused = (grant: Grant, reason: string): Transition => ({ grant, outcome: "refused", reason });
 
 /**
- * Redeems a code once. A wrong attempt changes nothing, so it costs the client neither the code nor the connection.
- *
+ * Redeems a code once. A wrong attempt costs the client neither the code nor the connection.
  * @see {@link https://www.rfc-editor.org/rfc/rfc7636#section-4.6 | RFC 7636 §4.6}
  * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1.3 | OAuth 2.1 §4.1.3}
  */
-function redeemGrant(
-  grant: Grant,
-  request: {
-    hash: string;
-    challenge: string;
-    client_id: string;
-    resource: string;
-    redirect_uri?: string | undefined;
-    arrived: number;
-  },
-  { access, refresh, expires }: Issue,
-  now: number,
-): Transition {
+function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: number): Transition {
   const { code } = grant;
+  const { redirect_uri } = request;
   const refusal = grantRefusal(grant, request, now);
   if (refusal) return refused(grant, refusal);
   if (code?.hash !== request.hash) return refused(grant, "this code was never issued");
   if (code.challenge !== request.challenge) return refused(grant, "code_verifier does not match the code_challenge");
-  if (request.redirect_uri !== undefined && request.redirect_uri !== grant.redirect_uri) {
-    return refused(grant, `redirect_uri ${quote(request.redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
+  if (redirect_uri !== undefined && redirect_uri !== grant.redirect_uri) {
+    return refused(grant, `redirect_uri ${quote(redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
   }
   if (code.redeemed !== undefined) {
-    // Client and verifier are right, so somebody else holds both: end what was issued. A request that had arrived
-    // before the code was redeemed is the client's own duplicate, and is only refused.
+    // The client's own duplicate came before that. Later, somebody else holds both.
     if (request.arrived < code.redeemed) return refused(grant, "a duplicate of a request that came at the same time");
     return { grant: revokeGrant(grant, now), outcome: "replayed" };
   }
   if (code.expires <= now) return refused(grant, `the code expired ${ago(now - code.expires)}`);
-  const redeemed = { ...grant, code: { ...code, redeemed: now }, access: [{ ...access, n: 0 }] };
-  if (!code.refreshes) return { grant: { ...redeemed, expires: access.expires }, outcome: "issued" };
-  const first: RefreshState = { hash: refresh, n: 0, presented: false, rotated: [] };
-  return { grant: { ...redeemed, expires, refresh: first }, outcome: "issued" };
+  const redeemed = { ...grant, code: { ...code, redeemed: now }, access: [{ ...issue.access, n: 0 }] };
+  if (!code.refreshes) return { grant: { ...redeemed, expires: issue.access.expires }, outcome: "redeemed" };
+  const refresh: RefreshState = { hash: issue.refresh, n: 0, presented: false, rotated: [] };
+  return { grant: { ...redeemed, expires: issue.expires, refresh }, outcome: "redeemed" };
 }
 
 /**
- * Rotates a refresh token, or repeats the answer to one that was rotated. Tokens are derived, not drawn, so everybody
- * who presents the same token gets the same answer, and parallel refreshes are harmless. A rotated token is accepted
- * within the grace period, and later for as long as nothing issued for it has been used: then its answer was lost.
- * Anything else is a second holder, and the connection ends.
- *
- * `request.hash` must be the fingerprint of a refresh token that this server made for this grant.
- *
+ * Rotates a refresh token that this server made for this grant.
  * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.3.1 | OAuth 2.1 §4.3.1}
  */
-function refreshGrant(
-  grant: Grant,
-  request: { hash: string; client_id: string; resource: string },
-  issue: Issue,
-  now: number,
-): Transition {
+function refreshGrant(grant: Grant, request: Presented, issue: Issue, now: number): Transition {
   const { refresh } = grant;
   const refusal = grantRefusal(grant, request, now);
   if (refusal) return refused(grant, refusal);
@@ -1919,35 +1876,32 @@ function refreshGrant(
   const recent = refresh.rotated.filter(([, at]) => now - at <= REFRESH_GRACE).slice(0, MAX_ROTATIONS - 1);
   const rotated: RefreshState["rotated"] = [[request.hash, now], ...recent];
   const next = { ...refresh, hash: issue.refresh, n, presented: false, rotated };
-  return { outcome: "issued", grant: withTokens(grant, issue, next, n, now) };
+  return { grant: withTokens(grant, issue, next, n, now), outcome: "issued" };
 }
 
-/** Repeats the answer to a refresh token that was rotated, or ends the connection. */
+/** Repeats an answer within the grace period, or later if it was lost. Anything else is a second holder. */
 function repeatRefresh(grant: Grant, refresh: RefreshState, hash: string, issue: Issue, now: number): Transition {
   const { rotated, n } = refresh;
   const index = rotated.findIndex(([known]) => known === hash);
   const at = rotated[index]?.[1];
-  const inGrace = at !== undefined && now - at <= REFRESH_GRACE;
-  const isUnused = index === 0 && !refresh.presented;
-  // A thief who copies a token can rotate it first, leave the answer unused, and wait: the client then looks like one
-  // that lost an answer. Lost answers are rare; two consecutive ones, both asked for late, are taken for a thief.
+  if (at !== undefined && now - at <= REFRESH_GRACE) {
+    // Its access token gets new time only if it has used up half of it.
+    const issued = grant.access.find((token) => token.hash === issue.access.hash);
+    const lasts = issued && issued.expires - now >= (issue.access.expires - now) / 2;
+    return { grant: lasts ? grant : withTokens(grant, issue, refresh, n - index, now), outcome: "issued" };
+  }
+  // A thief may rotate first and wait: the client then seems to have lost an answer. Two in a row are taken for theft.
   const isSecondInRow = refresh.repeated !== undefined && refresh.repeated === n - 1;
-  if (!inGrace && (!isUnused || isSecondInRow)) {
-    const when = at === undefined ? "long ago" : ago(now - at);
-    return { grant: revokeGrant(grant, now), outcome: "reused", reason: `the refresh token was rotated ${when}` };
+  if (index !== 0 || refresh.presented || isSecondInRow) {
+    const reason = `the refresh token was rotated ${at === undefined ? "long ago" : ago(now - at)}`;
+    return { grant: revokeGrant(grant, now), outcome: "reused", reason };
   }
-  if (!inGrace) {
-    // A late answer counts as the first one: the grace period for the client's other machines starts again.
-    const late: RefreshState = { ...refresh, rotated: [[hash, now], ...rotated.slice(1)], repeated: n };
-    return { outcome: "repeated", grant: withTokens(grant, issue, late, n, now) };
-  }
-  // The repeated answer is the first one again; its access token gets new time only if it has used up half of it.
-  const issued = grant.access.find((token) => token.hash === issue.access.hash);
-  const lasts = issued && issued.expires - now >= (issue.access.expires - now) / 2;
-  return { outcome: "issued", grant: lasts ? grant : withTokens(grant, issue, refresh, n - index, now) };
+  // The grace period for the client's other machines starts again.
+  const late: RefreshState = { ...refresh, rotated: [[hash, now], ...rotated.slice(1)], repeated: n };
+  return { grant: withTokens(grant, issue, late, n, now), outcome: "repeated" };
 }
 
-/** Returns the grant after a refresh: with one more access token, issued with RT(n), and without those that expired. */
+/** Adds an access token issued with RT(n), and drops those that expired. */
 function withTokens(grant: Grant, issue: Issue, refresh: RefreshState, n: number, now: number): Grant {
   const others = grant.access.filter((token) => token.expires > now && token.hash !== issue.access.hash);
   const access = [...others, { ...issue.access, n }].slice(-MAX_ACCESS_TOKENS);
@@ -1955,37 +1909,37 @@ function withTokens(grant: Grant, issue: Issue, refresh: RefreshState, n: number
 }
 
 function verifyGrant(grant: Grant, hash: string, resource: string, now: number): AccessToken | undefined {
-  // Digests are compared, not tokens: how far two digests agree says nothing about the token behind them.
+  // Not in constant time: how far two digests agree says nothing about the tokens.
   const token = grant.access.find((candidate) => candidate.hash === hash);
-  const live = token && token.expires > now && grant.expires > now && grant.revoked === undefined;
-  return live && grant.resource === resource ? token : undefined;
+  const isLive = token && token.expires > now && grant.expires > now && grant.revoked === undefined;
+  return isLive && grant.resource === resource ? token : undefined;
 }
 
-/** Records that an access token was used. Returns the same object if there is nothing new to remember. */
+function scopesOf(grant: Grant, { scopes }: AccessToken): string[] {
+  return scopes ? grant.scopes.filter((_, position) => scopes.includes(position)) : grant.scopes;
+}
+
+/** Returns the grant after use of an access token, the same object if there is nothing new. */
 function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
   const { refresh, called = now } = grant;
-  // The client has the latest tokens; later use of the previous refresh token is treated as theft.
+  // The client has the latest tokens: use of the previous refresh token is theft from now on.
   if (refresh && refresh.n === token.n && refresh.rotated.length > 0 && !refresh.presented) {
     return { ...grant, called, used: now, refresh: { ...refresh, presented: true } };
   }
-  // At most once a minute, so that a busy client does not turn every read into a write.
+  // Once a minute, or a busy client would turn every read into a write.
   const isRecent = grant.called !== undefined && Math.abs(now - (grant.used ?? 0)) < MINUTE;
   return isRecent ? grant : { ...grant, called, used: now };
 }
 
-/** Ends a connection. The record stays for a while, so that its approval cannot be posted again. */
+/** Ends a connection. The record stays, so that its approval cannot be posted again. */
 function revokeGrant({ code: _code, refresh: _refresh, ...rest }: Grant, now: number): Grant {
   return { ...rest, access: [], revoked: rest.revoked ?? now };
 }
 
-// The same with storage: the functions above decide.
+const readGrant = ({ store }: Server, id: string) => store.get(`grant/${id}`) as Promise<Grant | undefined>;
 
-async function readGrant({ store }: Server, id: string): Promise<Grant | undefined> {
-  return await store.get(`grant/${id}`) as Grant | undefined;
-}
-
-/** Stores a new grant. If the same form has made one before, returns that one and changes nothing. */
-async function insertGrant({ store }: Server, id: string, grant: Grant): Promise<Grant | undefined> {
+/** Stores a new grant, or returns the one that the same form has made before. */
+async function insertGrant({ store }: Server, id: string, grant: Grant) {
   let before: Grant | undefined;
   await store.update(`grant/${id}`, (current) => {
     before = current as Grant | undefined;
@@ -1994,188 +1948,136 @@ async function insertGrant({ store }: Server, id: string, grant: Grant): Promise
   return before;
 }
 
-/** Changes a grant atomically and returns it. Writes nothing if there is none, or `change` returns the same object. */
+/** Changes a grant atomically, if there is one. Writes nothing if `change` returns the same object. */
 async function updateGrant({ store }: Server, id: string, change: (grant: Grant) => Grant, expiresAt?: number) {
   const changeIt = (current: unknown) => current === undefined ? undefined : change(current as Grant);
   return await store.update(`grant/${id}`, changeIt, defined({ expiresAt })) as Grant | undefined;
 }
 
-/** The outcomes that the owner must hear of. */
-const ALARMS: Partial<Record<Transition["outcome"], [event: AuthEvent["type"], message: string]>> = {
-  replayed: ["code_replayed", "a code was redeemed twice: the connection is ended"],
-  reused: ["refresh_token_reused", "a refresh token was used again: the connection is ended"],
-  repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
-};
-
-/** Applies a transition atomically, raises the event of what happened, and throws what to answer unless it issued. */
-async function changeGrant(
-  server: Server,
-  id: string,
-  transition: (grant: Grant, now: number) => Transition,
-  { expires }: Issue,
-): Promise<Grant> {
-  let result = undefined as Transition | undefined;
-  const grant = await updateGrant(server, id, (grant) => {
-    result = transition(grant, seconds());
-    return result.grant;
-  }, expires);
-  // Both are asked for: when a write is tried again, the grant may be gone, and the result that of the first try.
-  if (!grant || !result) throw invalidGrant("the connection has ended");
-  const { outcome, reason } = result;
-  const [event, message] = ALARMS[outcome] ?? [];
-  if (event) emitFor(server, event, message!, id, grant);
-  if (outcome === "issued" || outcome === "repeated") return grant;
-  throw invalidGrant(reason, event);
-}
-
-/** One answer to whatever is wrong with a code or refresh token: the reason is for the owner, not for a thief. */
+/** One answer to whatever is wrong with a token: the reason is for the owner, not for a thief. */
 function invalidGrant(reason?: string, event?: AuthEvent["type"]): OAuthError {
   const description = "The code or refresh token is wrong, used, expired or revoked";
   return new OAuthError("invalid_grant", description, { reason, ...defined({ event }) });
 }
 
-function emitFor(server: Server, type: AuthEvent["type"], message: string, connection: string, grant: Grant): void {
+function emitFor(server: Server, type: AuthEvent["type"], message: string, connection: string, grant: Grant) {
   server.emit(type, message, { connection, clientName: grant.client.name });
 }
 
-/** The id of what a form makes comes from the form, so that sending it twice finds the first grant. */
-async function formId({ mac }: Server, ...form: string[]): Promise<string> {
-  return (await mac("grant", ...form)).slice(0, 32);
-}
+/** An id that comes from the form, so that sending it twice finds the first grant. */
+const formId = async ({ mac }: Server, ...form: string[]) => (await mac("grant", ...form)).slice(0, 32);
 
-/**
- * Approves a request and returns its code; if the same form was sent before, the code of the first time while it can be
- * redeemed. With `lookOnly`, nothing is approved that was not before.
- */
-async function approve(
-  server: Server,
-  form: string,
-  { client, redirect_uri, scopes, code_challenge: challenge }: AuthorizationRequest,
-  lookOnly = false,
-): Promise<{ code?: string; repeated: boolean } | undefined> {
-  const { attempts, resource } = server;
+/** Approves a request (or with `lookOnly` finds its approval), and returns its code while that is good. */
+async function approve(server: Server, form: string, request: AuthorizationRequest, lookOnly = false) {
+  const { client: { id: client_id, name, auth, refreshes }, redirect_uri, scopes, code_challenge: challenge } = request;
   const id = await formId(server, form);
   const code = `pac_${id}${await server.mac("code", form)}`;
-  const { found, introduced, shown } = attempts.get(client.id) ?? {};
-  const attempt = defined({ found, introduced, shown });
-  const who = { id: client.id, name: client.name, ...defined({ auth: client.auth }) };
-  const fresh = approveGrant(
-    { client: who, redirect_uri, scopes, resource, attempt },
-    { hash: await hashToken(code), challenge, refreshes: client.refreshes },
-    seconds(),
-  );
-  const before = lookOnly ? await readGrant(server, id) : await insertGrant(server, id, fresh);
-  if (!lookOnly) attempts.delete(client.id); // from here on, the record tells
-  const grant = before ?? fresh;
-  if (lookOnly && !before || grant.client.id !== client.id || grant.redirect_uri !== redirect_uri) return undefined;
-  // After a double click the browser follows the second response, so it carries the first one's code.
-  return { repeated: before !== undefined, ...(hasOpenCode(grant, seconds()) && { code }) };
+  let before: Grant | undefined;
+  if (lookOnly) before = await readGrant(server, id);
+  else {
+    const { found, introduced, shown } = server.attempts.get(client_id) ?? {};
+    const attempt = defined({ found, introduced, shown });
+    const client = { id: client_id, name, ...defined({ auth }) };
+    const approval = { client, redirect_uri, scopes, resource: server.resource, attempt };
+    const newCode = { hash: await hashToken(code), challenge, refreshes };
+    before = await insertGrant(server, id, approveGrant(approval, newCode, seconds()));
+    server.attempts.delete(client_id); // from here on, the record tells
+  }
+  if (!before) return lookOnly ? undefined : { code, repeated: false };
+  if (before.client.id !== client_id || before.redirect_uri !== redirect_uri) return undefined;
+  // After a double click the browser follows the second response.
+  return { code: hasOpenCode(before, seconds()) ? code : undefined, repeated: true };
 }
 
-function hasOpenCode({ code }: Grant, now: number): boolean {
-  return code !== undefined && code.redeemed === undefined && code.expires > now;
-}
+const hasOpenCode = ({ code }: Grant, now: number) => !!code && code.redeemed === undefined && code.expires > now;
 
-/** The response of the token endpoint (OAuth 2.1 §3.2.3). No member is ever null: strict clients refuse that. */
-interface TokenResponse {
-  access_token: string;
-  token_type: "Bearer";
-  expires_in: number;
-  refresh_token?: string;
-  scope: string;
-}
-
-/** Exchanges a code for tokens. `arrived` is when the request came, before its body was read. */
-async function redeem(server: Server, form: URLSearchParams, client: Client, arrived: number): Promise<TokenResponse> {
+async function redeem(server: Server, form: URLSearchParams, client: Client, arrived: number) {
   const [code, code_verifier] = [required(form, "code"), required(form, "code_verifier")];
   if (!/^[A-Za-z0-9._~-]{43,128}$/.test(code_verifier)) {
     throw invalidRequest("code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)");
   }
   const id = grantId("pac", code);
   if (!id) throw new OAuthError("invalid_grant", "This is not a code of this server");
-  const access_token = `pat_${id}${random(32)}`;
-  const refresh = await deriveRefresh(server, id + random(32));
   const [hash, challenge] = [await hashToken(code), await s256(code_verifier)];
   const redirect_uri = form.get("redirect_uri") ?? undefined;
   const request = { hash, challenge, client_id: client.id, resource: server.resource, redirect_uri, arrived };
-  const issue = await hashIssue(server, access_token, undefined, refresh.hash);
-  const grant = await changeGrant(server, id, (grant, now) => redeemGrant(grant, request, issue, now), issue);
-  emitFor(server, "code_redeemed", "the app fetched its token", id, grant);
-  return tokenResponse(grant, issue, access_token, grant.refresh && refresh.token);
+  const successor = await deriveRefresh(server, id + random(32));
+  const tokens = { access_token: `pat_${id}${random(32)}`, successor };
+  return await issueTokens(server, id, tokens, (grant, issue, now) => redeemGrant(grant, request, issue, now));
 }
 
-async function refresh(server: Server, form: URLSearchParams, client: Client): Promise<TokenResponse> {
+async function refresh(server: Server, form: URLSearchParams, client: Client) {
   const refresh_token = required(form, "refresh_token");
   const id = grantId("prt", refresh_token);
   if (!id) throw invalidGrant("it does not have the form of a refresh token");
   const current = await deriveRefresh(server, refresh_token.slice(4, -CHECK_DIGITS));
-  // Only a token that this server made may end a connection: otherwise everybody could who learns a connection's id.
+  // Only a token that this server made may end a connection, or whoever learns a connection's id could.
   if (!equal(refresh_token, current.token)) throw invalidGrant("this server did not make the refresh token");
   const granted = (await readGrant(server, id))?.scopes;
   if (!granted) throw invalidGrant("the connection has ended");
   const asked = form.get("scope");
   const scopes = asked === null ? granted : narrowedScopes(asked, granted);
+  const narrower = scopes.length < granted.length && { scopes: scopes.map((scope) => granted.indexOf(scope)) };
   const access_token = `pat_${id}${await server.mac("access", refresh_token, scopes.join(" "))}`;
-  const successor = await deriveRefresh(server, current.successor);
   const request = { hash: current.hash, client_id: client.id, resource: server.resource };
-  const narrower = scopes.length < granted.length ? scopes : undefined;
-  const issue = await hashIssue(server, access_token, narrower, successor.hash);
-  const grant = await changeGrant(server, id, (grant, now) => refreshGrant(grant, request, issue, now), issue);
-  return tokenResponse(grant, issue, access_token, successor.token);
+  const successor = await deriveRefresh(server, current.successor);
+  const tokens = { access_token, successor, ...narrower };
+  return await issueTokens(server, id, tokens, (grant, issue, now) => refreshGrant(grant, request, issue, now));
 }
 
-/** The digits at the end of a refresh token that prove, without a look at the store, that this server made it. */
-const CHECK_DIGITS = 32;
+type Tokens = { access_token: string; successor: { token: string; hash: string }; scopes?: number[] };
+type Step = (grant: Grant, issue: Issue, now: number) => Transition;
 
-/**
- * Derives everything about a refresh token, `prt_<id><secret><check>`, from one MAC of its id and secret: the check,
- * the fingerprint that is stored, and its successor. As parts of one pseudorandom digest, they tell nothing of each
- * other.
- */
-async function deriveRefresh({ longMac }: Server, body: string) {
-  const digest = await longMac("refresh", body);
-  return {
-    token: `prt_${body}${digest.slice(0, CHECK_DIGITS)}`,
-    hash: digest.slice(CHECK_DIGITS, 64),
-    successor: body.slice(0, 32) + digest.slice(64),
-  };
-}
-
-/** Returns what the record keeps of tokens that are about to be issued. */
-async function hashIssue(server: Server, access_token: string, scopes: string[] | undefined, refresh: string) {
+/** Issues tokens by an atomic transition, and raises its event. Returns the token response (OAuth 2.1 §3.2.3). */
+async function issueTokens(server: Server, id: string, { access_token, successor, scopes }: Tokens, step: Step) {
   const { accessTokenTtl, refreshTokenTtl } = server;
-  const now = seconds();
-  const hash = await hashToken(access_token);
+  const [hash, now] = [await hashToken(access_token), seconds()];
   const access = { hash, ...defined({ scopes }), expires: now + accessTokenTtl };
-  return { access, refresh, expires: now + Math.max(refreshTokenTtl, accessTokenTtl) };
-}
-
-function tokenResponse(grant: Grant, issue: Issue, access_token: string, refresh_token?: string): TokenResponse {
-  const issued = grant.access.find((token) => token.hash === issue.access.hash);
-  const { expires = 0, scopes = grant.scopes } = issued ?? {};
+  const issue = { access, refresh: successor.hash, expires: now + Math.max(refreshTokenTtl, accessTokenTtl) };
+  let result = undefined as Transition | undefined;
+  const grant = await updateGrant(server, id, (grant) => {
+    result = step(grant, issue, seconds());
+    return result.grant;
+  }, issue.expires);
+  if (!grant || !result) throw invalidGrant("the connection has ended"); // perhaps between two tries to write
+  const { outcome, reason } = result;
+  if (outcome === "refused") throw invalidGrant(reason);
+  if (outcome !== "issued") {
+    const [event, message] = EVENTS[outcome];
+    emitFor(server, event, message, id, grant);
+    if (grant.revoked !== undefined) throw invalidGrant(reason, event);
+  }
+  const issued = grant.access.find((token) => token.hash === hash)!;
   return {
     access_token,
     token_type: "Bearer",
-    expires_in: Math.round(expires - seconds()),
-    ...defined({ refresh_token }),
-    scope: scopes.join(" "),
+    expires_in: Math.round(issued.expires - seconds()),
+    ...(grant.refresh && { refresh_token: successor.token }), // absent, not null: strict clients refuse that
+    scope: scopesOf(grant, issued).join(" "),
   };
 }
 
-/**
- * Returns the id of the grant that a token names, if the token has the right form: `pat_` access, `prt_` refresh,
- * `pac_` code. A personal access token is in base64url, which is shorter to copy; all others are in hex.
- */
+/** The last digits of a refresh token: they prove that this server made it. */
+const CHECK_DIGITS = 32;
+
+/** Derives a refresh token, `prt_<id><secret><check>`, its hash and its successor from id and secret. */
+async function deriveRefresh({ longMac }: Server, body: string) {
+  const digest = await longMac("refresh", body); // its parts tell nothing of each other
+  const token = `prt_${body}${digest.slice(0, CHECK_DIGITS)}`;
+  return { token, hash: digest.slice(CHECK_DIGITS, 64), successor: body.slice(0, 32) + digest.slice(64) };
+}
+
+/** Returns the id of the grant that an access token, a refresh token or a code names. */
 function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefined {
   if (typeof token !== "string" || !token.startsWith(`${prefix}_`)) return undefined;
   const digits = 32 + 64 + (prefix === "prt" ? CHECK_DIGITS : 0);
   if (token.length === 4 + digits && /^[0-9a-f]+$/.test(token.slice(4))) return token.slice(4, 4 + 32);
+  // A personal access token is in base64url, which is shorter to copy.
   if (prefix !== "pat" || token.length !== 4 + 22 + 43 || !/^[\w-]+$/.test(token)) return undefined;
   return hex(base64Bytes(token.slice(4, 4 + 22)));
 }
 
-/** Gives a connection the owner's own name for it; an empty one takes it away. */
-async function rename(server: Server, id: string, label: string): Promise<void> {
+async function rename(server: Server, id: string, label: string) {
   if (label.length > MAX_LABEL) throw invalidRequest(`The name may have up to ${MAX_LABEL} characters`);
   await updateGrant(server, id, (current) => {
     const { label: _label, ...grant } = current;
@@ -2183,26 +2085,24 @@ async function rename(server: Server, id: string, label: string): Promise<void> 
   });
 }
 
-async function revokeAll(server: Server): Promise<void> {
+async function revokeAll(server: Server) {
   for (const { id } of await listConnections(server)) await revoke(server, id);
 }
 
-/** Ends the connection that a token of this client belongs to. Tokens that are not ours are ignored (RFC 7009 §2.2). */
-async function revokeToken(server: Server, token: string, client: Client): Promise<void> {
+/** Ends the connection of a token. Tokens that are not ours are ignored (RFC 7009 §2.2). */
+async function revokeToken(server: Server, token: string, client: Client) {
   const id = grantId("pat", token) ?? grantId("prt", token);
   if (!id) return;
   const grant = await readGrant(server, id);
   if (grant) {
     const hash = await hashToken(token);
-    const isOurs = grant.access.some((access) => access.hash === hash) ||
-      token === (await deriveRefresh(server, token.slice(4, -CHECK_DIGITS))).token;
-    if (!isOurs) return;
+    const { token: refresh_token } = await deriveRefresh(server, token.slice(4, -CHECK_DIGITS));
+    if (token !== refresh_token && !grant.access.some((access) => access.hash === hash)) return;
     if (grant.client.id !== client.id) throw new OAuthError("invalid_grant", "The token was issued to another client");
   }
   await revoke(server, id); // also where nothing seems to be left: the clock may be wrong
 }
 
-/** Ends a connection of this server. Returns `false` if there is none with this id. */
 async function revoke(server: Server, id: string): Promise<boolean> {
   let isNew = false;
   const now = seconds();
@@ -2221,10 +2121,8 @@ async function listConnections(server: Server): Promise<Connection[]> {
   for await (const [key, value] of server.store.list("grant/")) {
     const grant = value as Grant;
     const { client, label, redirect_uri: redirectUri, scopes, created, used, expires } = grant;
-    const isOver = grant.revoked !== undefined || expires <= now ||
-      (grant.access.length === 0 && !hasOpenCode(grant, now));
-    // A store may be shared by servers at several addresses: none lists what belongs to another one.
-    if (isOver || grant.resource !== server.resource) continue;
+    const isLive = grant.revoked === undefined && expires > now && (grant.access.length > 0 || hasOpenCode(grant, now));
+    if (!isLive || grant.resource !== server.resource) continue; // servers may share a store
     live.push({
       id: key.slice("grant/".length),
       kind: client.id === PERSONAL ? "token" : "client",
@@ -2240,38 +2138,27 @@ async function listConnections(server: Server): Promise<Connection[]> {
   return live.sort((a, b) => b.createdAt - a.createdAt);
 }
 
-/** Stands where a client id is expected: personal access tokens belong to no client. */
+/** Stands in place of a client_id. */
 const PERSONAL = "personal-access-token";
 
-/** Makes a personal access token. Returns `undefined` if the form was sent before and its token has been used. */
-async function createToken(
-  server: Server,
-  { name, scopes, expiresIn = 365 * DAY }: TokenRequest,
-  form: string = random(32),
-) {
+/** Makes a personal access token, unless the same form has made one that is in use. */
+async function createToken(server: Server, request: TokenRequest, form = random(32)) {
   const { all } = server.scopes;
+  const { name, expiresIn = 365 * DAY } = request;
+  const scopes = request.scopes ?? all;
   assert(isString(name) && printable(name) !== "", "createToken: name must say what the token is for");
   assert(isLifetime(expiresIn), `createToken: expiresIn ${LIFETIME}, not ${quote(expiresIn)}`);
-  const granted = scopes ?? all;
-  assert(
-    isStringList(granted) && granted.length > 0 && granted.every((scope) => all.includes(scope)),
-    `createToken: scopes must be some of ${all.join(", ")}, not ${quote(scopes)}`,
-  );
-  // The same form makes the same token, so that a double click shows it; a form with other fields makes another one.
-  // A copy of the store does not give the token, because the form is sealed with the browser's secret.
-  const parts = [form, name, String(expiresIn), ...granted];
+  const isOffered = isStringList(scopes) && scopes.length > 0 && scopes.every((scope) => all.includes(scope));
+  assert(isOffered, `createToken: scopes must be some of ${all.join(", ")}, not ${quote(scopes)}`);
+  // The same form makes the same token, as for a double click. It is sealed: a copy of the store does not give it.
+  const parts = [form, name, String(expiresIn), ...scopes];
   const id = await formId(server, ...parts);
   const token = `pat_${base64url(unhex(id))}${base64url(unhex(await server.mac("token", ...parts)))}`;
   const created = seconds();
   const expires = created + expiresIn;
-  const grant: Grant = {
-    client: { id: PERSONAL, name: printable(name) },
-    scopes: granted,
-    resource: server.resource,
-    created,
-    expires,
-    access: [{ hash: await hashToken(token), n: 0, expires }],
-  };
+  const client = { id: PERSONAL, name: printable(name) };
+  const access = [{ hash: await hashToken(token), n: 0, expires }];
+  const grant: Grant = { client, scopes, resource: server.resource, created, expires, access };
   const before = await insertGrant(server, id, grant);
   if (before?.used !== undefined || before?.revoked !== undefined) return undefined;
   if (!before) emitFor(server, "token_created", "a personal access token was made", id, grant);
@@ -2280,72 +2167,62 @@ async function createToken(
 
 // --- Guard ----------------------------------------------------------------------------------------------------------
 
-/** What the store said of an access token, its stamp before it was read, and how long that holds by itself. */
+/** `version`: the store's stamp before the token was read. */
 type VerifiedToken = { info: AuthInfo; version: number; until: number };
 
-/** More access tokens than one person's clients have. */
 const MAX_VERIFIED = 1000;
-/** Milliseconds that a request waits for the mark on its connection. */
-const MARK_PATIENCE = 200;
-
-/** A bearer token in a header. It is never read from query or body, because URLs are logged (RFC 6750 §2.1). */
+const MARK_PATIENCE = 200; // ms
+/** Never read from query or body: URLs are logged (RFC 6750 §2.1). */
 const BEARER = /^Bearer +([A-Za-z0-9._~+/-]+=*) *$/i;
 
-/**
- * Makes the guard. It looks at nothing but the token: a client without one learns from the 401 alone where to get it,
- * whatever method, body or Accept header it tried.
- */
+/** Makes the guard. It looks at the token alone: a client without one gets the 401, whatever it sent. */
 function createGuard(server: Server): MiddlewareHandler<AuthEnv> {
   const { mcpPath } = server;
-
   const checkToken = withCors(async (c, next) => {
     try {
-      c.set("auth", await authenticate(server, c));
+      await authenticate(server, c);
     } catch (error) {
-      return refuse(server, c, error);
+      return errorResponse(server, c, error);
     }
     await next();
-    // Some clients add a slash to the URL they were given. 308 keeps method and body, and stays on this host.
+    // Some clients add a slash. 308 keeps method and body, and stays on this host.
     if (c.req.path === `${mcpPath}/` && c.res.status === 404) c.res = c.redirect(mcpPath, 308);
   });
-
   return function personalAuthGuard(c, next) {
-    // The common case, without a promise of its own: the token is known, and no browser needs to be told about CORS.
-    const { headers } = c.req.raw;
-    const info = recall(server, headers.get("Authorization"));
-    if (info === undefined || headers.has("Origin") || c.req.path.endsWith("/")) return checkToken(c, next);
-    c.set("auth", info);
+    // The common case, without a promise of its own.
+    const info = recall(server, c);
+    if (!info || c.req.raw.headers.has("Origin") || c.req.path.endsWith("/")) return checkToken(c, next);
+    admit(server, c, info);
     return next();
   };
 }
 
-/** Returns what is remembered of a token. A revocation by any process changes the store's stamp and ends that. */
-function recall({ verified, store }: Server, header: string | null): AuthInfo | undefined {
-  const known = header === null ? undefined : verified.get(header);
+/** Returns what is known of a token, unless any process has changed the store since. */
+function recall({ passed, verified, store }: Server, c: Context): AuthInfo | undefined {
+  const earlier: AuthInfo | undefined = c.get(passed); // from another guard of the same request
+  if (earlier) return earlier;
+  const known = verified.get(c.req.raw.headers.get("Authorization") ?? "");
   return known && known.version === store.version?.() && Date.now() / 1000 < known.until ? known.info : undefined;
 }
 
-async function authenticate(server: Server, c: Context): Promise<AuthInfo> {
-  const header = c.req.raw.headers.get("Authorization");
-  const known = recall(server, header) ?? server.checked.get(c.req.raw);
-  if (known) return known;
-  const token = header?.match(BEARER)?.[1];
-  if (header === null || token === undefined) {
-    server.found.at = seconds();
-    // No error code where no token came: the client has done nothing wrong yet (RFC 6750 §3.1).
-    throw new OAuthError("unauthorized", "An access token is needed: send it as Authorization: Bearer", {
-      status: 401,
-      headers: { "WWW-Authenticate": challenge(server, server.scopes.byDefault) },
-    });
-  }
-  const info = await verifyAccessToken(server, token, header);
-  server.checked.set(c.req.raw, info);
+function admit({ passed }: Server, c: Context, info: AuthInfo): AuthInfo {
+  c.set(passed, info); // c.var.auth alone would not do: any middleware can set it
+  c.set("auth", info);
   return info;
 }
 
-/** Checks an access token against the store, and remembers it under the header it came in. */
+async function authenticate(server: Server, c: Context): Promise<AuthInfo> {
+  const known = recall(server, c);
+  if (known) return admit(server, c, known);
+  const header = c.req.raw.headers.get("Authorization");
+  const token = header?.match(BEARER)?.[1];
+  if (header !== null && token !== undefined) return admit(server, c, await verifyAccessToken(server, token, header));
+  server.found.at = seconds();
+  throw challenge(server, 401, "unauthorized", "An access token is needed: send it as Authorization: Bearer");
+}
+
 async function verifyAccessToken(server: Server, token: string, header = `Bearer ${token}`): Promise<AuthInfo> {
-  const { store, verified, resource } = server;
+  const { store, verified, resource, resourceMetadataUrl } = server;
   const now = seconds();
   const version = store.version?.(); // before the record is read, or a change in between would go unseen
   const id = grantId("pat", token);
@@ -2353,26 +2230,24 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   const hash = grant ? await hashToken(token) : "";
   const access = grant && verifyGrant(grant, hash, resource, now);
   if (!id || !access) {
-    const reason = `access token: ${whyInvalid(server, id, grant, hash, now)}`;
-    const description = "The access token is unknown, expired or revoked";
-    const error = new OAuthError("invalid_token", description, { status: 401, reason });
+    const error = challenge(server, 401, "invalid_token", "The access token is unknown, expired or revoked");
+    error.details.reason = `access token: ${whyInvalid(id, grant, hash, resource, now)}`;
     await noteRefusal(server, error, id);
     throw error;
   }
   const presented = presentGrant(grant, access, now);
   if (presented !== grant) {
-    if (grant.called === undefined) emitFor(server, "first_call", "the app called for the first time", id, grant);
     const marking = markPresented(server, id, hash, now);
-    // Wait up to 200 ms for writes that theft detection needs; the time of use is best effort.
-    if (presented.refresh !== grant.refresh) await Promise.race([marking, delay(MARK_PATIENCE)]);
+    // Theft detection needs this before the answer; the time of use is best effort.
+    if (!grant.called || presented.refresh !== grant.refresh) await Promise.race([marking, delay(MARK_PATIENCE)]);
   }
   const info: AuthInfo = Object.freeze({
     token,
     clientId: grant.client.id,
-    scopes: Object.freeze(server.scopes.withIncluded(access.scopes ?? grant.scopes)) as string[],
+    scopes: Object.freeze(server.scopes.withIncluded(scopesOf(grant, access))) as string[],
     expiresAt: Math.floor(access.expires),
     resource: new URL(resource),
-    resourceMetadataUrl: server.resourceMetadataUrl,
+    resourceMetadataUrl,
     extra: Object.freeze({ connection: id, clientName: grant.client.name }),
   });
   if (version === undefined) return info; // nothing would tell that it has changed
@@ -2382,7 +2257,7 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   return info;
 }
 
-function whyInvalid({ resource }: Server, id: string | undefined, grant: Grant | undefined, hash: string, now: number) {
+function whyInvalid(id: string | undefined, grant: Grant | undefined, hash: string, resource: string, now: number) {
   if (!id) return "it does not have the form of an access token of this server";
   if (!grant) return "its connection has ended, or never existed";
   if (grant.revoked !== undefined) return `its connection was ended ${ago(now - grant.revoked)}`;
@@ -2391,52 +2266,45 @@ function whyInvalid({ resource }: Server, id: string | undefined, grant: Grant |
   return expires <= now ? `it expired ${ago(now - expires)}` : "it was replaced, or never issued";
 }
 
-/** Remembers that a token was used. A store that cannot write must not keep the owner from reading. */
-async function markPresented(server: Server, id: string, hash: string, now: number): Promise<void> {
-  await updateGrant(server, id, (grant) => {
+/** Stores that a token was used, if it can: the owner may always read. */
+async function markPresented(server: Server, id: string, hash: string, now: number) {
+  let isFirst = false;
+  const change = (grant: Grant) => {
     const access = verifyGrant(grant, hash, server.resource, now);
+    isFirst = access !== undefined && grant.called === undefined;
     return access ? presentGrant(grant, access, now) : grant;
-  }).catch(() => {}); // the store has reported it already
+  };
+  const grant = await updateGrant(server, id, change).catch(() => undefined); // the store reports it
+  if (grant && isFirst) emitFor(server, "first_call", "the app called for the first time", id, grant);
 }
 
 /**
- * Builds a WWW-Authenticate challenge. Without `scope`, Claude asks for every scope of the authorization server.
- *
+ * Returns an error with its challenge. Without `scope`, Claude would ask for every scope there is.
  * @see {@link https://www.rfc-editor.org/rfc/rfc9728#section-5.1 | RFC 9728 §5.1}
  * @see {@link https://www.rfc-editor.org/rfc/rfc6750#section-3 | RFC 6750 §3}
  */
-function challenge({ resourceMetadataUrl }: Server, scope: string[], error?: OAuthError): string {
-  return "Bearer " + [
-    ...(error ? [`error="${error.code}"`, `error_description="${error.message}"`] : []),
-    `scope="${scope.join(" ")}"`,
-    `resource_metadata="${resourceMetadataUrl}"`,
-  ].join(", ");
-}
-
-function refuse(server: Server, c: Context, error: unknown): Response {
-  if (!(error instanceof OAuthError) || error.code !== "invalid_token") return errorResponse(server, c, error);
-  return errorResponse(server, c, error, { "WWW-Authenticate": challenge(server, server.scopes.byDefault, error) });
+function challenge(server: Server, status: 401 | 403, code: string, description: string, scopes?: string[]) {
+  // No error code where no token came (RFC 6750 §3.1).
+  const error = code === "unauthorized" ? "" : `error="${code}", error_description="${description}", `;
+  const scope = (scopes ?? server.scopes.byDefault).join(" ");
+  const value = `Bearer ${error}scope="${scope}", resource_metadata="${server.resourceMetadataUrl}"`;
+  return new OAuthError(code, description, { status, headers: { "WWW-Authenticate": value } });
 }
 
 function createScopeGuard(server: Server, required: string[]): MiddlewareHandler<AuthEnv> {
   const { all } = server.scopes;
-  assert(
-    required.length > 0 && required.every((scope) => all.includes(scope)),
-    `requireScopes: ${quote(required)} must be among the scopes on offer: ${all.join(", ")}`,
-  );
+  const isOffered = required.length > 0 && required.every((scope) => all.includes(scope));
+  assert(isOffered, `requireScopes: ${quote(required)} must be among the scopes on offer: ${all.join(", ")}`);
   return async function personalAuthScopes(c, next) {
     try {
-      // Not taken from c.var.auth, which any middleware can set. A token that was just checked is remembered.
-      const auth = await authenticate(server, c);
-      c.set("auth", auth);
-      if (!required.every((scope) => auth.scopes.includes(scope))) {
-        const error = new OAuthError("insufficient_scope", "The token lacks a scope that this needs", { status: 403 });
-        // Everything needed at once, with what the token has already: clients ask for exactly this list.
-        const needed = [...new Set([...auth.scopes, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
-        return errorResponse(server, c, error, { "WWW-Authenticate": challenge(server, needed, error) });
+      const { scopes } = await authenticate(server, c);
+      if (!required.every((scope) => scopes.includes(scope))) {
+        // With what the token has already: clients ask for exactly this list.
+        const needed = [...new Set([...scopes, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
+        throw challenge(server, 403, "insufficient_scope", "The token lacks a scope that this needs", needed);
       }
     } catch (error) {
-      return refuse(server, c, error);
+      return errorResponse(server, c, error);
     }
     await next();
   };
@@ -2444,262 +2312,183 @@ function createScopeGuard(server: Server, required: string[]): MiddlewareHandler
 
 // --- Owner ----------------------------------------------------------------------------------------------------------
 
-/** What is known of whoever opened one of the owner's pages. */
-interface Session {
-  /** The browser's secret, which its cookie holds. */
-  browser: string;
-  /** Whether the browser sent that cookie. */
-  known: boolean;
-  /** The owner; anybody, who has to type the password; or a stranger, whom `authenticateOwner` refused. */
-  who: "owner" | "anybody" | "stranger";
-  /** What `authenticateOwner` sends in place of the page, such as a redirect to its own login. */
-  answer?: Response;
-}
+/** `browser`: the secret in its cookie. `anybody` may type the password; `authenticateOwner` refused a `stranger`. */
+type Session = { browser: string; known: boolean; who: "owner" | "anybody" | "stranger"; answer?: Response };
+type Problem = { status: 403 | 429; message: string };
 
-/** Why the owner could not be recognised, as the page says it. */
-interface Problem {
-  status: 403 | 429;
-  message: string;
-}
+/** `browser/<hash of its secret>`: a browser that has signed in. */
+type BrowserRecord = { attempts?: Attempts; session?: { epoch: string; since: number; seen: number } };
+type Attempts = { left: number; at: number };
 
-/** `browser/<hash of its secret>`: a browser that has signed in at least once. */
-interface BrowserRecord {
-  attempts?: Attempts;
-  session?: { epoch: string; since: number; seen: number };
-}
+/** `owner/<issuer>`: the password, or all that were printed until one is used. Sessions end with the epoch. */
+type OwnerRecord = { salt: string; hashes: string[]; generated: boolean; used: boolean; epoch: string };
 
-/** `owner/<issuer>`: the password, as PBKDF2-HMAC-SHA-256 of it. A session is good for the epoch it began in. */
-interface OwnerRecord {
-  salt: string;
-  /** One, or until the first sign-in several: a generated password is printed at every start until it is used. */
-  hashes: string[];
-  /** Drawn at random, with 100 bits: it needs neither slow hashing nor a throttle. */
-  generated: boolean;
-  /** Whether the owner has signed in with it. */
-  used: boolean;
-  epoch: string;
-}
-
-/** Password attempts left, and since when: a token bucket. */
-interface Attempts {
-  left: number;
-  at: number;
-}
-
-/** How long a form can be sent after it was shown. */
 const FORM_TTL = 10 * MINUTE;
 const SESSION_TTL = 30 * DAY;
 const SESSION_IDLE_TTL = 7 * DAY;
-/** How long a browser is remembered; 400 days is the longest that browsers keep a cookie. */
-const BROWSER_TTL = 400 * DAY;
-/** Ten guesses at once, then one a minute: 1,450 in a day, of 2^100 for a generated password. */
+const BROWSER_TTL = 400 * DAY; // the longest that browsers keep a cookie
 const MAX_ATTEMPTS = 10;
 const ATTEMPT_INTERVAL = MINUTE;
+const MAX_PRINTED_PASSWORDS = 10;
+const NOT_OWNER = "You are not signed in as the owner of this server.";
 
-async function browserKey(browser: string): Promise<string> {
-  return `browser/${await hashToken(browser)}`;
-}
+const browserKey = async (browser: string) => `browser/${await hashToken(browser)}`;
+const ownerKey = ({ issuer }: Server) => `owner/${issuer}`;
 
-/**
- * Reads who is at the browser. It never writes to the store, so that opening a page changes nothing. The owner's record
- * is read each time: another process may have changed the password or ended all sessions.
- */
+/** Reads who is at the browser. Opening a page never writes to the store. */
 async function readSession(server: Server, c: Context): Promise<Session> {
   const { secure, store, password, authenticateOwner } = server;
   const held = getCookie(c, cookieName(server), secure ? "host" : undefined);
   const known = held !== undefined && /^[0-9a-f]{64}$/.test(held);
   const browser = known ? held : random(32);
-  // Not in answer to a form: when another site posts one, the browser leaves its cookie out, and a cookie that is set
-  // here would replace it and sign the owner out.
+  // Another site's form comes without the cookie: a new one would replace it and sign the owner out.
   if (!known && c.req.method !== "POST") rememberBrowser(server, c, browser);
   if (password === false) return { browser, known, who: "owner" };
   if (authenticateOwner) {
     const answer = await authenticateOwner(c);
-    if (answer instanceof Response) return { browser, known, who: "stranger", answer };
-    return { browser, known, who: answer === true ? "owner" : "stranger" };
+    const who = answer === true ? "owner" : "stranger";
+    return { browser, known, who, ...(answer instanceof Response && { answer }) };
   }
-  const { epoch } = await readOwner(server);
-  const record = await store.get(await browserKey(browser)) as BrowserRecord | undefined;
-  return { browser, known, who: isSignedIn(record, epoch) ? "owner" : "anybody" };
-}
-
-function isSignedIn(record: BrowserRecord | undefined, epoch: string): boolean {
-  const session = record?.session;
+  const { epoch } = await readOwner(server); // each time: another process may have ended all sessions
+  const { session } = (await store.get(await browserKey(browser)) ?? {}) as BrowserRecord;
   const now = seconds();
-  return session !== undefined && session.epoch === epoch && now - session.since < SESSION_TTL &&
+  const isSignedIn = session !== undefined && session.epoch === epoch && now - session.since < SESSION_TTL &&
     now - session.seen < SESSION_IDLE_TTL;
+  return { browser, known, who: isSignedIn ? "owner" : "anybody" };
 }
 
-/**
- * Returns the name of the cookie. Servers on one host share its cookies, whatever their ports and paths, so the name
- * holds both. A slash becomes a character that no path holds, so that two paths never have the same name.
- */
-function cookieName({ origin, basePath }: Server): string {
+/** Servers on one host share cookies, so the name holds port and path. No path holds a "!". */
+function cookieName({ origin, basePath }: Server) {
   const { port } = new URL(origin);
   return `personal-auth${port && `.${port}`}${basePath.replaceAll("/", "!")}`;
 }
 
-/**
- * Gives the browser its secret. `__Host-`: no other host and no subdomain can set this cookie, so nobody can make the
- * owner use a secret they know. Lax: it comes along when an app sends the owner here, but not with another site's form.
- */
-function rememberBrowser(server: Server, c: Context, browser: string): void {
+function rememberBrowser(server: Server, c: Context, browser: string) {
   setCookie(c, cookieName(server), browser, {
     path: "/",
     httpOnly: true,
-    sameSite: "Lax",
+    sameSite: "Lax", // sent when an app leads the owner here, but not with another site's form
     maxAge: BROWSER_TTL,
-    secure: server.secure, // plain http on loopback only, where Safari refuses to keep a Secure cookie
+    secure: server.secure, // not on loopback, where Safari refuses to keep a Secure cookie
+    // __Host-: no other host can make the owner use a secret that it knows.
     ...(server.secure && { prefix: "host" as const }),
   });
 }
 
-/** Returns a token that binds a form to one browser and one request. Another site can neither read nor make one. */
-async function createCsrf({ mac }: Server, browser: string, request: string): Promise<string> {
-  const head = `${Math.floor(seconds()).toString(36)}.${random(8)}`;
+/** Binds a form to one browser and one request. Another site can neither read nor make such a token. */
+async function createCsrf({ mac }: Server, browser: string, request: string, head?: string) {
+  head ??= `${Math.floor(seconds()).toString(36)}.${random(8)}`;
   return `${head}.${await mac("form", browser, request, head)}`;
 }
 
-/** Checks that token, which is good for ten minutes. */
-async function checkCsrf({ mac }: Server, browser: string, request: string, csrf: string): Promise<boolean> {
+async function checkCsrf(server: Server, browser: string, request: string, csrf: string): Promise<boolean> {
   const [time = "", nonce = ""] = csrf.split(".", 2);
-  const head = `${time}.${nonce}`;
-  const expected = `${head}.${await mac("form", browser, request, head)}`;
+  const expected = await createCsrf(server, browser, request, `${time}.${nonce}`);
   return equal(csrf, expected) && Math.abs(seconds() - parseInt(time, 36)) < FORM_TTL;
 }
 
-/** Proves that the owner is at the browser, by a session or by the password. Returns what is wrong if not. */
-async function signIn(
-  server: Server,
-  c: Context,
-  { browser, who }: Session,
-  password: string,
-): Promise<Problem | undefined> {
+/** Returns why it is not proved, by a session or the password, that the owner is at the browser. */
+async function signIn(server: Server, c: Context, { browser, who }: Session, password: string) {
   const { store, emit } = server;
+  const problem = (status: Problem["status"], message: string): Problem => ({ status, message });
   const key = await browserKey(browser);
   if (who === "owner") return await touchSession(server, key);
   if (who === "stranger") {
     emit("sign_in_failed", "authenticateOwner did not recognise the owner");
-    return { status: 403, message: NOT_OWNER };
+    return problem(403, NOT_OWNER);
   }
-  // A form from before the session ended has no password. That is not a wrong one, and costs no attempt.
-  if (password === "") return { status: 403, message: "Please type your password." };
+  // A form from before the session ended has no password: that costs no attempt.
+  if (password === "") return problem(403, "Please type your password.");
   const bucket = await store.get(key) === undefined ? "throttle" : key;
   const wait = await takeAttempt(server, bucket);
   const record = await readOwner(server);
-  // Nobody guesses a generated password, so the right one is let in whatever strangers have used up. One that a person
-  // chose is not even looked at while there are no attempts left.
+  // Nobody guesses a generated password, so a lack of attempts does not lock it. A chosen one is not even looked at.
   const hash = wait === 0 || record.generated ? await matchingHash(password, record) : undefined;
-  const isRight = hash !== undefined;
-  if (!isRight && wait > 0) {
+  if (hash === undefined && wait > 0) {
     emit("sign_in_throttled", "too many wrong passwords");
     c.header("Retry-After", String(wait));
-    return { status: 429, message: `Too many attempts. Try again in ${wait} seconds.` };
+    return problem(429, `Too many attempts. Try again in ${wait} seconds.`);
   }
-  if (!isRight) {
+  if (hash === undefined) {
     emit("sign_in_failed", "a wrong password was entered");
-    return { status: 403, message: "That is not the password." };
+    return problem(403, "That is not the password.");
   }
-  // Only wrong passwords count: the owner's own sign-ins from new browsers must not use up the shared attempts.
-  if (wait === 0) await returnAttempt(server, bucket);
+  // The owner's own sign-ins from new browsers must not use up the shared attempts.
+  if (wait === 0) await takeAttempt(server, bucket, -1);
   if (!record.used) {
-    // Of the generated passwords that were printed, only the one that the owner uses stays good.
+    // Of the passwords that were printed, only the one in use stays good.
     await store.update(ownerKey(server), (current) => current && { ...current, hashes: [hash], used: true });
   }
-  // A new secret at every sign-in: the one that was in the browser before may be known to somebody else.
+  // A new secret, because somebody else may know the one that was in the browser before.
   const fresh = random(32);
   const now = seconds();
-  const session: BrowserRecord = { session: { epoch: record.epoch, since: now, seen: now } };
-  await store.update(await browserKey(fresh), () => session, { expiresAt: now + BROWSER_TTL });
+  const session = { epoch: record.epoch, since: now, seen: now };
+  await store.update(await browserKey(fresh), () => ({ session }), { expiresAt: now + BROWSER_TTL });
   await store.update(key, () => undefined);
   rememberBrowser(server, c, fresh);
   emit("owner_signed_in", "the owner signed in");
-  return undefined;
 }
 
-/**
- * Refuses a form that another site sent. The cookie's SameSite and the form's own token stop it already; this is a
- * second line for browsers and proxies that get those wrong. Without these headers nobody is locked out.
- */
+/** Refuses a form of another site, should SameSite and the form's token fail. */
 function assertOwnSite({ origin }: Server, c: Context): undefined {
   const site = c.req.header("Sec-Fetch-Site") ?? "none";
   const sender = c.req.header("Origin") ?? origin;
-  // The page may be open under another name of this server, such as 127.0.0.1: then Origin and Host agree.
+  // Under another name of this server, Origin and Host agree.
   const isOwn = sender === origin || (sender.includes("://") && sender.split("://")[1] === c.req.header("Host")) ||
     (sender === "null" && site === "same-origin");
   if (isOwn && (site === "same-origin" || site === "none")) return undefined;
   throw new OAuthError("invalid_request", "The form was sent by another site", { status: 403 });
 }
 
-const NOT_OWNER = "You are not signed in as the owner of this server.";
-
-/** Prolongs a session, at most once a minute. */
 async function touchSession({ store }: Server, key: string): Promise<undefined> {
   const now = seconds();
   await store.update(key, (current) => {
-    const record = current as BrowserRecord | undefined;
-    if (!record?.session || now - record.session.seen < MINUTE) return current;
-    return { ...record, session: { ...record.session, seen: now } };
+    const { session, ...rest } = (current ?? {}) as BrowserRecord;
+    return !session || now - session.seen < MINUTE ? current : { ...rest, session: { ...session, seen: now } };
   }, { expiresAt: now + BROWSER_TTL });
 }
 
-/** Ends the session. The browser stays known, with its own allowance of attempts. */
-async function signOut({ store }: Server, { browser }: Session): Promise<void> {
+/** Ends the session. The browser keeps its own bucket of attempts. */
+async function signOut({ store }: Server, { browser }: Session) {
   await store.update(await browserKey(browser), (current) => {
     const { session: _session, ...rest } = (current ?? {}) as BrowserRecord;
     return current && rest;
   });
 }
 
-/** Ends every session of every browser. */
-async function signOutEverywhere(server: Server): Promise<void> {
+async function signOutEverywhere(server: Server) {
   const epoch = random(8);
   await server.store.update(ownerKey(server), (current) => current && { ...current, epoch });
 }
 
 /**
- * Takes one password attempt, before the password is looked at. Returns 0, or the seconds until there is one. All
- * strangers share one allowance, because an attacker has as many addresses as he likes. A browser that has signed in
- * before has its own, so that he cannot use up the owner's.
+ * Takes a password attempt, or gives it back (-1). Returns 0, or the seconds until there is one. All strangers share
+ * one bucket, because an attacker has many addresses; a browser that has signed in has its own.
  */
-async function takeAttempt({ store }: Server, bucket: string): Promise<number> {
+async function takeAttempt({ store }: Server, bucket: string, count: 1 | -1 = 1): Promise<number> {
   let wait = 0;
   await store.update(bucket, (current) => {
-    const record = current as { attempts?: Attempts } | undefined;
+    const record = current as BrowserRecord | undefined;
     const now = seconds();
     const { left, at } = record?.attempts ?? { left: MAX_ATTEMPTS, at: now };
-    // A clock that was set back must not stop the refill until it has caught up: `at` follows it below.
+    // `at` follows a clock that was set back, or it would stop the refill.
     const refilled = Math.min(MAX_ATTEMPTS, left + Math.max(0, now - at) / ATTEMPT_INTERVAL);
-    wait = refilled >= 1 ? 0 : Math.ceil((1 - refilled) * ATTEMPT_INTERVAL);
+    wait = refilled >= count ? 0 : Math.ceil((1 - refilled) * ATTEMPT_INTERVAL);
     if (wait > 0 && at <= now) return current;
-    return { ...record, attempts: { left: wait > 0 ? left : refilled - 1, at: now } };
+    return { ...record, attempts: { left: wait > 0 ? left : Math.min(MAX_ATTEMPTS, refilled - count), at: now } };
   });
   return wait;
-}
-
-async function returnAttempt({ store }: Server, bucket: string): Promise<void> {
-  await store.update(bucket, (current) => {
-    const record = current as { attempts?: Attempts } | undefined;
-    if (!record?.attempts) return current;
-    return { ...record, attempts: { ...record.attempts, left: Math.min(MAX_ATTEMPTS, record.attempts.left + 1) } };
-  });
-}
-
-/** Servers at several addresses on one store each have their own owner record: none overwrites another's password. */
-function ownerKey({ issuer }: Server): string {
-  return `owner/${issuer}`;
 }
 
 async function readOwner(server: Server): Promise<OwnerRecord> {
   await server.passwordReady();
   const record = await server.store.get(ownerKey(server)) as OwnerRecord | undefined;
-  return record ?? await ensurePassword(server); // somebody emptied the store under the running server
+  return record ?? await ensurePassword(server); // somebody emptied the store
 }
 
 /**
- * Puts the right password into the store. A configured one replaces what is there and ends all sessions. Without one,
- * the stored password stays; but until the owner has used a generated one, every start prints another, because the
- * earlier output may be lost. All that were printed are good until then.
+ * Puts the password into the store. A configured one replaces what is there and ends all sessions. Until a generated
+ * one is used, every start prints another, because the earlier output may be lost.
  */
 async function ensurePassword(server: Server): Promise<OwnerRecord> {
   const { password, store } = server;
@@ -2708,54 +2497,42 @@ async function ensurePassword(server: Server): Promise<OwnerRecord> {
   const isInPlace = stored && (configured ? await matchingHash(password, stored) : stored.used || !stored.generated);
   if (isInPlace) return stored;
   const next = configured ? password : generatePassword();
-  const base: OwnerRecord = !configured && stored
-    ? stored
-    : { salt: random(16), hashes: [], generated: !configured, used: false, epoch: random(8) };
+  const empty = { salt: random(16), hashes: [], generated: !configured, used: false, epoch: random(8) };
+  const base: OwnerRecord = !configured && stored ? stored : empty;
   const hash = await stretch(next, base);
   const fresh = { ...base, hashes: [...base.hashes, hash].slice(-MAX_PRINTED_PASSWORDS) };
-  const kept = await store.update(ownerKey(server), (current) => {
-    return JSON.stringify(current) === JSON.stringify(stored) ? fresh : current;
-  }) as OwnerRecord;
+  const before = JSON.stringify(stored);
+  const change = (current: unknown) => JSON.stringify(current) === before ? fresh : current;
+  const kept = await store.update(ownerKey(server), change) as OwnerRecord;
   if (!kept.hashes.includes(hash)) return await ensurePassword(server); // another process was faster: look again
-  if (!configured) {
-    console.log(`\n  The owner's password for this server, shown until the first sign-in:\n\n      ${next}\n`);
-  }
+  const notice = `\n  The owner's password for this server, shown until the first sign-in:\n\n      ${next}\n`;
+  if (!configured) console.log(notice);
   return kept;
 }
 
-const MAX_PRINTED_PASSWORDS = 10;
-
-/** Generates 100 bits, in an alphabet without look-alikes, grouped to be typed on a phone. */
+/** Generates 100 bits, grouped to be typed on a phone. */
 function generatePassword(): string {
-  const alphabet = "abcdefghjkmnpqrstuvwxyz123456789"; // 32 characters, so that a byte's remainder is even
+  const alphabet = "abcdefghjkmnpqrstuvwxyz123456789"; // 32, so that a byte's remainder is even; no look-alikes
   const letters = [...crypto.getRandomValues(new Uint8Array(20))].map((byte) => alphabet[byte % 32]).join("");
   return letters.match(/.{5}/g)!.join("-");
 }
 
-/** Phones add a space after a word, and one character can be typed in two ways. */
+/** Phones add a space, and one character can be typed in two ways. */
 function normalizePassword(password: string): string {
   return password.normalize("NFKC").trim();
 }
 
-/** Returns the stored hash of what was typed, or `undefined` if it is not the password. */
-async function matchingHash(typed: string, record: OwnerRecord): Promise<string | undefined> {
+async function matchingHash(typed: string, record: OwnerRecord) {
   const hash = await stretch(normalizePassword(typed), record);
   return record.hashes.find((stored) => equal(stored, hash));
 }
 
-/** 600,000 iterations in all. In rounds, because Cloudflare Workers refuse more than 100,000 in one call. */
-const PASSWORD_ROUNDS = 6;
-const ITERATIONS_PER_ROUND = 100_000;
-
-/**
- * Hashes a password slowly, by PBKDF2-HMAC-SHA-256 of PBKDF2: a stolen store must not give up a short password. A
- * generated one cannot be guessed and takes one iteration. The password is first hashed to 32 bytes, because HMAC pads
- * its key with NULs, and "secret\0" would open what "secret" opens.
- */
-async function stretch(password: string, { salt, generated }: OwnerRecord): Promise<string> {
-  const iterations = generated ? 1 : ITERATIONS_PER_ROUND;
-  let secret = await sha256(password);
-  for (let round = 0; round < (generated ? 1 : PASSWORD_ROUNDS); round++) {
+/** Hashes slowly, so that a stolen store does not give up a password; 100 random bits do not need it. */
+async function stretch(password: string, { salt, generated }: OwnerRecord) {
+  // In rounds, because Cloudflare Workers refuse more than 100,000 in one call.
+  const [rounds, iterations] = generated ? [1, 1] : [6, 100_000];
+  let secret = await sha256(password); // HMAC pads its key with NULs: "secret\0" would open what "secret" opens
+  for (let round = 0; round < rounds; round++) {
     const key = await crypto.subtle.importKey("raw", secret, "PBKDF2", false, ["deriveBits"]);
     const params = { name: "PBKDF2", hash: "SHA-256", salt: utf8.encode(salt), iterations };
     secret = new Uint8Array(await crypto.subtle.deriveBits(params, key, 256));

@@ -3440,6 +3440,31 @@ test("refreshGrant() keeps a record small, whatever a client does", () => {
   assert(JSON.stringify(grant).length < 32_000);
 });
 
+test("the largest record that a client can cause fits into a Deno.Kv", async () => {
+  const scopes = Array.from({ length: 12 }, (_, i) => `${10 + i}`.padStart(100, "s"));
+  const kv = kvInMemory();
+  const { app, auth } = world({ scopes, store: kvStore(kv) });
+  const redirect_uri = `${CLAUDE}?${"p".repeat(400)}`;
+  const metadata = { client_name: "\u{20bb7}".repeat(200), redirect_uris: [redirect_uri] };
+  const scope = scopes.join(" ");
+  const { client_id } = await register(app, metadata);
+  const code = await approvedCode(app, client_id, { redirect_uri, scope });
+  const redeemed = { grant_type: "authorization_code", client_id, code, code_verifier: VERIFIER };
+  let { refresh_token } = (await post(app, "/token", redeemed)).body;
+  for (let n = 0; n < 250; n++) {
+    const fewer = scopes.filter((_, i) => i !== n % 12);
+    const { status, body } = await refreshing(app, client_id, refresh_token, { scope: fewer.join(" ") });
+    assertEquals([status, body.scope], [200, fewer.join(" ")]);
+    refresh_token = body.refresh_token;
+    if (n === 200) assertEquals((await auth.verifyAccessToken(body.access_token)).scopes, fewer);
+  }
+  await refreshing(app, client_id, refresh_token, { resource: `https://${"\u00e9".repeat(900)}` });
+  const bytes = kv.entries.get(`grant/${code.slice(4, 36)}`)!.value as Uint8Array;
+  const [, { access, refresh, refused, client: { name } }] = JSON.parse(new TextDecoder().decode(bytes));
+  assertEquals([access.length, refresh.rotated.length, [...name].length], [100, 200, 200]);
+  assert(refused.reason.length > 1000 && bytes.length < 40_000, `${bytes.length}`);
+});
+
 test("refreshGrant() takes a clock that steps back for no theft", () => {
   let grant = redeemed(1e6);
   grant = refreshGrant(grant, { hash: "rt0", client_id: "c", resource: "r" }, issue(1, 1e6), 1e6).grant;
@@ -3641,6 +3666,35 @@ test("guard() checks a token once per request, and trusts nobody else's c.var.au
   assertEquals((await app.request(`${BASE}/mcp`)).status, 401);
   // Types: c.var.auth is there without new Hono<AuthEnv>().
   new Hono().get("/x", auth.guard, (c) => c.json(c.var.auth.scopes satisfies string[]));
+});
+
+test("a guard trusts an earlier one for the same pass alone, and only of its own server", async () => {
+  const { app, auth } = world({ store: memoryStore() });
+  const other = world({ baseUrl: "https://other.example" });
+  const { token } = await auth.createToken({ name: "script" });
+  const { token: foreign } = await other.auth.createToken({ name: "script" });
+  app.all("/mcp/twice", auth.guard, auth.requireScopes("mcp"), (c) => c.text("in"));
+  app.all("/mcp/both", other.auth.guard, (c) => c.text("in"));
+  const status = async (path: string, token: string, { auth }: { auth: PersonalAuth }) => {
+    // The same Request object, as of a program that asks again: it must be checked again.
+    const request = new Request(BASE + path, { headers: { Authorization: `Bearer ${token}` } });
+    const statuses = [(await app.request(request)).status, (await app.request(request)).status];
+    for (const { id } of await auth.connections()) await auth.revoke(id);
+    return [...statuses, (await app.request(request)).status];
+  };
+  assertEquals(await status("/mcp/both", foreign, other), [401, 401, 401]);
+  assertEquals(await status("/mcp/twice", token, { auth }), [200, 200, 401]);
+  const { token: third } = await auth.createToken({ name: "third" });
+  assertEquals(await status("/mcp/both", third, { auth }), [401, 401, 401]);
+});
+
+test("first_call is raised once, however many calls come first", async () => {
+  const { app, events } = world();
+  const { access_token } = await connect(app);
+  const answers = await Promise.all(Array.from({ length: 5 }, () => callMcp(app, access_token)));
+  assert(answers.every(({ status }) => status === 200));
+  await callMcp(app, access_token);
+  assertEquals(events.filter(({ type }) => type === "first_call").length, 1);
 });
 
 test("the guard gives the handler the SDK's AuthInfo", async () => {
