@@ -826,10 +826,7 @@ const MAX_REDIRECT_URIS = 16;
 const MAX_URI_LENGTH = 4096;
 const MAX_CLIENT_ID_LENGTH = 2048;
 
-/**
- * Registers a client and stores nothing: a client_id is metadata with a MAC, so no flood leaves a trace.
- * @see {@link https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 | RFC 7591 appendix A.5.2}
- */
+/** @see {@link https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 | RFC 7591 appendix A.5.2} */
 async function registerClient(server: Server, c: Context): Promise<Response> {
   const metadata = readClientMetadata(await readJson(c));
   const { redirect_uris: asked, client_name, method, refreshes, scope, ...echo } = metadata;
@@ -841,6 +838,7 @@ async function registerClient(server: Server, c: Context): Promise<Response> {
   if (redirect_uris.length === 0) throw new OAuthError("invalid_redirect_uri", reasons);
   const confidential = method === "client_secret_post" || method === "client_secret_basic";
   const signed = { n: client_name, r: redirect_uris, ...(confidential && { s: 1 }), ...(!refreshes && { o: 1 }) };
+  // Nothing is stored, so that a flood leaves no trace: a client_id is the metadata with a MAC.
   const payload = base64url(utf8.encode(JSON.stringify(signed)));
   const client_id = `${payload}.${await server.mac("client_id", payload)}`;
   assertMetadata(
@@ -855,7 +853,7 @@ async function registerClient(server: Server, c: Context): Promise<Response> {
     ...(confidential && { client_secret: await server.mac("client_secret", client_id), client_secret_expires_at: 0 }),
     ...defined({ client_name: client_name || undefined, ...echo }),
     redirect_uris,
-    // The server decides, and may grant something else than was requested (RFC 7591 §3.2.1): clients read this answer.
+    // This may be something else than was requested (RFC 7591 §3.2.1): clients read the answer.
     token_endpoint_auth_method: confidential ? method : "none",
     grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
     response_types: ["code"],
@@ -899,10 +897,9 @@ function readClientMetadata(body: unknown) {
   };
 }
 
-/** Returns a name as it may stand on the owner's page, where it must not look like something else. */
+/** Returns a name as it may stand on the owner's page, without what makes the page look like something else. */
 function printable(name: string): string {
   const visible = name.slice(0, 2000)
-    // invisible, or changes the direction of writing
     .replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
     .replace(/(\p{M}{2})\p{M}+/gu, "$1") // more combining marks draw over the lines around them
     .replace(/\p{Zs}+/gu, " ");
@@ -932,10 +929,7 @@ function preregistered({ clients }: Server, id: string): PreregisteredClient | u
   return clients.find(({ client_id }) => client_id === id);
 }
 
-/**
- * Authenticates the client of a request, or throws 401 `invalid_client`, after which clients register again.
- * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-2.3 | RFC 6749 §2.3}
- */
+/** @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-2.3 | RFC 6749 §2.3} */
 async function authenticateClient(server: Server, c: Context, form: URLSearchParams): Promise<Client> {
   const { id, secrets } = clientCredentials(server, c.req.header("Authorization"), form);
   if (isDocumentUrl(id) && !preregistered(server, id)) return await authenticatePublished(server, id, form);
@@ -1032,13 +1026,10 @@ function readAssertion(assertion: string) {
   throw unauthenticated("The client_assertion is not a JWT");
 }
 
-/**
- * Verifies an assertion with the keys that the client publishes. Throws 401, or 503 if they cannot be fetched.
- * @see {@link https://www.rfc-editor.org/rfc/rfc7523#section-3 | RFC 7523 §3}
- */
+/** @see {@link https://www.rfc-editor.org/rfc/rfc7523#section-3 | RFC 7523 §3} */
 async function verifyAssertion(server: Server, id: string, assertion: string): Promise<{ jti: string; exp: number }> {
-  const { header, claims, signature, signed } = readAssertion(assertion);
-  const { iss, sub, aud, exp, nbf = 0, iat = 0, jti } = claims;
+  const jwt = readAssertion(assertion);
+  const { header, claims: { iss, sub, aud, exp, nbf = 0, iat = 0, jti } } = jwt;
   const must = (good: unknown, what: string) => {
     if (!good) throw unauthenticated(`The client_assertion must ${what}`);
   };
@@ -1065,22 +1056,22 @@ async function verifyAssertion(server: Server, id: string, assertion: string): P
     // A few, RSA of 2,048 to 4,096 bits: a stranger's own keys could make each request cost much computing.
     const isCommon = ({ n = "", e = "" }: Jwk) => n.length >= 342 && n.length <= 683 && e.length <= 4;
     for (const key of keys.filter((key) => key.kty !== "RSA" || isCommon(key)).slice(0, MAX_TRIED_KEYS)) {
-      if (await isSignedBy(key, algorithm!, signature, signed)) return { jti, exp };
+      if (await isSignedBy(key, algorithm!, jwt)) return { jti, exp };
     }
     if (keys.length > 0 && header.kid !== undefined) break;
   }
   throw unauthenticated("The client_assertion is signed by none of the client's keys");
 }
 
-/** Whether this key made this signature. A key that is none made none. */
-async function isSignedBy(key: Jwk, algorithm: Algorithm, ...[signature, signed]: Uint8Array<ArrayBuffer>[]) {
+async function isSignedBy(key: Jwk, algorithm: Algorithm, { signature, signed }: ReturnType<typeof readAssertion>) {
   const { kty, crv, x, y, n, e } = key;
   try {
-    const members = defined({ kty, crv, x, y, n, e });
-    const imported = await crypto.subtle.importKey("jwk", members, algorithm, false, ["verify"]);
-    return await crypto.subtle.verify(algorithm, imported, signature!, signed!);
+    const imported = await crypto.subtle.importKey("jwk", defined({ kty, crv, x, y, n, e }), algorithm, false, [
+      "verify",
+    ]);
+    return await crypto.subtle.verify(algorithm, imported, signature, signed);
   } catch {
-    return false;
+    return false; // no key
   }
 }
 
@@ -1094,29 +1085,22 @@ async function spendAssertion(server: Server, id: string, jti: string, exp: numb
 
 // --- Client ID Metadata Documents -----------------------------------------------------------------------------------
 
-const DOCUMENT_TIMEOUT_SECONDS = 5;
 const MAX_DOCUMENT_BYTES = 16 * 1024;
 const MAX_DOCUMENTS = 100;
-const MIN_DOCUMENT_AGE = MINUTE;
-const MAX_DOCUMENT_AGE = DAY;
-/** How long a copy stands in for a document that cannot be reached. */
-const STALE_DOCUMENT_AGE = 30 * DAY;
 const MAX_DOWNLOADS = 8;
 const MAX_DOWNLOADS_PER_HOST = 2;
 const MAX_DOWNLOADS_PER_MINUTE = 60;
-const SLOW_DOWNLOAD_SECONDS = 1;
 
-/** What this server knows of other people's: nothing is stored, and what strangers can fill is bounded. */
+/** In memory only, and bounded, because strangers can fill it. */
 interface DocumentCache {
   copies: Map<string, { id: string; body: unknown; at: number; fresh: number; until: number }>;
   underWay: Map<string, ReturnType<typeof startDownload>>;
   asked: Map<string, { times: number; since: number }>;
-  /** Clients with a connection, which keep their copy and count by themselves whatever strangers ask for. */
+  /** Clients with a connection: whatever strangers ask for, they keep their copies and their number a minute. */
   own: Set<string>;
 }
 
 /**
- * Whether a client_id is the address of the client's own metadata: https with a path.
  * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-client-id-metadata-document#section-3 | CIMD §3}
  */
 function isDocumentUrl(client_id: string): boolean {
@@ -1188,7 +1172,7 @@ async function publishedKeys(server: Server, id: string, since: number): Promise
   return await fetchCached(server, id, jwks_uri, readKeys, since);
 }
 
-/** Returns what `parse` makes of a client's JSON document, as it was after `since`. Errors are never cached. */
+/** Returns what `parse` makes of a client's JSON document, as it was after `since`. An old copy outlives an outage. */
 async function fetchCached<T>(server: Server, id: string, url: string, parse: (body: unknown) => T, since = 0) {
   const { copies, own } = server.documents;
   const known = copies.get(url);
@@ -1198,20 +1182,19 @@ async function fetchCached<T>(server: Server, id: string, url: string, parse: (b
   try {
     const { body, maxAge } = await download(server, url, id);
     const parsed = parse(body);
-    const entry = { id, body, at, fresh: at + maxAge, until: at + STALE_DOCUMENT_AGE };
-    remember(copies, url, entry, ({ id }) => own.has(id));
+    remember(copies, url, { id, body, at, fresh: at + maxAge, until: at + 30 * DAY }, ({ id }) => own.has(id));
     return parsed;
   } catch (error) {
     if (isTemporary(error) && copy && seconds() < copy.until) return parse(copy.body);
-    if (!isTemporary(error)) copies.delete(url);
+    if (!isTemporary(error)) copies.delete(url); // and nothing is cached: what its author repairs works at once
     throw error;
   }
 }
 
-/** Another server cannot be reached at the moment, as opposed to one that answers that there is nothing. */
+/** Another server cannot be reached at the moment: it did not say that there is nothing. */
 class Unreached extends Error {}
 
-/** What a stranger wants fetched is not on the public internet: no outage, but an attempt to look inside. */
+/** What a stranger wants fetched is inside: that is no outage. */
 class InsideAddress extends Error {}
 
 function isTemporary(error: unknown): boolean {
@@ -1241,8 +1224,7 @@ async function download(server: Server, url: string, id: string): ReturnType<typ
     return ofHost.length >= MAX_DOWNLOADS_PER_HOST ? ofHost : all.length >= MAX_DOWNLOADS ? all : [];
   };
   // A slow one gives way, so that silent hosts cannot keep the first visit of another app out.
-  const tooOld = seconds() - SLOW_DOWNLOAD_SECONDS;
-  const slow = inTheWay().find(({ started, controller }) => started < tooOld && !controller.signal.aborted);
+  const slow = inTheWay().find(({ started, controller }) => seconds() - started > 1 && !controller.signal.aborted);
   if (slow && !underWay.has(url)) {
     slow.controller.abort();
     await Promise.race([slow.over, delay(100)]);
@@ -1260,11 +1242,11 @@ async function download(server: Server, url: string, id: string): ReturnType<typ
   return await startDownload(server, url, host).answer;
 }
 
-/** Starts a download, which counts until it is really over: that may be after everybody has given up waiting. */
+/** Starts a download, which counts until it is over: that may be after everybody has given up waiting. */
 function startDownload(server: Server, url: string, host: string) {
   const { underWay } = server.documents;
   const controller = new AbortController();
-  const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(DOCUMENT_TIMEOUT_SECONDS * 1000)]);
+  const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(5000)]);
   const work = fetchJson(server, url, signal);
   const over = work.then(() => {}, () => {}).finally(() => underWay.delete(url));
   const answer = inTime(work, signal);
@@ -1274,7 +1256,7 @@ function startDownload(server: Server, url: string, host: string) {
   return started;
 }
 
-/** Fetches one document. Time and size are counted here, on the stream, whatever its headers promise. */
+/** Fetches one document. Time and size are counted on the stream, whatever its headers promise. */
 async function fetchJson({ fetchClientMetadata }: Server, url: string, signal: AbortSignal) {
   let response: Response;
   let text = "";
@@ -1292,7 +1274,7 @@ async function fetchJson({ fetchClientMetadata }: Server, url: string, signal: A
   if (response.status !== 200) throw new Error(`answered ${response.status}`); // no redirects: they could lead anywhere
   const control = response.headers.get("Cache-Control")?.slice(0, 1000).toLowerCase() ?? ""; // RFC 9111 §5.2.2
   const age = /no-store|no-cache/.test(control) ? 0 : Number(control.match(/max-age=(\d+)/)?.[1] ?? HOUR);
-  return { body: JSON.parse(text) as unknown, maxAge: Math.min(Math.max(age, MIN_DOCUMENT_AGE), MAX_DOCUMENT_AGE) };
+  return { body: JSON.parse(text) as unknown, maxAge: Math.min(Math.max(age, MINUTE), DAY) };
 }
 
 /** Gives up on a promise when the signal says so, even if whoever made it does not listen. */
