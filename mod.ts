@@ -841,10 +841,7 @@ async function registerClient(server: Server, c: Context): Promise<Response> {
   // Nothing is stored, so that a flood leaves no trace: a client_id is the metadata with a MAC.
   const payload = base64url(utf8.encode(JSON.stringify(signed)));
   const client_id = `${payload}.${await server.mac("client_id", payload)}`;
-  assertMetadata(
-    client_id.length <= MAX_CLIENT_ID_LENGTH,
-    "client_name and redirect_uris are too long for a client_id",
-  );
+  assertMetadata(client_id.length <= MAX_CLIENT_ID_LENGTH, "client_name and redirect_uris are too long");
   server.emit("client_registered", "a client registered", { clientName: client_name });
   noteAttempt(server, { id: client_id, name: client_name }, { introduced: seconds() });
   const answer = {
@@ -875,7 +872,7 @@ function readClientMetadata(body: unknown) {
   };
   const list = (name: string, needed?: string): string[] | undefined => {
     const value = body[name] ?? undefined;
-    assertMetadata(value === undefined || isStringList(value), `${name} must be a list of strings`);
+    assertMetadata(isStringList(value ?? []), `${name} must be a list of strings`);
     assertMetadata(!value || !needed || value.includes(needed), `${name} must hold ${needed}`);
     return value;
   };
@@ -903,10 +900,10 @@ function printable(name: string): string {
     .replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
     .replace(/(\p{M}{2})\p{M}+/gu, "$1") // more combining marks draw over the lines around them
     .replace(/\p{Zs}+/gu, " ");
-  return [...visible.trim()].slice(0, 200).join(""); // by characters: half of one breaks other people's parsers
+  return [...visible.trim()].slice(0, 200).join(""); // by characters: half of one breaks parsers
 }
 
-/** Finds the client that a client_id names. `isConnected`: for a connection that there is, not for a new one. */
+/** Finds the client that a client_id names. `isConnected`: for a connection that it has already. */
 async function resolveClient(server: Server, client_id: string, isConnected = false): Promise<Client | undefined> {
   const known = preregistered(server, client_id);
   if (known) {
@@ -915,11 +912,10 @@ async function resolveClient(server: Server, client_id: string, isConnected = fa
     return { id: client_id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
   }
   if (isDocumentUrl(client_id)) return await documentClient(server, client_id);
-  // Where registration was turned off, a client that registered before keeps its connections and gets no new one.
+  // With registration off, a client that registered before keeps its connections and gets no new one.
   if (client_id.length > MAX_CLIENT_ID_LENGTH || !(server.registration || isConnected)) return undefined;
-  const [payload = "", signature = ""] = client_id.split(".");
-  const expected = await server.mac("client_id", payload);
-  if (!equal(signature, expected) || client_id !== `${payload}.${expected}`) return undefined;
+  const [payload = ""] = client_id.split(".");
+  if (!equal(client_id, `${payload}.${await server.mac("client_id", payload)}`)) return undefined;
   const { n, r, s, o } = JSON.parse(decodeBase64(payload)!);
   const secret = s && await server.mac("client_secret", client_id);
   return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, source: "registered" };
@@ -959,13 +955,10 @@ function clientCredentials(server: Server, authorization: string | undefined, fo
   const [, name, password] = decodeBase64(authorization.slice(6).trim())?.match(/^([^:]*):(.*)$/s) ?? [];
   if (name === undefined || password === undefined) throw unauthenticated("The Basic credentials cannot be read");
   // RFC 6749 §2.3.1 form-encodes both halves; many clients do not. Each is taken in either way.
-  const known = preregistered(server, name) ? name : decodeForm(name);
+  const decode = (value: string) => new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
+  const known = preregistered(server, name) ? name : decode(name);
   if (id !== null && id !== known) throw unauthenticated("client_id differs between header and body");
-  return { id: known, secrets: [password, decodeForm(password)] };
-}
-
-function decodeForm(value: string): string {
-  return new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
+  return { id: known, secrets: [password, decode(password)] };
 }
 
 /** Authenticates a client that publishes its metadata: by an assertion, or by nothing where its grant allows that. */
@@ -989,8 +982,8 @@ async function authenticatePublished(server: Server, id: string, form: URLSearch
   } catch (error) {
     const { message, cause } = error as Error;
     if (grants.length > 0) server.emit("client_assertion_refused", `${id}: ${message}`, defined({ cause }));
-    const description = error instanceof OAuthError ? message : "The client's keys cannot be used";
-    if (!isTemporary(error)) throw unauthenticated(description);
+    const isOurs = error instanceof OAuthError; // what other servers say is for the owner only
+    if (!isTemporary(error)) throw unauthenticated(isOurs ? message : "The client's keys cannot be used");
     // Any other connection goes on: to ignore an assertion is no weaker than to accept a request without one.
     if (isHeld) throw tryLater("The client's keys cannot be fetched at the moment");
   }
@@ -1040,10 +1033,8 @@ async function verifyAssertion(server: Server, id: string, assertion: string): P
   // Not a token that the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
   must(/^(application\/)?(client-authentication\+)?jwt$/i.test(header.typ ?? "JWT"), "be of the type JWT");
   must(iss === id && sub === id, "have the client_id as iss and sub");
-  must(
-    [aud].flat().some((to) => [server.issuer, `${server.issuer}/token`].includes(to)),
-    `have aud "${server.issuer}"`,
-  );
+  const audiences = [server.issuer, `${server.issuer}/token`];
+  must([aud].flat().some((to) => audiences.includes(to)), `have aud "${server.issuer}"`);
   must(typeof exp === "number" && exp > now - MAX_CLOCK_SKEW, "have an exp in the future");
   must(exp < now + MAX_ASSERTION_AGE + MAX_CLOCK_SKEW, `expire within ${MAX_ASSERTION_AGE} seconds`);
   must([nbf, iat].every((at) => typeof at === "number" && at < now + MAX_CLOCK_SKEW), "have nbf and iat in the past");
@@ -1066,9 +1057,8 @@ async function verifyAssertion(server: Server, id: string, assertion: string): P
 async function isSignedBy(key: Jwk, algorithm: Algorithm, { signature, signed }: ReturnType<typeof readAssertion>) {
   const { kty, crv, x, y, n, e } = key;
   try {
-    const imported = await crypto.subtle.importKey("jwk", defined({ kty, crv, x, y, n, e }), algorithm, false, [
-      "verify",
-    ]);
+    const members = defined({ kty, crv, x, y, n, e });
+    const imported = await crypto.subtle.importKey("jwk", members, algorithm, false, ["verify"]);
     return await crypto.subtle.verify(algorithm, imported, signature, signed);
   } catch {
     return false; // no key
@@ -1087,16 +1077,17 @@ async function spendAssertion(server: Server, id: string, jti: string, exp: numb
 
 const MAX_DOCUMENT_BYTES = 16 * 1024;
 const MAX_DOCUMENTS = 100;
+const MAX_COPY_AGE = 30 * DAY;
 const MAX_DOWNLOADS = 8;
 const MAX_DOWNLOADS_PER_HOST = 2;
 const MAX_DOWNLOADS_PER_MINUTE = 60;
 
 /** In memory only, and bounded, because strangers can fill it. */
 interface DocumentCache {
-  copies: Map<string, { id: string; body: unknown; at: number; fresh: number; until: number }>;
+  copies: Map<string, { id: string; body: unknown; at: number; fresh: number }>;
   underWay: Map<string, ReturnType<typeof startDownload>>;
   asked: Map<string, { times: number; since: number }>;
-  /** Clients with a connection: whatever strangers ask for, they keep their copies and their number a minute. */
+  /** Clients with a connection: their copies and downloads are out of strangers' reach. */
   own: Set<string>;
 }
 
@@ -1106,7 +1097,7 @@ interface DocumentCache {
 function isDocumentUrl(client_id: string): boolean {
   if (!client_id.startsWith("https://") || client_id.length > MAX_CLIENT_ID_LENGTH) return false;
   const url = URL.parse(client_id);
-  // Client ids are compared as strings, so only the one way to write a URL is taken: no dot segments, no default port.
+  // Client ids are compared as strings, so only one way to write a URL is taken: no dot segments, no default port.
   return url?.href === client_id && url.pathname !== "/" && !client_id.includes("#") && !url.username && !url.password;
 }
 
@@ -1114,12 +1105,11 @@ function publicClient(id: string, more: Partial<Client> = {}): Client {
   return { id, name: new URL(id).host, redirect_uris: [], refreshes: true, source: "document", ...more };
 }
 
-/** Finds the client that publishes its metadata at this address, if need be as it was before an outage at its site. */
 async function documentClient(server: Server, client_id: string): Promise<Client> {
   try {
     return await publishedClient(server, client_id);
   } catch (cause) {
-    // A document that was withdrawn or is wrong gets no stand-in: its author may have meant that.
+    // A document that was withdrawn or is wrong gets no stand-in: its author may have meant it.
     const known = isTemporary(cause) && wellKnownClient(client_id);
     if (known) return known;
     if (cause instanceof OAuthError && cause.status === 503) throw cause;
@@ -1139,10 +1129,9 @@ function readClientDocument(id: string, body: unknown): Client {
   const { jwks, token_endpoint_auth_methods_supported: more, ...rest } = body as Record<string, unknown>;
   assertMetadata(rest.client_id === id, "it names another client_id"); // a copy of somebody else's document
   assertMetadata(name, "it has no client_name");
-  const isSecret = rest.client_secret !== undefined || method.startsWith("client_secret");
-  assertMetadata(!isSecret, "it relies on a shared secret (client_secret), which everybody can read");
-  const expires = rest.client_secret_expires_at !== undefined;
-  assertMetadata(!expires, "it has client_secret_expires_at, but can have no secret");
+  const secret = ["client_secret", "client_secret_expires_at"].find((name) => Object.hasOwn(rest, name)) ??
+    (method.startsWith("client_secret") && method);
+  assertMetadata(!secret, `it relies on a shared secret (${secret}), which everybody can read`);
   const offered = [method, ...(Array.isArray(more) ? more : [])];
   const isPublic = offered.includes("none");
   const isKnown = isPublic || offered.includes("private_key_jwt");
@@ -1150,8 +1139,8 @@ function readClientDocument(id: string, body: unknown): Client {
   if (jwks !== undefined) readKeys(jwks);
   const jwks_uri = (isString(rest.jwks_uri) && URL.parse(rest.jwks_uri)?.href) || "";
   assertMetadata(isPublic || jwks || isDocumentUrl(jwks_uri), "it has neither jwks nor a jwks_uri of https");
-  const auth = isPublic ? undefined : "private_key_jwt" as const;
-  return publicClient(id, { name, redirect_uris, refreshes, jwks, jwks_uri, ...defined({ auth }) });
+  const auth = !isPublic && { auth: "private_key_jwt" as const };
+  return publicClient(id, { name, redirect_uris, refreshes, jwks, jwks_uri, ...auth });
 }
 
 /** Returns the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
@@ -1164,7 +1153,6 @@ function readKeys(body: unknown): Jwk[] {
   return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, value]) => isString(value))));
 }
 
-/** Fetches the client's keys, as they were after `since`. */
 async function publishedKeys(server: Server, id: string, since: number): Promise<Jwk[]> {
   const { jwks, jwks_uri = "" } = await publishedClient(server, id, since);
   if (jwks !== undefined) return readKeys(jwks);
@@ -1172,7 +1160,7 @@ async function publishedKeys(server: Server, id: string, since: number): Promise
   return await fetchCached(server, id, jwks_uri, readKeys, since);
 }
 
-/** Returns what `parse` makes of a client's JSON document, as it was after `since`. An old copy outlives an outage. */
+/** Returns what `parse` makes of a JSON document, as it was after `since`. An old copy stands in during an outage. */
 async function fetchCached<T>(server: Server, id: string, url: string, parse: (body: unknown) => T, since = 0) {
   const { copies, own } = server.documents;
   const known = copies.get(url);
@@ -1182,18 +1170,17 @@ async function fetchCached<T>(server: Server, id: string, url: string, parse: (b
   try {
     const { body, maxAge } = await download(server, url, id);
     const parsed = parse(body);
-    remember(copies, url, { id, body, at, fresh: at + maxAge, until: at + 30 * DAY }, ({ id }) => own.has(id));
+    remember(copies, url, { id, body, at, fresh: at + maxAge }, ({ id }) => own.has(id));
     return parsed;
   } catch (error) {
-    if (isTemporary(error) && copy && seconds() < copy.until) return parse(copy.body);
-    if (!isTemporary(error)) copies.delete(url); // and nothing is cached: what its author repairs works at once
+    if (isTemporary(error) && copy && seconds() < copy.at + MAX_COPY_AGE) return parse(copy.body);
+    if (!isTemporary(error)) copies.delete(url); // errors are not cached: what its author repairs works at once
     throw error;
   }
 }
 
 /** Another server cannot be reached at the moment: it did not say that there is nothing. */
 class Unreached extends Error {}
-
 /** What a stranger wants fetched is inside: that is no outage. */
 class InsideAddress extends Error {}
 
@@ -1205,16 +1192,16 @@ function tryLater(description: string): OAuthError {
   return new OAuthError("temporarily_unavailable", description, { status: 503, headers: { "Retry-After": "5" } });
 }
 
-/** Sets an entry of a map that forgets its oldest ones, but no kept one while there are others. */
+/** Sets an entry of a map that forgets its oldest ones, kept ones last. */
 function remember<T>(map: Map<string, T>, key: string, value: T, isKept = (_: T) => false): void {
-  map.delete(key); // so that it moves to the end of the line
+  map.delete(key); // moves it to the end
   map.set(key, value);
   if (map.size <= MAX_DOCUMENTS) return;
   const keys = [...map.keys()];
   map.delete(keys.find((key) => !isKept(map.get(key)!)) ?? keys[0]!);
 }
 
-/** Downloads a document, once for all who ask meanwhile. Throws 503 if there are too many at once, or in a minute. */
+/** Downloads a document, once for all who ask meanwhile. Throws 503 if too many are asked for. */
 async function download(server: Server, url: string, id: string): ReturnType<typeof fetchJson> {
   const { underWay, asked, own } = server.documents;
   const { hostname: host } = new URL(url);
@@ -1223,7 +1210,7 @@ async function download(server: Server, url: string, id: string): ReturnType<typ
     const ofHost = all.filter((download) => download.host === host);
     return ofHost.length >= MAX_DOWNLOADS_PER_HOST ? ofHost : all.length >= MAX_DOWNLOADS ? all : [];
   };
-  // A slow one gives way, so that silent hosts cannot keep the first visit of another app out.
+  // A slow one gives way: silent hosts must not keep another app out.
   const slow = inTheWay().find(({ started, controller }) => seconds() - started > 1 && !controller.signal.aborted);
   if (slow && !underWay.has(url)) {
     slow.controller.abort();
@@ -1242,7 +1229,7 @@ async function download(server: Server, url: string, id: string): ReturnType<typ
   return await startDownload(server, url, host).answer;
 }
 
-/** Starts a download, which counts until it is over: that may be after everybody has given up waiting. */
+/** Starts a download. It counts until it is really over, even if nobody waits for it any more. */
 function startDownload(server: Server, url: string, host: string) {
   const { underWay } = server.documents;
   const controller = new AbortController();
@@ -1256,7 +1243,7 @@ function startDownload(server: Server, url: string, host: string) {
   return started;
 }
 
-/** Fetches one document. Time and size are counted on the stream, whatever its headers promise. */
+/** Fetches one document. Its time and size are counted on the stream, whatever its headers promise. */
 async function fetchJson({ fetchClientMetadata }: Server, url: string, signal: AbortSignal) {
   let response: Response;
   let text = "";
@@ -1277,7 +1264,7 @@ async function fetchJson({ fetchClientMetadata }: Server, url: string, signal: A
   return { body: JSON.parse(text) as unknown, maxAge: Math.min(Math.max(age, MINUTE), DAY) };
 }
 
-/** Gives up on a promise when the signal says so, even if whoever made it does not listen. */
+/** Gives up on a promise when the signal says so. */
 function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
   return new Promise((resolve, reject) => {
     const giveUp = () => reject(new Unreached("did not answer in time"));
@@ -1287,11 +1274,11 @@ function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
   });
 }
 
-/** Fetches over TLS from a public address only: not from this machine, its network, or a cloud's metadata service. */
+/** Fetches from public addresses only: not from this machine, its network, or a cloud's metadata service. */
 async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response> {
   const [https, { isIP }] = [nodeModule("node:https"), nodeModule("node:net")];
   const { hostname } = new URL(url);
-  const literal = hostname.replace(/^\[|\]$/g, "");
+  const literal = hostname.replace(/^\[|\]$/g, ""); // an address is connected to without a lookup
   const found: string[] = isIP(literal) ? [literal] : await resolveName(hostname, signal);
   const inside = found.find((address) => !isPublicAddress(address));
   if (inside !== undefined) throw new InsideAddress(`${hostname} resolves to ${inside}, which is not a public address`);
@@ -1307,13 +1294,13 @@ async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response
   const message: any = await new Promise((resolve, reject) => {
     https.get(url, { agent, lookup, signal, headers }, resolve).on("error", reject);
   });
-  const status: number = message.statusCode;
-  if (status !== 200) message.destroy(); // or the socket stays open for as long as the other side likes
+  const { statusCode: status } = message;
   const body = status === 200 ? nodeModule("node:stream").Readable.toWeb(message) : null;
+  if (!body) message.destroy(); // or the socket stays open for as long as the other side likes
   return new Response(body, { status, headers: { "Cache-Control": message.headers["cache-control"] ?? "" } });
 }
 
-/** Resolves a name by queries that end with the signal. A silent name server would keep getaddrinfo()'s few threads. */
+/** Resolves a name by queries that can be ended: a silent name server would use up getaddrinfo()'s few threads. */
 async function resolveName(hostname: string, signal: AbortSignal): Promise<string[]> {
   const resolver = new (nodeModule("node:dns").promises.Resolver)({ timeout: 1000, tries: 2 });
   signal.addEventListener("abort", () => resolver.cancel(), { once: true });
@@ -1321,12 +1308,11 @@ async function resolveName(hostname: string, signal: AbortSignal): Promise<strin
   return (await Promise.all(queries.map((query) => query.catch(() => [])))).flat(); // a family may have none
 }
 
-/** What is not the public internet, by the special-purpose address registries (RFC 6890) and their later entries. */
+/** What is not public by the special-purpose address registries (RFC 6890); the last one of IPv4 is Azure's. */
 const PRIVATE_RANGES =
   "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 " +
   "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 " +
-  "203.0.113.0/24 224.0.0.0/3 168.63.129.16/32 " + // the last: Azure's; then what is special within 2000::/3
-  "2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
+  "203.0.113.0/24 224.0.0.0/3 168.63.129.16/32 2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
 
 const privateAddresses = lazy(() => {
   const list = new (nodeModule("node:net").BlockList)();
@@ -1351,10 +1337,7 @@ const WELL_KNOWN_CLIENTS: Record<string, [name: string, redirect_uris: string]> 
     "Claude",
     "https://claude.ai/api/mcp/auth_callback https://claude.com/api/mcp/auth_callback",
   ],
-  "claude.ai/oauth/claude-code-client-metadata": [
-    "Claude Code",
-    "http://localhost/callback http://127.0.0.1/callback",
-  ],
+  "claude.ai/oauth/claude-code-client-metadata": ["Claude Code", "http://localhost/callback http://127.0.0.1/callback"],
   "chatgpt.com/oauth/client.json": ["ChatGPT", "https://chatgpt.com/connector_platform_oauth_redirect"],
   "chatgpt.com/oauth/codex/client.json": ["Codex", "http://127.0.0.1/callback"],
   "chatgpt.com/oauth/*/client.json": ["ChatGPT", "https://chatgpt.com/connector/oauth/*"],
