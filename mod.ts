@@ -596,7 +596,7 @@ function createServer(options: PersonalAuthOptions): Server {
     store,
     mac: async (...parts) => (await longMac(...parts)).slice(0, 64),
     longMac,
-    documents: { copies: new Map(), underWay: new Map(), asked: new Map() },
+    documents: { copies: new Map(), underWay: new Map(), asked: new Map(), own: new Set() },
     verified: new Map(),
     passed: Symbol("passed"),
     attempts: new Map(),
@@ -695,81 +695,103 @@ function protectedResourceMetadata({ issuer, resource, scopes, pages }: Server):
 
 // --- Clients --------------------------------------------------------------------------------------------------------
 
-/** A client, whatever its origin. */
+/** A client, whatever its origin. A public one has no secret; `auth` is the only way that its document offers. */
 interface Client {
   id: string;
   name: string;
   redirect_uris: string[];
-  /** What a confidential client must present; `undefined` for a public one. */
-  secret: string | undefined;
-  /** Whether it registered for refresh tokens. */
+  secret?: string | undefined;
   refreshes: boolean;
-  /** Typed in by the owner, signed by this server, or a document that the client publishes. */
   source: "preregistered" | "registered" | "document";
-  /** Its document offers no other way of authentication. */
   auth?: "private_key_jwt";
-  /** Its public keys, or where they are. */
-  keys?: { jwks: unknown; jwks_uri: string };
+  jwks?: unknown;
+  jwks_uri?: string;
 }
-
-/** What a signed client_id carries: name, redirect URIs, 1 if confidential, 1 if without refresh tokens. Kept short. */
-type SignedClient = { n: string; r: string[]; s?: 1; o?: 1 };
 
 const MAX_BODY_BYTES = 64 * 1024;
 const MAX_REDIRECT_URIS = 16;
 const MAX_URI_LENGTH = 4096;
 const MAX_CLIENT_ID_LENGTH = 2048;
 
-/**
- * Registers a client and stores nothing: a `client_id` is the client's metadata and a MAC under the server's key, and a
- * client secret is a MAC of the client_id. So a flood of registrations leaves no trace, a restart forgets no client,
- * and registering twice gives the same client.
- *
- * @see {@link https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 | RFC 7591 appendix A.5.2}
- */
+/** @see {@link https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 | RFC 7591 appendix A.5.2} */
 async function registerClient(server: Server, c: Context): Promise<Response> {
   const metadata = readClientMetadata(await readJson(c));
-  const { client_name, grant_types, token_endpoint_auth_method: method = "none" } = metadata;
-  const redirect_uris = keptRedirects(server, metadata);
+  const { redirect_uris: asked, client_name, method, refreshes, scope, ...echo } = metadata;
+  const refusals = asked.map((uri) => redirectRefusal(server.allowed, uri));
+  const redirect_uris = asked.filter((_, i) => refusals[i] === undefined); // a part: Cursor sends mixed lists
+  const reasons = refusals.filter(isString).join("; ");
+  if (reasons) server.emit("redirect_refused", reasons.slice(0, 1000), { clientName: client_name });
+  // At once, and not later at /authorize: Claude Desktop then tries again with localhost.
+  if (redirect_uris.length === 0) throw new OAuthError("invalid_redirect_uri", reasons);
   const confidential = method === "client_secret_post" || method === "client_secret_basic";
-  const refreshes = grant_types?.includes("refresh_token") ?? true;
-  const signed = { n: client_name, r: redirect_uris, ...(confidential && { s: 1 as const }) };
-  const client_id = await signClient(server, refreshes ? signed : { ...signed, o: 1 });
+  const signed = { n: client_name, r: redirect_uris, ...(confidential && { s: 1 }), ...(!refreshes && { o: 1 }) };
+  // Nothing is stored, so that a flood leaves no trace: a client_id is the metadata with a MAC.
+  const payload = base64url(utf8.encode(JSON.stringify(signed)));
+  const client_id = `${payload}.${await server.mac("client_id", payload)}`;
+  assertMetadata(client_id.length <= MAX_CLIENT_ID_LENGTH, "client_name and redirect_uris are too long");
   server.emit("client_registered", "a client registered", { clientName: client_name });
   noteAttempt(server, { id: client_id, name: client_name }, { introduced: seconds() });
-  const { client_uri, software_id, software_version, application_type } = metadata;
   const answer = {
     client_id,
     client_id_issued_at: Math.floor(seconds()),
     ...(confidential && { client_secret: await server.mac("client_secret", client_id), client_secret_expires_at: 0 }),
-    ...defined({ client_name: client_name || undefined, client_uri, software_id, software_version, application_type }),
+    ...defined({ client_name: client_name || undefined, ...echo }),
     redirect_uris,
-    // The server decides, and may grant something else than was requested (RFC 7591 §3.2.1): clients read this answer.
+    // This may be something else than was requested (RFC 7591 §3.2.1): clients read the answer.
     token_endpoint_auth_method: confidential ? method : "none",
     grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
     response_types: ["code"],
-    scope: grantedScopes(metadata.scope, server.scopes).join(" "),
+    scope: grantedScopes(scope, server.scopes).join(" "),
   };
   return c.json(answer, 201, { "Cache-Control": "no-store" });
-}
-
-async function signClient({ mac }: Server, client: SignedClient): Promise<string> {
-  const payload = base64url(utf8.encode(JSON.stringify(client)));
-  const client_id = `${payload}.${await mac("client_id", payload)}`;
-  const isShort = client_id.length <= MAX_CLIENT_ID_LENGTH;
-  assertMetadata(
-    isShort,
-    `client_name and redirect_uris are too long: the client_id has ${client_id.length} characters`,
-  );
-  return client_id;
 }
 
 function assertMetadata(good: unknown, description: string): asserts good {
   if (!good) throw new OAuthError("invalid_client_metadata", description);
 }
 
-/** Finds the client that a client_id names, whatever its origin. */
-async function resolveClient(server: Server, client_id: string): Promise<Client | undefined> {
+/** Reads the members of RFC 7591 §2 that matter here, and ignores all others. `null` counts as absent. */
+function readClientMetadata(body: unknown) {
+  assertMetadata(isObject(body), "The body must be a JSON object");
+  const text = (name: string): string | undefined => {
+    assertMetadata(isString(body[name] ?? ""), `${name} must be a string`);
+    return body[name] || undefined;
+  };
+  const list = (name: string, needed?: string): string[] | undefined => {
+    const value = body[name] ?? undefined;
+    assertMetadata(isStringList(value ?? []), `${name} must be a list of strings`);
+    assertMetadata(!value || !needed || value.includes(needed), `${name} must hold ${needed}`);
+    return value;
+  };
+  const redirect_uris = [...new Set(list("redirect_uris"))];
+  if (redirect_uris.length === 0) throw new OAuthError("invalid_redirect_uri", "redirect_uris is missing or empty");
+  assertMetadata(redirect_uris.length <= MAX_REDIRECT_URIS, `redirect_uris may hold ${MAX_REDIRECT_URIS} at the most`);
+  list("response_types", "code");
+  const client_uri = text("client_uri")?.slice(0, MAX_URI_LENGTH) ?? "";
+  return {
+    redirect_uris,
+    client_name: printable(text("client_name") ?? ""),
+    refreshes: list("grant_types", "authorization_code")?.includes("refresh_token") ?? true,
+    method: text("token_endpoint_auth_method") ?? "none",
+    scope: text("scope"),
+    client_uri: URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
+    software_id: text("software_id"),
+    software_version: text("software_version"),
+    application_type: text("application_type"),
+  };
+}
+
+/** Returns a name as it may stand on the owner's page, without what makes the page look like something else. */
+function printable(name: string): string {
+  const visible = name.slice(0, 2000)
+    .replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
+    .replace(/(\p{M}{2})\p{M}+/gu, "$1") // more combining marks draw over the lines around them
+    .replace(/\p{Zs}+/gu, " ");
+  return [...visible.trim()].slice(0, 200).join(""); // by characters: half of one breaks parsers
+}
+
+/** Finds the client that a client_id names. `isConnected`: for a connection that it has already. */
+async function resolveClient(server: Server, client_id: string, isConnected = false): Promise<Client | undefined> {
   const known = preregistered(server, client_id);
   if (known) {
     const { client_secret: secret, redirect_uris, client_name } = known;
@@ -777,12 +799,12 @@ async function resolveClient(server: Server, client_id: string): Promise<Client 
     return { id: client_id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
   }
   if (isDocumentUrl(client_id)) return await documentClient(server, client_id);
-  if (client_id.length > MAX_CLIENT_ID_LENGTH) return undefined;
-  const [payload = "", signature = ""] = client_id.split(".");
-  const isOurs = equal(signature, await server.mac("client_id", payload)) && client_id === `${payload}.${signature}`;
-  if (!isOurs) return undefined;
-  const { n, r, s, o } = JSON.parse(decodeBase64(payload)!) as SignedClient;
-  const secret = s ? await server.mac("client_secret", client_id) : undefined;
+  // With registration off, a client that registered before keeps its connections and gets no new one.
+  if (client_id.length > MAX_CLIENT_ID_LENGTH || !(server.registration || isConnected)) return undefined;
+  const [payload = ""] = client_id.split(".");
+  if (!equal(client_id, `${payload}.${await server.mac("client_id", payload)}`)) return undefined;
+  const { n, r, s, o } = JSON.parse(decodeBase64(payload)!);
+  const secret = s && await server.mac("client_secret", client_id);
   return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, source: "registered" };
 }
 
@@ -790,17 +812,11 @@ function preregistered({ clients }: Server, id: string): PreregisteredClient | u
   return clients.find(({ client_id }) => client_id === id);
 }
 
-/**
- * Authenticates the client of a request to /token, /revoke or /introspect: none, client_secret_post,
- * client_secret_basic or private_key_jwt.
- *
- * @throws {OAuthError} 401 `invalid_client`, which makes clients that kept an old registration register again.
- * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-2.3 | RFC 6749 §2.3}
- */
+/** @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-2.3 | RFC 6749 §2.3} */
 async function authenticateClient(server: Server, c: Context, form: URLSearchParams): Promise<Client> {
   const { id, secrets } = clientCredentials(server, c.req.header("Authorization"), form);
   if (isDocumentUrl(id) && !preregistered(server, id)) return await authenticatePublished(server, id, form);
-  const client = await resolveClient(server, id);
+  const client = await resolveClient(server, id, form.get("grant_type") !== "authorization_code");
   if (!client) throw unauthenticated("This client is unknown here: register again");
   if (client.secret === undefined) return client;
   // Both sides are hashed, so that neither length nor content of the secret shows in the time this takes.
@@ -809,49 +825,36 @@ async function authenticateClient(server: Server, c: Context, form: URLSearchPar
   throw unauthenticated("The client_secret is missing or wrong");
 }
 
-function unauthenticated(description: string, cause?: unknown): OAuthError {
-  return new OAuthError("invalid_client", description, { status: 401, cause });
+function unauthenticated(description: string): OAuthError {
+  return new OAuthError("invalid_client", description, { status: 401 });
 }
 
-/**
- * Reads client_id and secret from the header or the form. In RFC 6749 §2.3.1 both halves of Basic are form-encoded, but
- * many clients send them as they are: the secret is taken either way, and the id in whichever way is known.
- */
 function clientCredentials(server: Server, authorization: string | undefined, form: URLSearchParams) {
   const assertion = form.get("client_assertion");
   const id = form.get("client_id") ?? (assertion && readAssertion(assertion).claims.sub);
   const isBasic = authorization?.slice(0, 6).toLowerCase() === "basic ";
-  if ([isBasic, form.has("client_secret"), assertion !== null].filter(Boolean).length > 1) {
-    throw new OAuthError("invalid_request", "The client authenticates in more than one way (RFC 6749 §2.3)");
-  }
+  const ways = [isBasic, form.has("client_secret"), assertion !== null].filter((used) => used);
+  if (ways.length > 1) throw invalidRequest("The client authenticates in more than one way (RFC 6749 §2.3)");
   if (!isBasic) {
-    if (typeof id !== "string") throw unauthenticated("client_id is missing");
+    if (!isString(id)) throw unauthenticated("client_id is missing");
     return { id, secrets: form.getAll("client_secret") };
   }
-  const credentials = decodeBase64(authorization.slice(6).trim()) ?? "";
-  const colon = credentials.indexOf(":");
-  if (colon < 0) throw unauthenticated("The Basic credentials cannot be read");
-  const [name, password] = [credentials.slice(0, colon), credentials.slice(colon + 1)];
-  const known = preregistered(server, name) ? name : decodeForm(name);
+  const [, name, password] = decodeBase64(authorization.slice(6).trim())?.match(/^([^:]*):(.*)$/s) ?? [];
+  if (name === undefined || password === undefined) throw unauthenticated("The Basic credentials cannot be read");
+  // RFC 6749 §2.3.1 form-encodes both halves; many clients do not. Each is taken in either way.
+  const decode = (value: string) => new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
+  const known = preregistered(server, name) ? name : decode(name);
   if (id !== null && id !== known) throw unauthenticated("client_id differs between header and body");
-  return { id: known, secrets: [password, decodeForm(password)] };
+  return { id: known, secrets: [password, decode(password)] };
 }
 
-function decodeForm(value: string): string {
-  return new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
-}
-
-/**
- * Authenticates a client that publishes its metadata: by an assertion, or by nothing where that is allowed. Its grant
- * is bound to the client_id and says whether an assertion is required. Where it is not, the connection goes on while
- * the client's keys cannot be fetched: to ignore an assertion is no weaker than to accept a request without one.
- */
+/** Authenticates a client that publishes its metadata: by an assertion, or by nothing where its grant allows that. */
 async function authenticatePublished(server: Server, id: string, form: URLSearchParams): Promise<Client> {
-  const ids = ["code", "refresh_token", "token"].map((name) => form.get(name) ?? "").map((token) =>
-    grantId("pac", token) ?? grantId("prt", token) ?? grantId("pat", token)
-  );
-  const records = await Promise.all(ids.map((id) => id && server.store.get(`grant/${id}`))) as (Grant | undefined)[];
+  const tokens = ["code", "refresh_token", "token"].map((name) => form.get(name) ?? "");
+  const ids = tokens.map((token) => grantId("pac", token) ?? grantId("prt", token) ?? grantId("pat", token));
+  const records = await Promise.all(ids.map((id) => id ? readGrant(server, id) : undefined));
   const grants = records.filter((grant) => grant?.client.id === id);
+  if (grants.length > 0) server.documents.own.add(id);
   const isHeld = grants.some((grant) => grant?.client.auth);
   const assertion = form.get("client_assertion");
   try {
@@ -866,10 +869,10 @@ async function authenticatePublished(server: Server, id: string, form: URLSearch
   } catch (error) {
     const { message, cause } = error as Error;
     if (grants.length > 0) server.emit("client_assertion_refused", `${id}: ${message}`, defined({ cause }));
-    if (!isTemporary(error)) {
-      throw unauthenticated(error instanceof OAuthError ? error.message : "The client's keys cannot be used", error);
-    }
-    if (isHeld) throw tryLater("The client's keys cannot be fetched at the moment", error);
+    const isOurs = error instanceof OAuthError; // what other servers say is for the owner only
+    if (!isTemporary(error)) throw unauthenticated(isOurs ? message : "The client's keys cannot be used");
+    // Any other connection goes on: to ignore an assertion is no weaker than to accept a request without one.
+    if (isHeld) throw tryLater("The client's keys cannot be fetched at the moment");
   }
   return publicClient(id);
 }
@@ -881,15 +884,16 @@ const MAX_CLOCK_SKEW = MINUTE;
 const MAX_KEYS = 20;
 const MAX_TRIED_KEYS = 4;
 
+type Algorithm = { kty: string; namedCurve?: string; name: string; hash?: string; saltLength?: number };
+type Jwk = Record<string, string | undefined>;
+
 /** What each `alg` means, with the one type of key it takes: so a public key is never the secret of an HMAC. */
 const ASSERTION_ALGORITHMS: Record<string, Algorithm> = {
-  ES256: { kty: "EC", crv: "P-256", name: "ECDSA", hash: "SHA-256" },
+  ES256: { kty: "EC", namedCurve: "P-256", name: "ECDSA", hash: "SHA-256" },
   RS256: { kty: "RSA", name: "RSASSA-PKCS1-v1_5", hash: "SHA-256" },
   PS256: { kty: "RSA", name: "RSA-PSS", hash: "SHA-256", saltLength: 32 },
-  EdDSA: { kty: "OKP", crv: "Ed25519", name: "Ed25519" },
+  EdDSA: { kty: "OKP", namedCurve: "Ed25519", name: "Ed25519" },
 };
-type Algorithm = { kty: string; crv?: string; name: string; hash?: string; saltLength?: number };
-type Jwk = Record<string, string | undefined>;
 
 /** Decodes an assertion (a JWT, RFC 7519) without believing any of it. */
 function readAssertion(assertion: string) {
@@ -902,16 +906,10 @@ function readAssertion(assertion: string) {
   throw unauthenticated("The client_assertion is not a JWT");
 }
 
-/**
- * Verifies an assertion with the keys that the client publishes. They are fetched again, once, where none of them fits:
- * the client may have changed them a moment ago.
- *
- * @throws {OAuthError} 401 `invalid_client`, or 503 if the keys cannot be fetched.
- * @see {@link https://www.rfc-editor.org/rfc/rfc7523#section-3 | RFC 7523 §3}
- */
+/** @see {@link https://www.rfc-editor.org/rfc/rfc7523#section-3 | RFC 7523 §3} */
 async function verifyAssertion(server: Server, id: string, assertion: string): Promise<{ jti: string; exp: number }> {
-  const { header, claims, signature, signed } = readAssertion(assertion);
-  const { iss, sub, aud, exp, nbf = 0, iat = 0, jti } = claims;
+  const jwt = readAssertion(assertion);
+  const { header, claims: { iss, sub, aud, exp, nbf = 0, iat = 0, jti } } = jwt;
   const must = (good: unknown, what: string) => {
     if (!good) throw unauthenticated(`The client_assertion must ${what}`);
   };
@@ -927,36 +925,34 @@ async function verifyAssertion(server: Server, id: string, assertion: string): P
   must(typeof exp === "number" && exp > now - MAX_CLOCK_SKEW, "have an exp in the future");
   must(exp < now + MAX_ASSERTION_AGE + MAX_CLOCK_SKEW, `expire within ${MAX_ASSERTION_AGE} seconds`);
   must([nbf, iat].every((at) => typeof at === "number" && at < now + MAX_CLOCK_SKEW), "have nbf and iat in the past");
-  must(typeof jti === "string" && jti !== "" && jti.length <= 256, "have a jti of 256 characters at the most");
-  for (const since of [0, now]) {
+  must(isString(jti) && jti !== "" && jti.length <= 256, "have a jti of 256 characters at the most");
+  for (const since of [0, now]) { // keys that do not fit are fetched again, once: they may just have been changed
     const keys = (await publishedKeys(server, id, since)).filter(({ kid, kty, crv, alg, use }) =>
-      kty === algorithm!.kty && crv === algorithm!.crv && (alg ?? header.alg) === header.alg &&
+      kty === algorithm!.kty && crv === algorithm!.namedCurve && (alg ?? header.alg) === header.alg &&
       (use ?? "sig") === "sig" && (header.kid === undefined || kid === header.kid)
     );
-    // A few keys of a common size: a stranger's own document could otherwise make each request cost much computing.
-    for (const key of keys.filter(isCommonSize).slice(0, MAX_TRIED_KEYS)) {
-      if (await isSignedBy(key, algorithm!, signature, signed)) return { jti, exp };
+    // A few, RSA of 2,048 to 4,096 bits: a stranger's own keys could make each request cost much computing.
+    const isCommon = ({ n = "", e = "" }: Jwk) => n.length >= 342 && n.length <= 683 && e.length <= 4;
+    for (const key of keys.filter((key) => key.kty !== "RSA" || isCommon(key)).slice(0, MAX_TRIED_KEYS)) {
+      if (await isSignedBy(key, algorithm!, jwt)) return { jti, exp };
     }
     if (keys.length > 0 && header.kid !== undefined) break;
   }
   throw unauthenticated("The client_assertion is signed by none of the client's keys");
 }
 
-/** Whether this key made this signature. A key that is none, or that takes long to compute with, made none. */
-async function isSignedBy(key: Jwk, algorithm: Algorithm, ...[signature, signed]: Uint8Array<ArrayBuffer>[]) {
-  const { kty = "", crv = "", x = "", y, n = "", e = "" } = key;
-  if (kty === "RSA" && (n.length < 342 || n.length > 1024 || e.length > 6)) return false; // 2,048 to 6,144 bits
-  const parameters = { ...algorithm, namedCurve: crv };
-  const members = kty === "RSA" ? { kty, n, e } : { kty, crv, x, ...defined({ y }) };
+async function isSignedBy(key: Jwk, algorithm: Algorithm, { signature, signed }: ReturnType<typeof readAssertion>) {
+  const { kty, crv, x, y, n, e } = key;
   try {
-    const imported = await crypto.subtle.importKey("jwk", members, parameters, false, ["verify"]);
-    return await crypto.subtle.verify(parameters, imported, signature!, signed!);
+    const members = defined({ kty, crv, x, y, n, e });
+    const imported = await crypto.subtle.importKey("jwk", members, algorithm, false, ["verify"]);
+    return await crypto.subtle.verify(algorithm, imported, signature, signed);
   } catch {
-    return false;
+    return false; // no key
   }
 }
 
-/** Spends an assertion: whoever reads one on its way cannot use it again, on any server of this store. */
+/** Spends an assertion, so that whoever reads it on its way cannot use it on any server of this store. */
 async function spendAssertion(server: Server, id: string, jti: string, exp: number): Promise<void> {
   const user = random(16);
   const key = `assertion/${await server.mac("assertion", id, jti)}`;
@@ -964,170 +960,74 @@ async function spendAssertion(server: Server, id: string, jti: string, exp: numb
   if (first !== user) throw unauthenticated("The client_assertion was used before");
 }
 
-/** Reads the members of RFC 7591 §2 that matter here, and ignores all others. `null` counts as absent. */
-function readClientMetadata(body: unknown) {
-  assertMetadata(isObject(body), "The body must be a JSON object");
-  const own = (name: string): unknown => Object.hasOwn(body, name) ? body[name] ?? undefined : undefined;
-  const text = (name: string): string | undefined => {
-    const value = own(name);
-    assertMetadata(value === undefined || typeof value === "string", `${name} must be a string`);
-    return value || undefined;
-  };
-  const list = (name: string, needed?: string): string[] | undefined => {
-    const value = own(name);
-    assertMetadata(value === undefined || isStringList(value), `${name} must be a list of strings`);
-    assertMetadata(!value || !needed || value.includes(needed), `${name} must hold ${needed}`);
-    return value;
-  };
-  const redirect_uris = [...new Set(list("redirect_uris"))];
-  if (redirect_uris.length === 0) {
-    throw new OAuthError("invalid_redirect_uri", "redirect_uris is missing or empty");
-  }
-  assertMetadata(redirect_uris.length <= MAX_REDIRECT_URIS, `redirect_uris may hold ${MAX_REDIRECT_URIS} at the most`);
-  list("response_types", "code");
-  const client_uri = text("client_uri")?.slice(0, MAX_URI_LENGTH) ?? "";
-  return {
-    redirect_uris,
-    client_name: printable(text("client_name") ?? ""),
-    grant_types: list("grant_types", "authorization_code"),
-    token_endpoint_auth_method: text("token_endpoint_auth_method"),
-    scope: text("scope"),
-    client_uri: URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
-    software_id: text("software_id"),
-    software_version: text("software_version"),
-    application_type: text("application_type"),
-  };
-}
-
-/**
- * Returns a client's name as it may stand on the owner's page. Drops invisible characters and those that change the
- * direction of writing, which make the page read as something else. Keeps two combining marks in a row, because more
- * draw over the lines around them, and folds wide spaces into one plain space.
- */
-function printable(name: string): string {
-  const visible = name.slice(0, 2000)
-    .replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
-    .replace(/(\p{M}{2})\p{M}+/gu, "$1")
-    .replace(/\p{Zs}+/gu, " ");
-  return [...visible.trim()].slice(0, 200).join(""); // by characters: half of one breaks other people's parsers
-}
-
-/** Returns the redirect URIs that are allowed. RFC 7591 §3.2.1 permits to keep a part; Cursor sends mixed lists. */
-function keptRedirects(server: Server, { redirect_uris, client_name }: ReturnType<typeof readClientMetadata>) {
-  const kept = [];
-  const refused = [];
-  for (const uri of redirect_uris) {
-    const reason = redirectRefusal(server.allowed, uri);
-    if (reason) refused.push(reason);
-    else kept.push(uri);
-  }
-  const reasons = refused.join("; ");
-  if (reasons) server.emit("redirect_refused", reasons.slice(0, 1000), { clientName: client_name });
-  // At once, and not later at /authorize: Claude Desktop then tries again with localhost.
-  if (kept.length === 0) throw new OAuthError("invalid_redirect_uri", reasons);
-  return kept;
-}
-
 // --- Client ID Metadata Documents -----------------------------------------------------------------------------------
 
-const DOCUMENT_TIMEOUT_SECONDS = 5;
 const MAX_DOCUMENT_BYTES = 16 * 1024;
 const MAX_DOCUMENTS = 100;
-/** How long a document is cached, at least and at most, whatever its headers say. */
-const MIN_DOCUMENT_AGE = MINUTE;
-const MAX_DOCUMENT_AGE = DAY;
-/** How long an old copy stands in for a document that cannot be had at the moment. */
-const STALE_DOCUMENT_AGE = 30 * DAY;
-/**
- * What strangers can make this server do at once. One that takes longer than a healthy one gives way to a newcomer, so
- * that silent hosts cannot keep the first visit of another app out. Errors are not remembered; what bounds the
- * requests to a host that keeps failing is the number a minute.
- */
+const MAX_COPY_AGE = 30 * DAY;
 const MAX_DOWNLOADS = 8;
 const MAX_DOWNLOADS_PER_HOST = 2;
-const MAX_DOWNLOADS_PER_HOST_AND_MINUTE = 60;
-const SLOW_DOWNLOAD_SECONDS = 1;
+const MAX_DOWNLOADS_PER_MINUTE = 60;
 
-/** What this server knows of other people's: nothing is stored, and what strangers can fill is bounded. */
+/** In memory only, and bounded, because strangers can fill it. */
 interface DocumentCache {
-  copies: Map<string, { body: unknown; at: number; fresh: number; until: number }>;
+  copies: Map<string, { id: string; body: unknown; at: number; fresh: number }>;
   underWay: Map<string, ReturnType<typeof startDownload>>;
-  /** How often each host was asked within a minute. */
   asked: Map<string, { times: number; since: number }>;
+  /** Clients with a connection: their copies and downloads are out of strangers' reach. */
+  own: Set<string>;
 }
 
 /**
- * Whether a client_id is the address of the client's own metadata: https with a path.
- *
  * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-client-id-metadata-document#section-3 | CIMD §3}
  */
 function isDocumentUrl(client_id: string): boolean {
   if (!client_id.startsWith("https://") || client_id.length > MAX_CLIENT_ID_LENGTH) return false;
   const url = URL.parse(client_id);
-  // Client ids are compared as strings, so only the one way to write a URL is taken: no dot segments, no default port,
-  // no upper-case host, no other form of an address.
+  // Client ids are compared as strings, so only one way to write a URL is taken: no dot segments, no default port.
   return url?.href === client_id && url.pathname !== "/" && !client_id.includes("#") && !url.username && !url.password;
 }
 
 function publicClient(id: string, more: Partial<Client> = {}): Client {
-  const name = new URL(id).host;
-  return { id, name, redirect_uris: [], secret: undefined, refreshes: true, source: "document", ...more };
+  return { id, name: new URL(id).host, redirect_uris: [], refreshes: true, source: "document", ...more };
 }
 
-/**
- * Finds the client that publishes its metadata at this address. An outage at its site locks nobody out: an old copy
- * stands in, or what is known of the clients that most people use. A document that was withdrawn or is wrong gets no
- * stand-in, because its author may have meant that.
- *
- * @throws {OAuthError} `invalid_request` if the document cannot be used, 503 if too many are asked for at once.
- */
 async function documentClient(server: Server, client_id: string): Promise<Client> {
   try {
     return await publishedClient(server, client_id);
   } catch (cause) {
+    // A document that was withdrawn or is wrong gets no stand-in: its author may have meant it.
     const known = isTemporary(cause) && wellKnownClient(client_id);
     if (known) return known;
     if (cause instanceof OAuthError && cause.status === 503) throw cause;
     const reason = cause instanceof OAuthError ? cause.message : "it cannot be read";
+    const details = { event: "client_document_refused", cause } as const;
     // Not invalid_client: the client would take its registration for dead and come back with the same address.
-    throw new OAuthError("invalid_request", `The app's metadata at ${client_id} cannot be used: ${reason}`, {
-      event: "client_document_refused",
-      cause,
-    });
+    throw new OAuthError("invalid_request", `The app's metadata at ${client_id} cannot be used: ${reason}`, details);
   }
 }
 
-async function publishedClient(server: Server, client_id: string, since?: number): Promise<Client> {
-  return await fetchCached(server, client_id, (body) => readClientDocument(client_id, body), since);
+async function publishedClient(server: Server, id: string, since?: number): Promise<Client> {
+  return await fetchCached(server, id, id, (body) => readClientDocument(id, body), since);
 }
 
-function readClientDocument(client_id: string, body: unknown): Client {
-  const { client_name: name, redirect_uris, grant_types, token_endpoint_auth_method } = readClientMetadata(body);
-  const { token_endpoint_auth_methods_supported: more, jwks, jwks_uri, ...rest } = body as Record<string, unknown>;
-  assertMetadata(rest.client_id === client_id, "it names another client_id"); // a copy of somebody else's document
+function readClientDocument(id: string, body: unknown): Client {
+  const { client_name: name, redirect_uris, refreshes, method } = readClientMetadata(body);
+  const { jwks, token_endpoint_auth_methods_supported: more, ...rest } = body as Record<string, unknown>;
+  assertMetadata(rest.client_id === id, "it names another client_id"); // a copy of somebody else's document
   assertMetadata(name, "it has no client_name");
-  const method = token_endpoint_auth_method ?? "none";
-  const isSecret = rest.client_secret !== undefined || method.startsWith("client_secret");
-  assertMetadata(!isSecret, "it relies on a shared secret (client_secret), which everybody can read");
-  assertMetadata(
-    rest.client_secret_expires_at === undefined,
-    "it has client_secret_expires_at, but can have no secret",
-  );
+  const secret = ["client_secret", "client_secret_expires_at"].find((name) => Object.hasOwn(rest, name)) ??
+    (method.startsWith("client_secret") && method);
+  assertMetadata(!secret, `it relies on a shared secret (${secret}), which everybody can read`);
   const offered = [method, ...(Array.isArray(more) ? more : [])];
   const isPublic = offered.includes("none");
-  const signs = offered.includes("private_key_jwt");
-  assertMetadata(isPublic || signs, `it asks for ${quote(method)}, which this server does not offer`);
+  const isKnown = isPublic || offered.includes("private_key_jwt");
+  assertMetadata(isKnown, `it asks for ${quote(method)}, which this server does not offer`);
   if (jwks !== undefined) readKeys(jwks);
-  const keys = { jwks, jwks_uri: (typeof jwks_uri === "string" && URL.parse(jwks_uri)?.href) || "" };
-  assertMetadata(isPublic || jwks || isDocumentUrl(keys.jwks_uri), "it has neither jwks nor a jwks_uri of https");
-  const refreshes = grant_types?.includes("refresh_token") ?? true;
-  const auth = isPublic ? undefined : "private_key_jwt" as const;
-  return publicClient(client_id, { name, redirect_uris, refreshes, keys, ...defined({ auth }) });
-}
-
-/** Whether an RSA key has at most 4,096 bits and a short exponent. */
-function isCommonSize({ n = "", e = "" }: Jwk): boolean {
-  return n.length <= 683 && e.length <= 4;
+  const jwks_uri = (isString(rest.jwks_uri) && URL.parse(rest.jwks_uri)?.href) || "";
+  assertMetadata(isPublic || jwks || isDocumentUrl(jwks_uri), "it has neither jwks nor a jwks_uri of https");
+  const auth = !isPublic && { auth: "private_key_jwt" as const };
+  return publicClient(id, { name, redirect_uris, refreshes, jwks, jwks_uri, ...auth });
 }
 
 /** Returns the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
@@ -1137,76 +1037,68 @@ function readKeys(body: unknown): Jwk[] {
   assertMetadata(isSet, `jwks must be a JWK Set of ${MAX_KEYS} keys at the most`);
   const secret = ["d", "p", "q", "dp", "dq", "qi", "oth", "k"].find((name) => keys.some((key) => name in key));
   assertMetadata(!secret, `jwks holds a private key (${secret}): replace it, everybody can read it`);
-  return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, value]) => typeof value === "string")));
+  return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, value]) => isString(value))));
 }
 
-/** Fetches the client's keys, as they were after `since`. */
 async function publishedKeys(server: Server, id: string, since: number): Promise<Jwk[]> {
-  const { jwks, jwks_uri = "" } = (await publishedClient(server, id, since)).keys ?? {};
+  const { jwks, jwks_uri = "" } = await publishedClient(server, id, since);
   if (jwks !== undefined) return readKeys(jwks);
   assertMetadata(isDocumentUrl(jwks_uri), "The client publishes no keys");
-  return await fetchCached(server, jwks_uri, readKeys, since);
+  return await fetchCached(server, id, jwks_uri, readKeys, since);
 }
 
-/**
- * Reads a JSON document of a client, from a cache that follows its HTTP headers within bounds, as it was after `since`.
- * Only what `parse` takes is kept: errors are never cached, so that what its author repairs works at once.
- */
-async function fetchCached<T>(server: Server, url: string, parse: (body: unknown) => T, since = 0): Promise<T> {
-  const { copies } = server.documents;
-  const copy = copies.get(url);
-  const isUsable = (until = 0) => copy !== undefined && copy.at >= since && seconds() < until;
-  if (isUsable(copy?.fresh)) return parse(copy!.body);
+/** Returns what `parse` makes of a JSON document, as it was after `since`. An old copy stands in during an outage. */
+async function fetchCached<T>(server: Server, id: string, url: string, parse: (body: unknown) => T, since = 0) {
+  const { copies, own } = server.documents;
+  const known = copies.get(url);
+  const copy = known && known.at >= since ? known : undefined;
   const at = seconds();
+  if (copy && at < copy.fresh) return parse(copy.body);
   try {
-    const { body, maxAge } = await download(server, url);
+    const { body, maxAge } = await download(server, url, id);
     const parsed = parse(body);
-    remember(copies, url, { body, at, fresh: at + maxAge, until: at + STALE_DOCUMENT_AGE });
+    remember(copies, url, { id, body, at, fresh: at + maxAge }, ({ id }) => own.has(id));
     return parsed;
   } catch (error) {
-    if (isTemporary(error) && isUsable(copy?.until)) return parse(copy!.body);
-    if (!isTemporary(error)) copies.delete(url);
+    if (isTemporary(error) && copy && seconds() < copy.at + MAX_COPY_AGE) return parse(copy.body);
+    if (!isTemporary(error)) copies.delete(url); // errors are not cached: what its author repairs works at once
     throw error;
   }
 }
 
-/** Another server cannot be reached at the moment, as opposed to one that answers that there is nothing. */
+/** Another server cannot be reached at the moment: it did not say that there is nothing. */
 class Unreached extends Error {}
-
-/** What a stranger wants fetched is not on the public internet: no outage, but an attempt to look inside. */
+/** What a stranger wants fetched is inside: that is no outage. */
 class InsideAddress extends Error {}
 
 function isTemporary(error: unknown): boolean {
   return error instanceof Unreached || (error instanceof OAuthError && error.status === 503);
 }
 
-function tryLater(description: string, cause?: unknown): OAuthError {
-  const more = { status: 503, headers: { "Retry-After": "5" }, cause } as const;
-  return new OAuthError("temporarily_unavailable", description, more);
+function tryLater(description: string): OAuthError {
+  return new OAuthError("temporarily_unavailable", description, { status: 503, headers: { "Retry-After": "5" } });
 }
 
-/** Sets an entry of a map that forgets its oldest ones. */
-function remember<T>(map: Map<string, T>, key: string, value: T): void {
-  map.delete(key); // so that it moves to the end of the line
+/** Sets an entry of a map that forgets its oldest ones, kept ones last. */
+function remember<T>(map: Map<string, T>, key: string, value: T, isKept = (_: T) => false): void {
+  map.delete(key); // moves it to the end
   map.set(key, value);
-  if (map.size > MAX_DOCUMENTS) map.delete(map.keys().next().value!);
+  if (map.size <= MAX_DOCUMENTS) return;
+  const keys = [...map.keys()];
+  map.delete(keys.find((key) => !isKept(map.get(key)!)) ?? keys[0]!);
 }
 
-/**
- * Downloads a document, once for all who ask for it meanwhile.
- *
- * @throws {OAuthError} 503 if too many downloads are under way, or too many were made from this host.
- */
-async function download(server: Server, url: string): ReturnType<typeof fetchJson> {
-  const { underWay, asked } = server.documents;
+/** Downloads a document, once for all who ask meanwhile. Throws 503 if too many are asked for. */
+async function download(server: Server, url: string, id: string): ReturnType<typeof fetchJson> {
+  const { underWay, asked, own } = server.documents;
   const { hostname: host } = new URL(url);
   const inTheWay = () => {
     const all = [...underWay.values()]; // the oldest first
     const ofHost = all.filter((download) => download.host === host);
     return ofHost.length >= MAX_DOWNLOADS_PER_HOST ? ofHost : all.length >= MAX_DOWNLOADS ? all : [];
   };
-  const tooOld = seconds() - SLOW_DOWNLOAD_SECONDS;
-  const slow = inTheWay().find(({ started, controller }) => started < tooOld && !controller.signal.aborted);
+  // A slow one gives way: silent hosts must not keep another app out.
+  const slow = inTheWay().find(({ started, controller }) => seconds() - started > 1 && !controller.signal.aborted);
   if (slow && !underWay.has(url)) {
     slow.controller.abort();
     await Promise.race([slow.over, delay(100)]);
@@ -1214,20 +1106,22 @@ async function download(server: Server, url: string): ReturnType<typeof fetchJso
   const running = underWay.get(url);
   if (running) return await running.answer;
   const now = seconds();
-  const recent = asked.get(host);
+  const counted = own.has(id) ? id : host;
+  const recent = asked.get(counted);
   const { times, since } = recent && Math.abs(now - recent.since) < MINUTE ? recent : { times: 0, since: now };
-  if (inTheWay().length > 0 || times >= MAX_DOWNLOADS_PER_HOST_AND_MINUTE) {
+  if (inTheWay().length > 0 || times >= MAX_DOWNLOADS_PER_MINUTE) {
     throw tryLater("Too many apps are asking at once; try again in a few seconds");
   }
-  remember(asked, host, { times: times + 1, since });
+  remember(asked, counted, { times: times + 1, since });
   return await startDownload(server, url, host).answer;
 }
 
-/** Starts a download, which counts until it is really over: that may be after everybody has given up waiting. */
-function startDownload({ documents: { underWay }, fetchClientMetadata }: Server, url: string, host: string) {
+/** Starts a download. It counts until it is really over, even if nobody waits for it any more. */
+function startDownload(server: Server, url: string, host: string) {
+  const { underWay } = server.documents;
   const controller = new AbortController();
-  const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(DOCUMENT_TIMEOUT_SECONDS * 1000)]);
-  const work = fetchJson(fetchClientMetadata, url, signal);
+  const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(5000)]);
+  const work = fetchJson(server, url, signal);
   const over = work.then(() => {}, () => {}).finally(() => underWay.delete(url));
   const answer = inTime(work, signal);
   answer.catch(() => {}); // whoever asked may have been answered in another way
@@ -1236,12 +1130,12 @@ function startDownload({ documents: { underWay }, fetchClientMetadata }: Server,
   return started;
 }
 
-/** Fetches one document. Time and size are counted here, on the stream, whatever its headers promise. */
-async function fetchJson(fetcher: MetadataFetcher, url: string, signal: AbortSignal) {
+/** Fetches one document. Its time and size are counted on the stream, whatever its headers promise. */
+async function fetchJson({ fetchClientMetadata }: Server, url: string, signal: AbortSignal) {
   let response: Response;
   let text = "";
   try {
-    response = await fetcher(url, signal);
+    response = await fetchClientMetadata(url, signal);
     const { status, body } = response;
     if (status === 200) text = await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal);
     else await body?.cancel();
@@ -1252,17 +1146,12 @@ async function fetchJson(fetcher: MetadataFetcher, url: string, signal: AbortSig
     throw new Unreached(cause instanceof Error ? cause.message : String(cause), { cause });
   }
   if (response.status !== 200) throw new Error(`answered ${response.status}`); // no redirects: they could lead anywhere
-  return { body: JSON.parse(text) as unknown, maxAge: cacheSeconds(response.headers) };
-}
-
-/** RFC 9111 §5.2.2, as much as matters for a small document. */
-function cacheSeconds(headers: Headers): number {
-  const control = headers.get("Cache-Control")?.slice(0, 1000).toLowerCase() ?? "";
+  const control = response.headers.get("Cache-Control")?.slice(0, 1000).toLowerCase() ?? ""; // RFC 9111 §5.2.2
   const age = /no-store|no-cache/.test(control) ? 0 : Number(control.match(/max-age=(\d+)/)?.[1] ?? HOUR);
-  return Math.min(Math.max(age, MIN_DOCUMENT_AGE), MAX_DOCUMENT_AGE);
+  return { body: JSON.parse(text) as unknown, maxAge: Math.min(Math.max(age, MINUTE), DAY) };
 }
 
-/** Gives up on a promise when the signal says so, even if whoever made it does not listen. */
+/** Gives up on a promise when the signal says so. */
 function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
   return new Promise((resolve, reject) => {
     const giveUp = () => reject(new Unreached("did not answer in time"));
@@ -1272,27 +1161,19 @@ function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
   });
 }
 
-/** Fetches a document at an address that a stranger chose. It must end when the signal is aborted. */
-type MetadataFetcher = (url: string, signal: AbortSignal) => Promise<Response>;
-
-/**
- * Fetches over TLS from a public address only: not from this machine, its network, or the metadata service of a cloud.
- * The name is resolved once, all its addresses are checked, and Deno, Bun and Node connect to one that was checked,
- * because they use the `lookup` they are given: a name that changes its answer in between gains nothing. Redirects are
- * not followed. Where `node:https` is missing, only the documents known beforehand are there.
- */
+/** Fetches from public addresses only: not from this machine, its network, or a cloud's metadata service. */
 async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response> {
+  const [https, { isIP }] = [nodeModule("node:https"), nodeModule("node:net")];
   const { hostname } = new URL(url);
-  const https = nodeModule("node:https");
-  const literal = hostname.replace(/^\[|\]$/g, "");
-  const isAddress = nodeModule("node:net").isIP(literal) !== 0; // such a one is connected to without a lookup
-  const addresses = isAddress ? [{ address: literal, family: 0 }] : await resolveName(hostname, signal);
-  const inside = addresses.find(({ address }) => !isPublicAddress(address));
-  if (inside) throw new InsideAddress(`${hostname} resolves to ${inside.address}, which is not a public address`);
-  if (addresses.length === 0) throw new Error(`${hostname} has no address`);
-  // deno-lint-ignore no-explicit-any
-  const lookup = (_name: string, { all }: { all?: boolean }, callback: (...args: any[]) => void) =>
-    all ? callback(null, addresses) : callback(null, addresses[0]!.address, addresses[0]!.family);
+  const literal = hostname.replace(/^\[|\]$/g, ""); // an address is connected to without a lookup
+  const found: string[] = isIP(literal) ? [literal] : await resolveName(hostname, signal);
+  const inside = found.find((address) => !isPublicAddress(address));
+  if (inside !== undefined) throw new InsideAddress(`${hostname} resolves to ${inside}, which is not a public address`);
+  const [first, ...others] = found.map((address) => ({ address, family: isIP(address) }));
+  if (!first) throw new Error(`${hostname} has no address`);
+  // Connects to an address that was checked: a name that changes its answer in between gains nothing.
+  const lookup = (_name: string, { all }: { all?: boolean }, callback: (...args: unknown[]) => void) =>
+    all ? callback(null, [first, ...others]) : callback(null, first.address, first.family);
   // A proxy that the environment prescribes would look the name up again, and connect to whatever it finds.
   const agent = new https.Agent({ proxyEnv: {} });
   const headers = { Accept: "application/json", "User-Agent": "personal-auth" };
@@ -1300,78 +1181,65 @@ async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response
   const message: any = await new Promise((resolve, reject) => {
     https.get(url, { agent, lookup, signal, headers }, resolve).on("error", reject);
   });
-  const status: number = message.statusCode;
-  if (status !== 200) message.destroy(); // or the socket stays open for as long as the other side likes
-  const cacheControl = message.headers["cache-control"] ?? "";
+  const { statusCode: status } = message;
   const body = status === 200 ? nodeModule("node:stream").Readable.toWeb(message) : null;
-  return new Response(body, { status, headers: { "Cache-Control": cacheControl } });
+  if (!body) message.destroy(); // or the socket stays open for as long as the other side likes
+  return new Response(body, { status, headers: { "Cache-Control": message.headers["cache-control"] ?? "" } });
 }
 
-/**
- * Resolves a name by queries that end when the signal is aborted. getaddrinfo() would wait for a silent name server in
- * one of the few threads that everything else in this process shares. A family without addresses is no error.
- */
-async function resolveName(hostname: string, signal: AbortSignal): Promise<{ address: string; family: number }[]> {
+/** Resolves a name by queries that can be ended: a silent name server would use up getaddrinfo()'s few threads. */
+async function resolveName(hostname: string, signal: AbortSignal): Promise<string[]> {
   const resolver = new (nodeModule("node:dns").promises.Resolver)({ timeout: 1000, tries: 2 });
   signal.addEventListener("abort", () => resolver.cancel(), { once: true });
-  const found = await Promise.all([4, 6].map(async (family) => {
-    const addresses: string[] = await resolver[`resolve${family}`](hostname).catch(() => []);
-    return addresses.map((address) => ({ address, family }));
-  }));
-  return found.flat();
+  const queries: Promise<string[]>[] = [resolver.resolve4(hostname), resolver.resolve6(hostname)];
+  return (await Promise.all(queries.map((query) => query.catch(() => [])))).flat(); // a family may have none
 }
 
-/** What is not the public internet, by the special-purpose address registries (RFC 6890) and their later entries. */
-const PRIVATE_IPV4 =
+/** What is not public by the special-purpose address registries (RFC 6890); the last one of IPv4 is Azure's. */
+const PRIVATE_RANGES =
   "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 " +
   "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 " +
-  "203.0.113.0/24 224.0.0.0/3 168.63.129.16/32"; // the last: Azure's
-/** Of IPv6 only 2000::/3 is global. Inside it: what is special, for documentation, or carries an IPv4 address. */
-const PRIVATE_IPV6 = "2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
+  "203.0.113.0/24 224.0.0.0/3 168.63.129.16/32 2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
 
-const addressLists = lazy(() => {
-  const { BlockList } = nodeModule("node:net");
-  const [inside, outside] = [new BlockList(), new BlockList()];
-  for (const range of [...PRIVATE_IPV4.split(" "), ...PRIVATE_IPV6.split(" ")]) {
+const privateAddresses = lazy(() => {
+  const list = new (nodeModule("node:net").BlockList)();
+  for (const range of PRIVATE_RANGES.split(" ")) {
     const [address = "", bits] = range.split("/");
-    inside.addSubnet(address, Number(bits), address.includes(":") ? "ipv6" : "ipv4");
+    list.addSubnet(address, Number(bits), address.includes(":") ? "ipv6" : "ipv4");
   }
-  outside.addSubnet("2000::", 3, "ipv6");
-  return { inside, outside };
+  return list;
 });
 
-/** Whether an address may be connected to on a stranger's word. */
+/** Whether an address may be connected to on a stranger's word. Of IPv6 only 2000::/3 is public. */
 function isPublicAddress(address: string): boolean {
-  const { inside, outside } = addressLists();
-  if (/^[0-9.]+$/.test(address)) return nodeModule("node:net").isIPv4(address) && !inside.check(address, "ipv4");
+  const { isIPv4, isIPv6 } = nodeModule("node:net");
+  if (isIPv4(address)) return !privateAddresses().check(address, "ipv4");
   const plain = address.split("%")[0]!; // without the name of an interface
-  return nodeModule("node:net").isIPv6(plain) && outside.check(plain, "ipv6") && !inside.check(plain, "ipv6");
+  return isIPv6(plain) && /^[23][0-9a-f]{3}:/i.test(plain) && !privateAddresses().check(plain, "ipv6");
 }
 
-/** What the most used clients published when this file was written. `*` is one segment of the path. */
-const WELL_KNOWN_CLIENTS = [
-  ["claude.ai/oauth/mcp-oauth-client-metadata", "Claude", "https://claude.ai/api/mcp/auth_callback"],
-  ["claude.ai/oauth/mcp-oauth-client-metadata", "Claude", "https://claude.com/api/mcp/auth_callback"],
-  ["claude.ai/oauth/claude-code-client-metadata", "Claude Code", "http://localhost/callback"],
-  ["claude.ai/oauth/claude-code-client-metadata", "Claude Code", "http://127.0.0.1/callback"],
-  ["chatgpt.com/oauth/client.json", "ChatGPT", "https://chatgpt.com/connector_platform_oauth_redirect"],
-  ["chatgpt.com/oauth/codex/client.json", "Codex", "http://127.0.0.1/callback"],
-  ["chatgpt.com/oauth/*/client.json", "ChatGPT", "https://chatgpt.com/connector/oauth/*"],
-  ["chatgpt.com/oauth/codex/*/client.json", "Codex", "http://127.0.0.1/callback/*"],
-  ["vscode.dev/oauth/client-metadata.json", "Visual Studio Code", "https://vscode.dev/redirect"],
-  ["vscode.dev/oauth/client-metadata.json", "Visual Studio Code", "https://insiders.vscode.dev/redirect"],
-  ["vscode.dev/oauth/client-metadata.json", "Visual Studio Code", "http://127.0.0.1/"],
-  ["vscode.dev/oauth/client-metadata.json", "Visual Studio Code", "http://localhost/"],
-] as const;
+/** Name and redirect URIs that the most used clients published in 2026. `*` is one segment of the path. */
+const WELL_KNOWN_CLIENTS: Record<string, [name: string, redirect_uris: string]> = {
+  "claude.ai/oauth/mcp-oauth-client-metadata": [
+    "Claude",
+    "https://claude.ai/api/mcp/auth_callback https://claude.com/api/mcp/auth_callback",
+  ],
+  "claude.ai/oauth/claude-code-client-metadata": ["Claude Code", "http://localhost/callback http://127.0.0.1/callback"],
+  "chatgpt.com/oauth/client.json": ["ChatGPT", "https://chatgpt.com/connector_platform_oauth_redirect"],
+  "chatgpt.com/oauth/codex/client.json": ["Codex", "http://127.0.0.1/callback"],
+  "chatgpt.com/oauth/*/client.json": ["ChatGPT", "https://chatgpt.com/connector/oauth/*"],
+  "chatgpt.com/oauth/codex/*/client.json": ["Codex", "http://127.0.0.1/callback/*"],
+  "vscode.dev/oauth/client-metadata.json": [
+    "Visual Studio Code",
+    "https://vscode.dev/redirect https://insiders.vscode.dev/redirect http://127.0.0.1/ http://localhost/",
+  ],
+};
 
 function wellKnownClient(client_id: string): Client | undefined {
-  const segment = client_id.match(/\/([\w-]+)\/client\.json$/)?.[1] ?? "*";
-  const isMeant = (id: string) => client_id === `https://${id.replace("*", segment)}` && !client_id.includes("*");
-  const first = WELL_KNOWN_CLIENTS.find(([id]) => isMeant(id));
-  const redirect_uris = WELL_KNOWN_CLIENTS.filter(([id]) => id === first?.[0]).map(([, , uri]) =>
-    uri.replace("*", segment)
-  );
-  return first && publicClient(client_id, { name: first[1], redirect_uris });
+  const segment = client_id.match(/\/([\w-]+)\/client\.json$/)?.[1] ?? " "; // no URL holds a space
+  const fill = (text: string) => text.replace("*", segment);
+  const known = Object.entries(WELL_KNOWN_CLIENTS).find(([id]) => client_id === `https://${fill(id)}`);
+  return known && publicClient(client_id, { name: known[1][0], redirect_uris: fill(known[1][1]).split(" ") });
 }
 
 // --- Redirect policy ------------------------------------------------------------------------------------------------

@@ -1459,6 +1459,44 @@ test("a client that registered before registration was turned off stays connecte
   );
 });
 
+test("a client that registered before registration was turned off gets no new connection", async () => {
+  const { app, store } = world();
+  const { client, access_token, refresh_token } = await connect(app);
+  const id = client.client_id;
+  const code = await approvedCode(app, id);
+  const off = world({ store, registration: false });
+  const page = await browse(off.app).open(authorizeUrl(id));
+  assertEquals([page.status, page.location], [400, undefined]);
+  const headers = { Accept: "application/json" };
+  const asked = await off.app.request(authorizeUrl(id), { headers });
+  assertEquals([asked.status, (await asked.json()).error], [401, "invalid_client"]);
+  for (const path of ["/token", "/token/"]) {
+    const { status, body } = await post(off.app, path, { ...redeeming(code), client_id: id });
+    assertEquals([status, body.error], [401, "invalid_client"]);
+  }
+  assertEquals((await callMcp(off.app, access_token)).status, 200);
+  const { status, body } = await refreshing(off.app, id, refresh_token);
+  assertEquals(status, 200);
+  assertEquals((await post(off.app, "/revoke", { client_id: id, token: body.refresh_token })).status, 200);
+  assertEquals((await callMcp(off.app, access_token)).status, 401);
+  assertEquals((await post(app, "/token", { ...redeeming(code), client_id: id })).status, 200); // turned on again
+});
+
+test("a form that was shown before registration was turned off approves nothing", async () => {
+  const { app, store } = world();
+  const { client_id } = await register(app);
+  const page = await browse(app).open(authorizeUrl(client_id));
+  const off = world({ store, registration: false });
+  const [, request] = authorizeUrl(client_id).split("?");
+  const cookie = page.headers.get("set-cookie")?.split(";")[0] ?? "";
+  const csrf = page.text.match(/name="csrf" value="([^"]+)"/)?.[1];
+  const answer = async (app: typeof off.app) => {
+    const { headers, ...init } = form({ request: request!, csrf: csrf!, decision: "approve", password: PASSWORD });
+    return (await app.request(`${BASE}/authorize`, { ...init, headers: { ...headers, cookie } })).status;
+  };
+  assertEquals([await answer(off.app), await answer(app)], [400, 302]);
+});
+
 /** Answers the names that mod.ts looks up, once for both families; `undefined` is a name server that stays silent. */
 function patchResolver(t: TestContext, answer: (name: string) => string[] | undefined): { waiting: number } {
   const { Resolver } = dns.promises;
@@ -4836,6 +4874,30 @@ test("a crowd of bad documents does not push out a good one", async () => {
   up = false;
   for (let i = 0; i < 150; i++) await browse(app).open(authorizeUrl(`${DOCUMENT}?${i}`));
   assertEquals((await browse(app).open(authorizeUrl(DOCUMENT))).status, 200);
+});
+
+test("a crowd of strangers' documents takes nothing from a client with a connection", async (t) => {
+  const travel = timeMachine(t);
+  let up = true;
+  let name = "Published App";
+  const { app, store } = world({
+    fetchClientMetadata: (url) => {
+      if (!up && !url.includes("?")) return Promise.reject(new Error("down"));
+      return Promise.resolve(Response.json(document({ client_id: url, client_name: name })));
+    },
+  });
+  const visit = (id: string) => browse(app).open(authorizeUrl(id));
+  await post(app, "/token", { ...redeeming(await approvedCode(app, DOCUMENT)), client_id: DOCUMENT });
+  for (let i = 0; i < 150; i++) await visit(`https://app${i}.example/client.json?`);
+  up = false;
+  travel(3601);
+  assertEquals((await visit(DOCUMENT)).status, 200, "its copy was pushed out");
+  up = true;
+  name = "Another Name";
+  for (let i = 0; i < 70; i++) await visit(`${DOCUMENT}?${i}`);
+  assertEquals((await visit(`${DOCUMENT}?x`)).status, 503);
+  assert((await visit(DOCUMENT)).text.includes("Connect Another Name?"), "it was not asked for again");
+  assert(!(await contents(store)).includes("app7.example"));
 });
 
 test("a refresh token for another resource asks its client to sign in again", async () => {
