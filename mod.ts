@@ -1442,7 +1442,7 @@ const PRIVATE_IPV4 =
 /** Of IPv6 only 2000::/3 is global. Inside it: what is special, for documentation, or carries an IPv4 address. */
 const PRIVATE_IPV6 = "2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
 
-const addressLists = lazy(() => {
+const addressLists = once(() => {
   const { BlockList } = nodeModule("node:net");
   const [inside, outside] = [new BlockList(), new BlockList()];
   for (const range of [...PRIVATE_IPV4.split(" "), ...PRIVATE_IPV6.split(" ")]) {
@@ -3716,18 +3716,14 @@ function page(
 export function memoryStore(): Store {
   const entries = new Map<string, Entry>();
   let changes = 0;
-  function write(update: Update): unknown {
-    const [key] = update;
-    const [next, entry] = applyChange(entries.get(key), update);
-    if (entry === undefined) return next;
+  function write(key: string, entry?: Entry): void {
     changes++;
     if (entry) entries.set(key, entry);
     else entries.delete(key);
-    return next;
   }
   return {
     get: (key) => promiseTry(() => valueOf(entries.get(key))),
-    update: (...update) => promiseTry(() => write(update)),
+    update: (...update) => promiseTry(() => applyChange(entries.get(update[0]), update, write)),
     async *list(prefix) {
       for (const key of [...entries.keys()].filter((key) => key.startsWith(prefix)).sort()) {
         const value = valueOf(entries.get(key));
@@ -3738,42 +3734,35 @@ export function memoryStore(): Store {
   };
 }
 
-/** What `update` is called with: key, change and options. */
 type Update = Parameters<Store["update"]>;
+type Write = (key: string, entry?: Entry) => void;
 
 /** What is kept of a key. The value is JSON, so that nobody can change what is stored by holding on to an object. */
-interface Entry {
-  value: string;
-  expires: number | null;
-}
-
-function isLive(entry: Entry | undefined): entry is Entry {
-  return entry !== undefined && (entry.expires === null || entry.expires > seconds());
-}
+type Entry = { value: string; expires: number | null };
 
 function valueOf(entry: Entry | undefined): unknown {
-  return isLive(entry) ? JSON.parse(entry.value) : undefined;
+  const isLive = entry && (entry.expires === null || entry.expires > seconds());
+  return isLive ? JSON.parse(entry.value) : undefined;
 }
 
-/** Returns what `update` answers, and the entry that it writes: `null` deletes, `undefined` leaves all as it is. */
-function applyChange(found: Entry | undefined, [, change, options]: Update): [next: unknown, entry?: Entry | null] {
-  const live = isLive(found) ? found : undefined;
-  const current = live && JSON.parse(live.value);
+/** Returns what `update` answers. If that changes the entry, the new one is written; none means that it is deleted. */
+function applyChange(found: Entry | undefined, [key, change, options]: Update, write: Write): unknown {
+  const current = valueOf(found);
   const next = change(current);
-  // What has expired is deleted as well, or it would be there again after the clock is set back.
-  if (next === undefined) return found ? [next, null] : [next];
-  if (next === current) return [next];
-  return [next, { value: JSON.stringify(next), expires: options?.expiresAt ?? live?.expires ?? null }];
+  if (next === undefined) {
+    if (found) write(key); // also what has expired, or it would be there again after the clock is set back
+  } else if (next !== current) {
+    const kept = current === undefined ? null : found!.expires;
+    write(key, { value: JSON.stringify(next), expires: options?.expiresAt ?? kept });
+  }
+  return next;
 }
 
 const APPLICATION_ID = 0x6d637061; // "mcpa" in ASCII: marks a file as ours
 const FORMAT = 2; // which tables a file has
-const EXPIRED_KEPT = 1000; // entries, the latest: a clock that jumped ahead and back must not cost a connection
 const LOCK_PATIENCE = 5; // seconds that a call waits for a lock of another process
-const STORE_DEADLINE = 8; // seconds that a store may take: more than LOCK_PATIENCE, less than the ten that Claude waits
-const EXPIRED_KV_KEPT = 30 * DAY; // seconds: a Deno.Kv removes by its own clock, and ours may have been wrong
+const STORE_DEADLINE = 8; // seconds: more than LOCK_PATIENCE, less than the ten that Claude waits
 const MAX_KV_BYTES = 65_536;
-const LOOK_INTERVAL = 1; // millisecond for which a look at the files holds: to look each time would cost too much
 const LAST_CHARACTER = "\u{10ffff}"; // behind a prefix, the end of all keys that begin with it
 
 /**
@@ -3786,30 +3775,31 @@ const LAST_CHARACTER = "\u{10ffff}"; // behind a prefix, the end of all keys tha
  */
 export function fileStore(dir: string): Store {
   assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
-  const advice = `only a shell replaces ~, so ${quote(dir)} would be a folder called "~": write the whole path`;
-  assert(!/^~([\\/]|$)/.test(dir), `fileStore: ${advice}`);
+  assert(!/^~([\\/]|$)/.test(dir), `fileStore: only a shell replaces ~, so write the whole path, not ${quote(dir)}`);
   const { db, file } = openStateFile(dir);
   const sql = prepareStatements(db);
   const watch = watchFile(db, file);
-  const read = <T>(query: () => unknown): Promise<T> =>
+  const read = <T>(query: () => T): Promise<T> =>
     retry(() => {
       watch.look();
-      return query() as T;
+      return query();
     });
   const updates = batch((updates: Update[]) =>
     retry(() => {
       watch.assertInPlace(); // what is written to a deleted log may end in a file that others use by now
-      const answers = writeTogether(sql, updates);
+      const answers = writeTogether(db, sql, updates);
       watch.assertInPlace(); // what was written to one is not there after a restart: it must not be answered as done
       return answers;
     })
   );
   return {
-    get: async (key) => valueOf(await read<Entry | undefined>(() => sql.select.get(key))),
+    get: async (key) => valueOf(await read(() => sql.select.get(key))),
     update: (...update) => updates.add(update),
     async *list(prefix) {
-      const rows = await read<(Entry & { key: string })[]>(() => sql.list.all(prefix, prefix + LAST_CHARACTER));
-      for (const row of rows) if (isLive(row)) yield [row.key, valueOf(row)];
+      for (const row of await read(() => sql.list.all(prefix, prefix + LAST_CHARACTER))) {
+        const value = valueOf(row);
+        if (value !== undefined) yield [row.key, value];
+      }
     },
     version: watch.version,
     close() {
@@ -3819,13 +3809,8 @@ export function fileStore(dir: string): Store {
   };
 }
 
-/** The part of `node:sqlite` that is used here. */
-interface Sqlite {
-  exec(sql: string): void;
-  // deno-lint-ignore no-explicit-any
-  prepare(sql: string): Record<"get" | "all" | "run", (...values: unknown[]) => any>;
-  close(): void;
-}
+// deno-lint-ignore no-explicit-any
+type Sqlite = any; // DatabaseSync of node:sqlite, whose types not every project has
 
 function prepareStatements(db: Sqlite) {
   return {
@@ -3834,39 +3819,33 @@ function prepareStatements(db: Sqlite) {
     upsert: db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
       ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`),
     remove: db.prepare("DELETE FROM entries WHERE key = ?"),
-    // Two at a time, with each change: the past is cleared faster than it grows, and nothing ever waits for a sweep.
+    // Two with each change, so that nothing waits for a sweep. The latest thousand stay: a clock that jumped ahead and
+    // back must not cost a connection.
     sweep: db.prepare(`DELETE FROM entries WHERE key IN
-      (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET ${EXPIRED_KEPT})`),
-    begin: db.prepare("BEGIN IMMEDIATE"),
-    commit: db.prepare("COMMIT"),
-    rollback: db.prepare("ROLLBACK"),
+      (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET 1000)`),
   };
 }
 
-/** The commits of all file stores in this process. */
-let commits = 0;
+let commits = 0; // of all file stores in this process
 
 /** Performs all updates in one transaction, because the commit dominates the cost. All become durable, or none does. */
-function writeTogether(sql: ReturnType<typeof prepareStatements>, updates: Update[]): unknown[] {
+function writeTogether(db: Sqlite, sql: ReturnType<typeof prepareStatements>, updates: Update[]): unknown[] {
   let changed = false;
-  sql.begin.run();
+  function write(key: string, entry?: Entry): void {
+    changed = true;
+    if (entry) sql.upsert.run(key, entry.value, entry.expires);
+    else sql.remove.run(key);
+    sql.sweep.run(seconds());
+  }
+  db.exec("BEGIN IMMEDIATE");
   try {
-    const answers = updates.map((update) => {
-      const [key] = update;
-      const [next, entry] = applyChange(sql.select.get(key), update);
-      if (entry === undefined) return next;
-      changed = true;
-      if (entry) sql.upsert.run(key, entry.value, entry.expires);
-      else sql.remove.run(key);
-      sql.sweep.run(seconds());
-      return next;
-    });
-    sql.commit.run();
+    const answers = updates.map((update) => applyChange(sql.select.get(update[0]), update, write));
+    db.exec("COMMIT");
     if (changed) commits++;
     return answers;
   } catch (error) {
     try {
-      sql.rollback.run();
+      db.exec("ROLLBACK");
     } catch {
       // SQLite has rolled back by itself. The first error is the one to report.
     }
@@ -3874,10 +3853,7 @@ function writeTogether(sql: ReturnType<typeof prepareStatements>, updates: Updat
   }
 }
 
-/**
- * Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. It may see
- * a revocation by another process a millisecond late: the token might as well have been used just before.
- */
+/** Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. */
 function watchFile(db: Sqlite, file: string) {
   const { statSync } = nodeModule("node:fs");
   const identify = (name: string) => {
@@ -3892,12 +3868,14 @@ function watchFile(db: Sqlite, file: string) {
 
   function assertInPlace(): void {
     const missing = names.find((name, i) => identify(name) !== opened[i]);
-    if (missing) throw new StateFileError(missing, STATE_FAULTS.replaced);
+    const fault = "was removed or replaced while open: nothing is accepted until it is back or the server is restarted";
+    if (missing) throw new StateFileError(missing, fault);
   }
 
+  /** Looks once a millisecond: a token revoked by another process might as well have been used just before. */
   function look(): void {
     const now = performance.now();
-    if (now - lookedAt < LOOK_INTERVAL) return;
+    if (now - lookedAt < 1) return;
     assertInPlace();
     others = dataVersion.get().data_version;
     lookedAt = now;
@@ -3915,10 +3893,7 @@ function watchFile(db: Sqlite, file: string) {
   return { assertInPlace, look, version };
 }
 
-/**
- * Runs a database call, again and again while another process holds the lock or wins the race. SQLite itself is told
- * not to wait: it would do so with the whole server standing still.
- */
+/** Repeats a call while another process has the lock. SQLite itself would wait with the whole server standing still. */
 async function retry<T>(call: () => T | Promise<T>): Promise<T> {
   const deadline = performance.now() + LOCK_PATIENCE * 1000;
   for (let wait = 1;; wait = Math.min(wait * 2, 50)) {
@@ -3965,42 +3940,30 @@ function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
   return { add, flush };
 }
 
-/** What can be wrong with the state file, and what the owner can do about it. Its path stands before. */
-const STATE_FAULTS = {
-  forbidden: "cannot be written: Deno was started without a permission.",
-  unwritable: "cannot be written: make it writable for this user, with its folder, and see that there is room",
-  orphanedLog: "is there without the state file it belongs to: put that back, or move the -wal and -shm away as well",
-  damaged:
-    "cannot be read and was left as it is: put a backup in its place, or start anew, which ends all connections. " +
-    "Move its -wal and -shm away with it",
-  foreign: "is not a state file of this program and was left as it is: move it away, or choose another folder",
-  format: `instead of ${FORMAT} and was left as it is: update mod.ts if a newer version wrote it, or move it away`,
-  replaced: "was removed or replaced while open: nothing is accepted until it is back or the server is restarted",
-};
-
 class StateFileError extends Error {
   constructor(path: string, fault: string, options?: ErrorOptions) {
     super(`${quote(path)} ${fault}`, options);
   }
 }
 
-/** Opens the state file of a folder, made if there is none; returns it with its absolute path. */
+/** Opens the state file of a folder, made if there is none; returns it with its path. */
 function openStateFile(dir: string): { db: Sqlite; file: string } {
   nodeModule("node:sqlite"); // so that a runtime without it is not reported as a fault of the file
-  // Absolute, because the working folder may change while the file is watched.
-  const file: string = nodeModule("node:path").resolve(dir, "oauth.sqlite");
-  let fault = STATE_FAULTS.unwritable;
+  const file: string = nodeModule("node:path").resolve(dir, "oauth.sqlite"); // the working folder may change
+  let db: Sqlite;
+  let fault = "cannot be written: make it writable for this user, with its folder, and see that there is room";
   try {
     ensureStateFile(dir, file);
-    fault = STATE_FAULTS.damaged;
+    fault = "cannot be read and was left as it is: put a backup in its place, or move it away, with its -wal and -shm";
     checkStateFile(file);
-    const db = openSqlite(file);
+    db = openSqlite(file);
     db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
     return { db, file };
   } catch (cause) {
+    db?.close();
     if (cause instanceof StateFileError) throw cause;
-    const { name, message } = cause as Error;
-    if (name === "NotCapable") fault = `${STATE_FAULTS.forbidden} ${message}`; // Deno's message names the flag
+    const { name, message } = cause as Error; // Deno's message names the flag
+    if (name === "NotCapable") fault = `cannot be written: Deno was started without a permission. ${message}`;
     throw new StateFileError(file, fault, { cause });
   }
 }
@@ -4008,22 +3971,23 @@ function openStateFile(dir: string): { db: Sqlite; file: string } {
 /** Opens an SQLite file. At the start SQLite waits for locks by itself; later retry() does, and the server goes on. */
 function openSqlite(file: string, options = {}): Sqlite {
   const { DatabaseSync } = nodeModule("node:sqlite");
-  const db: Sqlite = new DatabaseSync(file, options);
+  const db = new DatabaseSync(file, options);
   db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
   return db;
 }
 
 function ensureStateFile(dir: string, file: string): void {
   const fs = nodeModule("node:fs");
-  fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
   const fresh = `${file}.${random(4)}.new`;
+  fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
   try {
     // Always, because Deno's accessSync() does not notice a file system that is mounted read-only.
     fs.closeSync(fs.openSync(fresh, "wx", 0o600)); // SQLite gives its side files the mode of this one
-    // SQLite would take the log of a file that was moved away for the new one's. The file is looked for twice, because
-    // another process may be making it, and then its log, at this moment.
+    // SQLite would take the log of a file that was moved away for the new one's. Two looks at the file, because another
+    // process may be making it, and then its log, at this moment.
     const isOrphaned = !fs.existsSync(file) && fs.existsSync(`${file}-wal`) && !fs.existsSync(file);
-    if (isOrphaned) throw new StateFileError(`${file}-wal`, STATE_FAULTS.orphanedLog);
+    const fault = "is there without its state file: put that back, or move the -wal and -shm away as well";
+    if (isOrphaned) throw new StateFileError(`${file}-wal`, fault);
     if (!fs.existsSync(file)) createStateFile(fresh, file);
   } catch (error) {
     if ((error as { code?: string }).code !== "EEXIST") throw error; // another process was faster
@@ -4037,8 +4001,7 @@ function ensureStateFile(dir: string, file: string): void {
 function createStateFile(fresh: string, file: string): void {
   const fs = nodeModule("node:fs");
   const db = openSqlite(fresh);
-  // Not WITHOUT ROWID, where a record larger than a quarter of a page takes pages of its own. In WAL mode already here,
-  // because a kill later would leave a journal, and whoever only reads the file cannot roll that back.
+  // In WAL mode already here: a kill later would leave a journal, which whoever only reads the file cannot roll back.
   db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
     CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
     CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
@@ -4047,8 +4010,7 @@ function createStateFile(fresh: string, file: string): void {
   try {
     fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
   } catch {
-    // There are no hard links here, or the file is there: "wx" does not replace it either. A kill in the middle leaves
-    // a damaged file, which the next start names; nothing was in it.
+    // Without hard links: "wx" does not replace it either. A kill in between leaves a file that the next start refuses.
     fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
   }
 }
@@ -4057,30 +4019,31 @@ function createStateFile(fresh: string, file: string): void {
 function removeTemporaryFiles(dir: string, fresh: string): void {
   const fs = nodeModule("node:fs");
   for (const name of fs.readdirSync(dir)) {
-    const [temporary] = /^oauth\.sqlite\.[0-9a-f]{8}\.new(?=(-journal|-wal|-shm)?$)/.exec(name) ?? [];
-    if (!temporary) continue;
+    if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-\w+)?$/.test(name)) continue;
+    const path: string = nodeModule("node:path").resolve(dir, name);
     try {
-      const isOld = Date.now() - fs.statSync(`${dir}/${name}`).mtimeMs > MINUTE * 1000;
-      if (isOld || fresh.endsWith(temporary)) fs.rmSync(`${dir}/${name}`);
+      const isOld = Date.now() - fs.statSync(path).mtimeMs > MINUTE * 1000;
+      if (isOld || path.startsWith(fresh)) fs.rmSync(path);
     } catch {
       // It is gone; or a virus scanner holds it (Windows), and a later start clears it away.
     }
   }
 }
 
-/**
- * Throws unless this is a sound state file of ours. It is opened only for reading, because SQLite may otherwise change
- * a damaged file or take in its log. SQLite reads it, because the log counts too, and because to open and close it
- * in any other way would drop the locks that another store in this process has on it (POSIX).
- */
+/** Throws unless this is a sound state file of ours. Only reads it: SQLite may change a damaged one, or its log. */
 function checkStateFile(file: string): void {
   if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
+  // By SQLite, because any other close of the file drops the locks that this process has on it (POSIX).
   const db = openSqlite(file, { readOnly: true });
   const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).get()[name];
+  const refuse = (finding: string, advice: string) => {
+    throw new StateFileError(file, `${finding} and was left as it is: ${advice}`);
+  };
   try {
-    if (pragma("application_id") !== APPLICATION_ID) throw new StateFileError(file, STATE_FAULTS.foreign);
-    const format = pragma("user_version");
-    if (format !== FORMAT) throw new StateFileError(file, `has format ${format} ${STATE_FAULTS.format}`);
+    const [id, format] = [pragma("application_id"), pragma("user_version")];
+    if (id !== APPLICATION_ID) refuse("is not a state file of this program", "move it away, or choose another folder");
+    const advice = "update mod.ts if a newer version wrote it, or move it away";
+    if (format !== FORMAT) refuse(`has format ${format} instead of ${FORMAT}`, advice);
     const verdict = pragma("quick_check");
     if (verdict !== "ok") throw new Error(verdict);
     db.prepare("SELECT key FROM entries");
@@ -4123,18 +4086,17 @@ export function kvStore(kv: KvLike): Store {
   const inTurn = queue();
 
   async function compareAndSet(update: Update): Promise<unknown> {
-    const [key] = update;
-    const { value, versionstamp } = await kv.get(path(key));
-    const [next, entry] = applyChange(decodeEntry(key, value), update);
-    if (entry === undefined) return next;
-    const atomic = kv.atomic().check({ key: path(key), versionstamp });
-    if (entry) {
-      // Our own expiry is in the value, because KV's may be a minute late.
-      const left = entry.expires === null ? Infinity : entry.expires - seconds() + EXPIRED_KV_KEPT;
+    const { value, versionstamp } = await kv.get(path(update[0]));
+    let atomic: KvAtomicLike | undefined;
+    const next = applyChange(decodeEntry(update[0], value), update, (key, entry) => {
+      atomic = kv.atomic().check({ key: path(key), versionstamp });
+      if (!entry) return atomic.delete(path(key));
+      // Our own expiry is in the value. KV removes it much later, by its own clock, because ours may have been wrong.
+      const left = entry.expires === null ? Infinity : entry.expires - seconds() + 30 * DAY;
       const options = left === Infinity ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
       atomic.set(path(key), encodeEntry(key, entry), options);
-    } else atomic.delete(path(key));
-    if (!(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
+    });
+    if (atomic && !(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
     return next;
   }
 
@@ -4153,7 +4115,7 @@ export function kvStore(kv: KvLike): Store {
   };
 }
 
-/** Writes `[expires, value]` as JSON in UTF-8, because all that a KV takes but bytes depends on the version of V8. */
+/** Writes `[expires, value]` as JSON in UTF-8: how KV writes anything but bytes depends on the version of V8. */
 function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
   const bytes = utf8.encode(`[${JSON.stringify(expires)},${value}]`);
   const size = `${bytes.length} bytes, and a Deno.Kv holds ${MAX_KV_BYTES} in a value`;
@@ -4178,7 +4140,7 @@ function queue(): <T>(key: string, task: () => Promise<T>) => Promise<T> {
   const last = new Map<string, Promise<unknown>>();
   return (key, task) => {
     const turn = (last.get(key) ?? Promise.resolve()).then(task);
-    // A task that never ends must not hold up its key for ever: who waits for it has been answered by then.
+    // A task that never ends must not hold up its key for ever.
     const done = withDeadline(turn).catch(() => {}).then(() => {
       if (last.get(key) === done) last.delete(key);
     });
@@ -4200,9 +4162,8 @@ function guardStore(store: Store, emit: Emit): Store {
   const unavailable = { status: 503 as const, headers: { "Retry-After": "5" } };
   async function guarded<T>(ask: (inTime: (change: Update[1]) => Update[1]) => Promise<T>): Promise<T> {
     let answered = false;
-    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where only the
-    // commit is late, the answer is lost, which does no harm: a refresh or an approval is repeated with one result,
-    // a code or a token without a holder opens nothing to anybody, and what was to end has ended.
+    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where only its
+    // commit is late, the client repeats the request, which does no harm.
     const inTime = (change: Update[1]) => (current: unknown) => {
       assert(!answered, "the store came back after the request was answered: nothing was changed");
       return change(current);
@@ -4242,10 +4203,7 @@ function delay(milliseconds: number): Promise<void> {
 
 let latest = 0;
 
-/**
- * Returns seconds since the epoch with their fraction, the one unit of time in this file. No two calls in a process
- * return the same, so that the order of two moments is known even within one tick of the clock.
- */
+/** Returns seconds since the epoch, with their fraction. No two calls return the same, so that moments have an order. */
 function seconds(): number {
   const now = Date.now() / 1000;
   latest = now > latest || latest - now > 1 ? now : latest + 1e-6; // a clock that was set back is followed
@@ -4254,17 +4212,14 @@ function seconds(): number {
 
 /** Says in words how long ago something was. */
 function ago(seconds: number): string {
-  const [size, unit] =
-    ([[DAY, "day"], [HOUR, "hour"], [MINUTE, "minute"]] as const).find(([size]) => seconds >= size) ??
-      [1, "second"];
+  const units = [[DAY, "day"], [HOUR, "hour"], [MINUTE, "minute"]] as const;
+  const [size, unit] = units.find(([size]) => seconds >= size) ?? [1, "second"];
   const count = Math.max(0, Math.floor(seconds / size));
   return `${count} ${unit}${count === 1 ? "" : "s"} ago`;
 }
 
 function hex(bytes: Uint8Array): string {
-  let text = "";
-  for (const byte of bytes) text += (byte + 0x100).toString(16).slice(1);
-  return text;
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 function unhex(text: string): Uint8Array<ArrayBuffer> {
@@ -4294,14 +4249,9 @@ function decodeBase64(text: string): string | undefined {
   }
 }
 
-/**
- * `node:crypto`, if there is one, for what every request needs: Web Crypto sends each digest through a thread pool,
- * which on Deno and Node takes forty times as long as the digest itself.
- */
-// deno-lint-ignore no-explicit-any
-const nodeCrypto = lazy((): any => builtinModule("node:crypto") ?? {});
+/** `node:crypto`, if there is one: Web Crypto takes forty times as long for a digest, by way of a thread pool. */
+const nodeCrypto = once(() => nodeModule("node:crypto", {}));
 
-/** Hashes with SHA-256. */
 async function sha256(text: string): Promise<Uint8Array<ArrayBuffer>> {
   return new Uint8Array(await crypto.subtle.digest("SHA-256", utf8.encode(text)));
 }
@@ -4321,22 +4271,10 @@ async function hashToken(token: string): Promise<string> {
   return hash ? hash("sha256", token, "base64url") : base64url(await sha256(token));
 }
 
-/**
- * Makes HMAC-SHA-512 with a key of 64 hex digits, as 128 hex digits. With `node:crypto` it is put together from its two
- * digests, because `createHmac` takes several times as long as they do.
- *
- * @see {@link https://www.rfc-editor.org/rfc/rfc2104#section-2 | RFC 2104 §2}
- */
-async function hmac(key: string): Promise<(text: string) => Promise<string>> {
-  const { createHash } = nodeCrypto();
-  if (createHash) {
-    // The key is padded with zeros to a block of 128 bytes, then combined with ipad and opad. All stay below 0x80, so
-    // that as UTF-8 they are the same bytes.
-    const block = [...key.padEnd(128, "\0")].map((char) => char.charCodeAt(0));
-    const [inner, outer] = [0x36, 0x5c].map((pad) => String.fromCharCode(...block.map((byte) => byte ^ pad)));
-    const digest = (text: string) => createHash("sha512").update(inner).update(text).digest();
-    return (text) => Promise.resolve(createHash("sha512").update(outer).update(digest(text)).digest("hex"));
-  }
+/** Makes HMAC-SHA-512 with a key, as 128 hex digits. */
+async function hmac(key: string): Promise<(text: string) => string | Promise<string>> {
+  const { createHmac } = nodeCrypto();
+  if (createHmac) return (text) => createHmac("sha512", key).update(text).digest("hex");
   const algorithm = { name: "HMAC", hash: "SHA-512" };
   const imported = await crypto.subtle.importKey("raw", utf8.encode(key), algorithm, false, ["sign"]);
   return async (text) => hex(new Uint8Array(await crypto.subtle.sign("HMAC", imported, utf8.encode(text))));
@@ -4345,27 +4283,19 @@ async function hmac(key: string): Promise<(text: string) => Promise<string>> {
 /** Computes HMAC-SHA-512 under the server's key, in hex. The purpose keeps one use apart from another. */
 type Mac = (purpose: string, ...parts: string[]) => Promise<string>;
 
-/**
- * Makes the server's MAC. Its key is drawn at the first start, and opens nothing by itself: what it signs is checked
- * against the store. The address beside it tells when another server uses the same store.
- */
+/** Makes the server's MAC. Its key, drawn at the first start, opens nothing: what it signs is checked in the store. */
 function serverMac(store: Store, issuer: string, emit: Emit): Mac {
-  const drawn = random(32);
   const keyed = once(async () => {
     let before: string | undefined;
     const { key } = await store.update("server", (current) => {
       const record = current as { key: string; issuer: string } | undefined;
       before = record?.issuer;
-      return before === issuer ? current : { key: record?.key ?? drawn, issuer };
+      return before === issuer ? current : { key: record?.key ?? random(32), issuer };
     }) as { key: string };
     if (before !== undefined && before !== issuer) {
-      emit(
-        "store_shared",
-        `this store was last used by a server at ${
-          quote(before)
-        }: if that one still runs, give each a store of its own; ` +
-          "if the address has changed, all clients must connect again",
-      );
+      const advice = "if that one still runs, give each a store of its own; " +
+        "if the address has changed, all clients must connect again";
+      emit("store_shared", `this store was last used by a server at ${quote(before)}: ${advice}`);
     }
     return hmac(key);
   });
@@ -4380,20 +4310,15 @@ function equal(a: string, b: string): boolean {
   return difference === 0;
 }
 
-/** Computes a value when it is first needed, and again only after a failure. */
-function once<T>(compute: () => Promise<T>): () => Promise<T> {
-  let value: Promise<T> | undefined;
-  return () =>
-    value ??= compute().catch((error) => {
-      value = undefined;
-      throw error;
-    });
-}
-
-/** Computes a value when it is first needed. */
-function lazy<T>(compute: () => T): () => T {
+/** Computes a value when it is first needed. A promise that fails is computed again. */
+function once<T>(compute: () => T): () => T {
   let value: T | undefined;
-  return () => value ??= compute();
+  return () => {
+    if (value !== undefined) return value;
+    value = compute();
+    if (value instanceof Promise) value.catch(() => value = undefined);
+    return value;
+  };
 }
 
 // deno-lint-ignore no-explicit-any
@@ -4405,42 +4330,31 @@ function isStringList(value: unknown): value is string[] {
   return Array.isArray(value) && value.every(isString);
 }
 
+type Defined<T> = { [K in keyof T]?: Exclude<T[K], undefined> };
+
 /** Returns the members that have a value: other people's JSON parsers stumble over null. */
-function defined<T extends Record<string, unknown>>(members: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
-  return Object.fromEntries(Object.entries(members).filter(([, value]) => value !== undefined)) as {
-    [K in keyof T]?: Exclude<T[K], undefined>;
-  };
+function defined<T extends Record<string, unknown>>(members: T): Defined<T> {
+  return Object.fromEntries(Object.entries(members).filter(([, value]) => value !== undefined)) as Defined<T>;
 }
 
 /** Quotes an unknown value for a message: short, on one line, in plain ASCII, so that it cannot forge a log entry. */
 function quote(value: unknown): string {
   const json = JSON.stringify(value) ?? String(value);
-  return json.slice(0, 200).replace(
-    /[^\x20-\x7e]/g,
-    (char) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`,
-  );
+  const escape = (char: string) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`;
+  return json.slice(0, 200).replace(/[^\x20-\x7e]/g, escape);
 }
 
-/**
- * Returns a module of Node's, which Deno and Bun have as well. Asked for only where used, so the file loads without.
- */
-function builtinModule(name: string): unknown {
-  const { process } = globalThis as { process?: { getBuiltinModule?: (name: string) => unknown } };
-  return process?.getBuiltinModule?.(name);
-}
-
+/** Returns a module of Node's, which other runtimes may lack: asked for where it is used, so that this file loads. */
 // deno-lint-ignore no-explicit-any
-function nodeModule(name: string): any {
-  const module = builtinModule(name);
-  if (!module) {
-    throw new Error(`${name} is missing: fileStore() needs Deno 2.9, Bun 1.4 or Node 22.18, or later ones`);
-  }
+function nodeModule(name: string, otherwise?: object): any {
+  const { process } = globalThis as { process?: { getBuiltinModule?: (name: string) => unknown } };
+  const module = process?.getBuiltinModule?.(name) ?? otherwise;
+  if (!module) throw new Error(`${name} is missing here: Deno 2.9, Bun 1.4, Node 22.18 and later versions have it`);
   return module;
 }
 
 /**
- * Reads OAuth parameters. One without a value counts as absent. One that comes twice is refused, because two parsers
- * may take different ones of the two; only `resource` may repeat (RFC 8707 §2).
+ * Reads OAuth parameters. One without a value counts as absent; only `resource` may come twice (RFC 8707 §2).
  *
  * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-3.1 | RFC 6749 §3.1}
  */
@@ -4449,6 +4363,7 @@ function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
   const known = new URLSearchParams();
   for (const [name, value] of new URLSearchParams(encoded)) {
     if (value === "") continue;
+    // Two parsers may take different ones of the two.
     if (seen.has(name) && name !== repeatable) {
       throw new OAuthError("invalid_request", `The parameter ${quote(name)} is given more than once`);
     }
@@ -4459,17 +4374,14 @@ function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
   return known;
 }
 
-/** Far more than any client sends. To look one up takes a walk over all of them. */
-const MAX_PARAMETERS = 100;
+const MAX_PARAMETERS = 100; // to look one up takes a walk over all of them
 
 async function readForm(c: Context, repeatable?: string): Promise<URLSearchParams> {
-  assertContentType(c, "application/x-www-form-urlencoded");
-  return parameters(await readBody(c), repeatable);
+  return parameters(await readBody(c, "application/x-www-form-urlencoded"), repeatable);
 }
 
 async function readJson(c: Context): Promise<unknown> {
-  assertContentType(c, "application/json");
-  const body = await readBody(c);
+  const body = await readBody(c, "application/json");
   try {
     return JSON.parse(body);
   } catch (cause) {
@@ -4477,19 +4389,15 @@ async function readJson(c: Context): Promise<unknown> {
   }
 }
 
-function assertContentType(c: Context, type: string): void {
+/** Reads a body of the given type, and never more of it than allowed. */
+async function readBody(c: Context, type: string): Promise<string> {
   if (c.req.header("Content-Type")?.split(";", 1)[0]?.trim().toLowerCase() !== type) {
     throw new OAuthError("invalid_request", `The Content-Type must be ${type}`, { status: 415 });
   }
-}
-
-/** Reads the body, and never more of it than allowed. */
-async function readBody(c: Context): Promise<string> {
   const announced = Number(c.req.header("Content-Length") ?? NaN);
   try {
     if (announced > MAX_BODY_BYTES) throw new TooLarge();
-    // A server takes no more from the wire than was announced, unless it comes in chunks (RFC 9112 §6.3). Chunks are
-    // counted as they come, which is slower.
+    // A server takes no more than was announced, but for chunks (RFC 9112 §6.3): to count as they come is slower.
     if (announced <= MAX_BODY_BYTES && c.req.header("Transfer-Encoding") === undefined) {
       const text = await c.req.text();
       if (text.length > MAX_BODY_BYTES) throw new TooLarge(); // no server was in between
@@ -4500,10 +4408,10 @@ async function readBody(c: Context): Promise<string> {
     if (!(cause instanceof TooLarge)) {
       throw new OAuthError("invalid_request", "The body did not arrive whole", { cause });
     }
-    // The rest of the body would be taken for the next request, so the connection ends with the answer.
+    const headers = { Connection: "close" }; // or the rest of the body would be taken for the next request
     throw new OAuthError("invalid_request", `The body is larger than ${MAX_BODY_BYTES} bytes`, {
       status: 413,
-      headers: { Connection: "close" },
+      headers,
     });
   }
 }
@@ -4540,7 +4448,7 @@ export interface OAuthErrorDetails {
   headers?: Record<string, string>;
   /** Why it was refused, for the owner only. */
   reason?: string | undefined;
-  /** The event to raise, and the name that the client gives itself. */
+  /** The event to raise. */
   event?: AuthEvent["type"];
   /** The name the client gives itself. */
   clientName?: string;
@@ -4583,15 +4491,11 @@ function errorDescription(message: string): string {
 }
 
 function methodNotAllowed(allow: string): never {
-  throw new OAuthError("invalid_request", `The method must be one of ${allow}`, {
-    status: 405,
-    headers: { Allow: allow },
-  });
+  const headers = { Allow: allow };
+  throw new OAuthError("invalid_request", `The method must be one of ${allow}`, { status: 405, headers });
 }
 
-/**
- * Returns anything that was thrown as an OAuthError. What is none is a fault of this file, and tells the wire nothing.
- */
+/** Returns what was thrown as an OAuthError. What is none is a fault of this file, and tells the wire nothing. */
 function asOAuthError({ emit }: Server, error: unknown): OAuthError {
   if (error instanceof OAuthError) return error;
   emit("server_error", "an unexpected error", { cause: error });
@@ -4627,11 +4531,7 @@ function withErrors(server: Server, handler: Handler, answer: typeof errorPage =
   };
 }
 
-/**
- * Parts that tests check on their own. Programs have no use for them, and they may change.
- *
- * @internal
- */
+/** Parts that tests check on their own: they may change. */
 // deno-lint-ignore no-explicit-any
 export const internals: any = {
   approveGrant,
