@@ -3716,11 +3716,11 @@ function page(
 export function memoryStore(): Store {
   const entries = new Map<string, Entry>();
   let changes = 0;
-  function write(key: string, entry?: Entry): void {
+  const write: Write = (key, entry) => {
     changes++;
     if (entry) entries.set(key, entry);
     else entries.delete(key);
-  }
+  };
   return {
     get: (key) => promiseTry(() => valueOf(entries.get(key))),
     update: (...update) => promiseTry(() => applyChange(entries.get(update[0]), update, write)),
@@ -3735,22 +3735,20 @@ export function memoryStore(): Store {
 }
 
 type Update = Parameters<Store["update"]>;
+type Entry = { value: string; expires: number | null }; // the value as JSON: nobody else holds it
 type Write = (key: string, entry?: Entry) => void;
-
-/** What is kept of a key. The value is JSON, so that nobody can change what is stored by holding on to an object. */
-type Entry = { value: string; expires: number | null };
 
 function valueOf(entry: Entry | undefined): unknown {
   const isLive = entry && (entry.expires === null || entry.expires > seconds());
   return isLive ? JSON.parse(entry.value) : undefined;
 }
 
-/** Returns what `update` answers. If that changes the entry, the new one is written; none means that it is deleted. */
+/** Returns what `update` answers, and writes the entry if it changes: without one, it is deleted. */
 function applyChange(found: Entry | undefined, [key, change, options]: Update, write: Write): unknown {
   const current = valueOf(found);
   const next = change(current);
   if (next === undefined) {
-    if (found) write(key); // also what has expired, or it would be there again after the clock is set back
+    if (found) write(key); // also if it has expired: the clock may be set back
   } else if (next !== current) {
     const kept = current === undefined ? null : found!.expires;
     write(key, { value: JSON.stringify(next), expires: options?.expiresAt ?? kept });
@@ -3760,50 +3758,54 @@ function applyChange(found: Entry | undefined, [key, change, options]: Update, w
 
 const APPLICATION_ID = 0x6d637061; // "mcpa" in ASCII: marks a file as ours
 const FORMAT = 2; // which tables a file has
-const LOCK_PATIENCE = 5; // seconds that a call waits for a lock of another process
-const STORE_DEADLINE = 8; // seconds: more than LOCK_PATIENCE, less than the ten that Claude waits
-const MAX_KV_BYTES = 65_536;
-const LAST_CHARACTER = "\u{10ffff}"; // behind a prefix, the end of all keys that begin with it
+const LOCK_PATIENCE = 5; // seconds
+const STORE_DEADLINE = 8; // seconds: less than the ten that Claude waits
+const LAST_CHARACTER = "\u{10ffff}"; // after a prefix: the end of all keys that begin with it
 
 /**
  * Keeps state in one SQLite file, `<dir>/oauth.sqlite`. What `update` has answered survives `kill -9` and a power cut.
- * Several processes on one machine may share the folder, but not over a network file system. If the file is removed or
- * replaced while it is open, every call throws until the same file is back or the server is restarted.
+ * Processes on one machine may share it, but not over a network file system. If it is removed or replaced while open,
+ * every call throws until it is back or the server is restarted.
  *
- * @throws {Error} if the folder cannot be written, or the file is damaged, of another format, or not ours. Such a file
- * is never changed.
+ * @throws {Error} if the folder cannot be written, or the file is damaged or not ours; it is then left as it is.
  */
 export function fileStore(dir: string): Store {
   assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
   assert(!/^~([\\/]|$)/.test(dir), `fileStore: only a shell replaces ~, so write the whole path, not ${quote(dir)}`);
   const { db, file } = openStateFile(dir);
   const sql = prepareStatements(db);
-  const watch = watchFile(db, file);
+  const { assertInPlace, look } = watchFile(db, file);
   const read = <T>(query: () => T): Promise<T> =>
     retry(() => {
-      watch.look();
+      look();
       return query();
     });
-  const updates = batch((updates: Update[]) =>
+  const { add, flush } = batch((updates: Update[]) =>
     retry(() => {
-      watch.assertInPlace(); // what is written to a deleted log may end in a file that others use by now
+      assertInPlace(); // what is written to a deleted log may end in a file that others use by now
       const answers = writeTogether(db, sql, updates);
-      watch.assertInPlace(); // what was written to one is not there after a restart: it must not be answered as done
+      assertInPlace(); // what was written to one is not there after a restart: it must not be answered as done
       return answers;
     })
   );
   return {
     get: async (key) => valueOf(await read(() => sql.select.get(key))),
-    update: (...update) => updates.add(update),
+    update: (...update) => add(update),
     async *list(prefix) {
       for (const row of await read(() => sql.list.all(prefix, prefix + LAST_CHARACTER))) {
         const value = valueOf(row);
         if (value !== undefined) yield [row.key, value];
       }
     },
-    version: watch.version,
+    version() {
+      try {
+        return look();
+      } catch {
+        return undefined; // then the record is read, and that says what is wrong
+      }
+    },
     close() {
-      updates.flush();
+      flush();
       db.close();
     },
   };
@@ -3819,8 +3821,7 @@ function prepareStatements(db: Sqlite) {
     upsert: db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
       ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`),
     remove: db.prepare("DELETE FROM entries WHERE key = ?"),
-    // Two with each change, so that nothing waits for a sweep. The latest thousand stay: a clock that jumped ahead and
-    // back must not cost a connection.
+    // Two with each change, so that nothing waits. The latest stay: a clock that was wrong must not cost a connection.
     sweep: db.prepare(`DELETE FROM entries WHERE key IN
       (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET 1000)`),
   };
@@ -3828,15 +3829,15 @@ function prepareStatements(db: Sqlite) {
 
 let commits = 0; // of all file stores in this process
 
-/** Performs all updates in one transaction, because the commit dominates the cost. All become durable, or none does. */
+/** Performs all updates in one transaction, because the commit dominates the cost. */
 function writeTogether(db: Sqlite, sql: ReturnType<typeof prepareStatements>, updates: Update[]): unknown[] {
   let changed = false;
-  function write(key: string, entry?: Entry): void {
+  const write: Write = (key, entry) => {
     changed = true;
     if (entry) sql.upsert.run(key, entry.value, entry.expires);
     else sql.remove.run(key);
     sql.sweep.run(seconds());
-  }
+  };
   db.exec("BEGIN IMMEDIATE");
   try {
     const answers = updates.map((update) => applyChange(sql.select.get(update[0]), update, write));
@@ -3847,21 +3848,21 @@ function writeTogether(db: Sqlite, sql: ReturnType<typeof prepareStatements>, up
     try {
       db.exec("ROLLBACK");
     } catch {
-      // SQLite has rolled back by itself. The first error is the one to report.
+      // It has rolled back by itself.
     }
     throw error;
   }
 }
 
-/** Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. */
+/** Tells whether an open state file is still the one in the folder, and of every change by a number. */
 function watchFile(db: Sqlite, file: string) {
   const { statSync } = nodeModule("node:fs");
   const identify = (name: string) => {
     const found = statSync(name, { throwIfNoEntry: false });
     return `${found?.dev} ${found?.ino}`;
   };
-  const dataVersion = db.prepare("PRAGMA data_version"); // counts what other connections commit
-  let others: number = dataVersion.get().data_version; // a first read also makes the log and its index
+  const othersCommits = db.prepare("PRAGMA data_version");
+  let others: number = othersCommits.get().data_version; // a first read also makes the log and its index
   let lookedAt = -Infinity;
   const names = [file, `${file}-wal`, `${file}-shm`];
   const opened = names.map(identify);
@@ -3869,31 +3870,24 @@ function watchFile(db: Sqlite, file: string) {
   function assertInPlace(): void {
     const missing = names.find((name, i) => identify(name) !== opened[i]);
     const fault = "was removed or replaced while open: nothing is accepted until it is back or the server is restarted";
-    if (missing) throw new StateFileError(missing, fault);
+    if (missing) throw new StateFileError(`${quote(missing)} ${fault}`);
   }
 
   /** Looks once a millisecond: a token revoked by another process might as well have been used just before. */
-  function look(): void {
+  function look(): number {
     const now = performance.now();
-    if (now - lookedAt < 1) return;
-    assertInPlace();
-    others = dataVersion.get().data_version;
-    lookedAt = now;
-  }
-
-  function version(): number | undefined {
-    try {
-      look();
-      return commits + others; // neither count ever falls, so no sum comes twice
-    } catch {
-      return undefined; // then the record is read, and that says what is wrong
+    if (now - lookedAt >= 1) {
+      assertInPlace();
+      others = othersCommits.get().data_version;
+      lookedAt = now;
     }
+    return commits + others; // neither count ever falls, so no sum comes twice
   }
 
-  return { assertInPlace, look, version };
+  return { assertInPlace, look };
 }
 
-/** Repeats a call while another process has the lock. SQLite itself would wait with the whole server standing still. */
+/** Repeats a call while another process has the lock: SQLite would wait with the whole server standing still. */
 async function retry<T>(call: () => T | Promise<T>): Promise<T> {
   const deadline = performance.now() + LOCK_PATIENCE * 1000;
   for (let wait = 1;; wait = Math.min(wait * 2, 50)) {
@@ -3906,11 +3900,9 @@ async function retry<T>(call: () => T | Promise<T>): Promise<T> {
   }
 }
 
-class LostRace extends Error {}
-
 function isLocked(error: unknown): boolean {
   if (!(error instanceof Error) || error instanceof StateFileError) return false; // whose path may say anything
-  return error instanceof LostRace || /database (table )?is locked|busy/i.test(error.message);
+  return /database (table )?is locked|busy/i.test(error.message);
 }
 
 /** Performs together the tasks of one turn of the event loop. If one fails, each is tried alone. */
@@ -3940,15 +3932,10 @@ function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
   return { add, flush };
 }
 
-class StateFileError extends Error {
-  constructor(path: string, fault: string, options?: ErrorOptions) {
-    super(`${quote(path)} ${fault}`, options);
-  }
-}
+class StateFileError extends Error {}
 
-/** Opens the state file of a folder, made if there is none; returns it with its path. */
 function openStateFile(dir: string): { db: Sqlite; file: string } {
-  nodeModule("node:sqlite"); // so that a runtime without it is not reported as a fault of the file
+  nodeModule("node:sqlite"); // a runtime without it is no fault of the file
   const file: string = nodeModule("node:path").resolve(dir, "oauth.sqlite"); // the working folder may change
   let db: Sqlite;
   let fault = "cannot be written: make it writable for this user, with its folder, and see that there is room";
@@ -3964,11 +3951,11 @@ function openStateFile(dir: string): { db: Sqlite; file: string } {
     if (cause instanceof StateFileError) throw cause;
     const { name, message } = cause as Error; // Deno's message names the flag
     if (name === "NotCapable") fault = `cannot be written: Deno was started without a permission. ${message}`;
-    throw new StateFileError(file, fault, { cause });
+    throw new StateFileError(`${quote(file)} ${fault}`, { cause });
   }
 }
 
-/** Opens an SQLite file. At the start SQLite waits for locks by itself; later retry() does, and the server goes on. */
+/** Opens an SQLite file that waits for locks by itself, which later retry() does. */
 function openSqlite(file: string, options = {}): Sqlite {
   const { DatabaseSync } = nodeModule("node:sqlite");
   const db = new DatabaseSync(file, options);
@@ -3981,13 +3968,13 @@ function ensureStateFile(dir: string, file: string): void {
   const fresh = `${file}.${random(4)}.new`;
   fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
   try {
-    // Always, because Deno's accessSync() does not notice a file system that is mounted read-only.
-    fs.closeSync(fs.openSync(fresh, "wx", 0o600)); // SQLite gives its side files the mode of this one
-    // SQLite would take the log of a file that was moved away for the new one's. Two looks at the file, because another
-    // process may be making it, and then its log, at this moment.
+    // Always: Deno's accessSync() does not notice a read-only file system. SQLite gives its side files this mode too.
+    fs.closeSync(fs.openSync(fresh, "wx", 0o600));
+    // SQLite would take the log of a file that was moved away for the new one's. Asked twice, because another process
+    // may make the file, and then its log, at this moment.
     const isOrphaned = !fs.existsSync(file) && fs.existsSync(`${file}-wal`) && !fs.existsSync(file);
     const fault = "is there without its state file: put that back, or move the -wal and -shm away as well";
-    if (isOrphaned) throw new StateFileError(`${file}-wal`, fault);
+    if (isOrphaned) throw new StateFileError(`${quote(`${file}-wal`)} ${fault}`);
     if (!fs.existsSync(file)) createStateFile(fresh, file);
   } catch (error) {
     if ((error as { code?: string }).code !== "EEXIST") throw error; // another process was faster
@@ -3997,11 +3984,11 @@ function ensureStateFile(dir: string, file: string): void {
   fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
 }
 
-/** Makes the file under another name and puts it in place whole: one of this name without our mark is always damage. */
+/** Makes the file elsewhere and puts it in place whole, so that one without our mark is always damage. */
 function createStateFile(fresh: string, file: string): void {
   const fs = nodeModule("node:fs");
   const db = openSqlite(fresh);
-  // In WAL mode already here: a kill later would leave a journal, which whoever only reads the file cannot roll back.
+  // In WAL mode at once, because a later kill would leave a journal, which who only reads cannot roll back.
   db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
     CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
     CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
@@ -4009,13 +3996,12 @@ function createStateFile(fresh: string, file: string): void {
   db.close();
   try {
     fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
-  } catch {
-    // Without hard links: "wx" does not replace it either. A kill in between leaves a file that the next start refuses.
+  } catch { // there are no hard links; "wx" replaces nothing either
     fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
   }
 }
 
-/** Removes what was made for this start, and what a killed one left behind; a minute is more than a start takes. */
+/** Removes what was made for this start, and what a killed one left a minute ago. */
 function removeTemporaryFiles(dir: string, fresh: string): void {
   const fs = nodeModule("node:fs");
   for (const name of fs.readdirSync(dir)) {
@@ -4025,25 +4011,26 @@ function removeTemporaryFiles(dir: string, fresh: string): void {
       const isOld = Date.now() - fs.statSync(path).mtimeMs > MINUTE * 1000;
       if (isOld || path.startsWith(fresh)) fs.rmSync(path);
     } catch {
-      // It is gone; or a virus scanner holds it (Windows), and a later start clears it away.
+      // It is gone; or a virus scanner holds it, and a later start removes it.
     }
   }
 }
 
-/** Throws unless this is a sound state file of ours. Only reads it: SQLite may change a damaged one, or its log. */
+/** Throws unless this is a sound state file of ours. It only reads: SQLite may change a damaged one, or its log. */
 function checkStateFile(file: string): void {
   if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
   // By SQLite, because any other close of the file drops the locks that this process has on it (POSIX).
   const db = openSqlite(file, { readOnly: true });
   const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).get()[name];
-  const refuse = (finding: string, advice: string) => {
-    throw new StateFileError(file, `${finding} and was left as it is: ${advice}`);
+  const assertOurs = (holds: boolean, finding: string, advice: string) => {
+    if (!holds) throw new StateFileError(`${quote(file)} ${finding} and was left as it is: ${advice}, or move it away`);
   };
   try {
-    const [id, format] = [pragma("application_id"), pragma("user_version")];
-    if (id !== APPLICATION_ID) refuse("is not a state file of this program", "move it away, or choose another folder");
-    const advice = "update mod.ts if a newer version wrote it, or move it away";
-    if (format !== FORMAT) refuse(`has format ${format} instead of ${FORMAT}`, advice);
+    const isOurs = pragma("application_id") === APPLICATION_ID;
+    assertOurs(isOurs, "is not a state file of this program", "choose another folder");
+    const format = pragma("user_version");
+    const advice = "update mod.ts if a newer version wrote it";
+    assertOurs(format === FORMAT, `has format ${format} instead of ${FORMAT}`, advice);
     const verdict = pragma("quick_check");
     if (verdict !== "ok") throw new Error(verdict);
     db.prepare("SELECT key FROM entries");
@@ -4052,7 +4039,7 @@ function checkStateFile(file: string): void {
   }
 }
 
-/** The part of a `Deno.Kv` that is used here, so that no Deno type is named. */
+/** The part of a `Deno.Kv` that is used here. */
 export interface KvLike {
   /** Reads one key. */
   get(key: string[]): Promise<{ value: unknown; versionstamp: string | null }>;
@@ -4091,18 +4078,18 @@ export function kvStore(kv: KvLike): Store {
     const next = applyChange(decodeEntry(update[0], value), update, (key, entry) => {
       atomic = kv.atomic().check({ key: path(key), versionstamp });
       if (!entry) return atomic.delete(path(key));
-      // Our own expiry is in the value. KV removes it much later, by its own clock, because ours may have been wrong.
+      // The value has its own expiry. KV removes it much later, by its own clock, because ours may have been wrong.
       const left = entry.expires === null ? Infinity : entry.expires - seconds() + 30 * DAY;
       const options = left === Infinity ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
       atomic.set(path(key), encodeEntry(key, entry), options);
     });
-    if (atomic && !(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
+    if (atomic && !(await atomic.commit()).ok) throw new Error("the key is busy: another process changed it");
     return next;
   }
 
   return {
     get: (key) => retry(async () => valueOf(decodeEntry(key, (await kv.get(path(key))).value))),
-    // One after the other within this process, so that only other processes are raced against.
+    // In turn, so that only other processes are raced against.
     update: (...update) => inTurn(update[0], () => retry(() => compareAndSet(update))),
     async *list(prefix) {
       for await (const found of kv.list({ start: path(prefix), end: path(prefix + LAST_CHARACTER) })) {
@@ -4115,16 +4102,15 @@ export function kvStore(kv: KvLike): Store {
   };
 }
 
-/** Writes `[expires, value]` as JSON in UTF-8: how KV writes anything but bytes depends on the version of V8. */
+/** Writes `[expires, value]` as UTF-8, because all that a KV takes but bytes depends on the version of V8. */
 function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
   const bytes = utf8.encode(`[${JSON.stringify(expires)},${value}]`);
-  const size = `${bytes.length} bytes, and a Deno.Kv holds ${MAX_KV_BYTES} in a value`;
-  assert(bytes.length <= MAX_KV_BYTES, `${quote(key)} would take ${size}`);
+  assert(bytes.length <= 65536, `${quote(key)} would take ${bytes.length} bytes, and a Deno.Kv holds 65536`);
   return bytes;
 }
 
 function decodeEntry(key: string, bytes: unknown): Entry | undefined {
-  if (bytes === null) return undefined; // what KV answers for a key that is not there
+  if (bytes === null) return undefined; // there is no such key
   try {
     const [expires, value] = JSON.parse(new TextDecoder().decode(bytes as Uint8Array));
     assert(value !== undefined && (expires === null || typeof expires === "number"), "It is not [expires, value]");
@@ -4135,13 +4121,13 @@ function decodeEntry(key: string, bytes: unknown): Entry | undefined {
   }
 }
 
-/** Runs the tasks of one key one after the other, and forgets a key that has none. */
-function queue(): <T>(key: string, task: () => Promise<T>) => Promise<T> {
+/** Runs the tasks of one key one after the other. */
+function queue() {
   const last = new Map<string, Promise<unknown>>();
-  return (key, task) => {
+  return <T>(key: string, task: () => Promise<T>): Promise<T> => {
     const turn = (last.get(key) ?? Promise.resolve()).then(task);
-    // A task that never ends must not hold up its key for ever.
-    const done = withDeadline(turn).catch(() => {}).then(() => {
+    // A task that never ends must not hold up its key.
+    const done: Promise<unknown> = withDeadline(turn).catch(() => {}).then(() => {
       if (last.get(key) === done) last.delete(key);
     });
     last.set(key, done);
@@ -4157,13 +4143,11 @@ function withDeadline<T>(answer: Promise<T>): Promise<T> {
   });
 }
 
-/** Wraps the store for the rest of the server: if it fails or is too slow, the owner is told and the wire gets 503. */
+/** Wraps the store for the rest of the server: when it fails or is too slow, the answer is 503. */
 function guardStore(store: Store, emit: Emit): Store {
-  const unavailable = { status: 503 as const, headers: { "Retry-After": "5" } };
   async function guarded<T>(ask: (inTime: (change: Update[1]) => Update[1]) => Promise<T>): Promise<T> {
     let answered = false;
-    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where only its
-    // commit is late, the client repeats the request, which does no harm.
+    // A store that wakes up late must not apply what was answered with 503: the client has moved on.
     const inTime = (change: Update[1]) => (current: unknown) => {
       assert(!answered, "the store came back after the request was answered: nothing was changed");
       return change(current);
@@ -4172,7 +4156,8 @@ function guardStore(store: Store, emit: Emit): Store {
       return await withDeadline(promiseTry(() => ask(inTime)));
     } catch (cause) {
       emit("server_error", "the store failed", { cause });
-      throw new OAuthError("server_error", "The server cannot reach its state; try again", unavailable);
+      const details = { status: 503, headers: { "Retry-After": "5" } } as const;
+      throw new OAuthError("server_error", "The server cannot reach its state; try again", details);
     } finally {
       answered = true;
     }
@@ -4192,14 +4177,8 @@ function guardStore(store: Store, emit: Emit): Store {
 
 const utf8 = new TextEncoder();
 
-/** Calls a function, and returns what it returns or throws as a promise. */
-function promiseTry<T>(call: () => T | Promise<T>): Promise<T> {
-  return new Promise((resolve) => resolve(call()));
-}
-
-function delay(milliseconds: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, milliseconds));
-}
+const promiseTry = <T>(call: () => T | Promise<T>) => new Promise<T>((resolve) => resolve(call()));
+const delay = (milliseconds: number) => new Promise<void>((resolve) => setTimeout(resolve, milliseconds));
 
 let latest = 0;
 
@@ -4210,7 +4189,6 @@ function seconds(): number {
   return latest;
 }
 
-/** Says in words how long ago something was. */
 function ago(seconds: number): string {
   const units = [[DAY, "day"], [HOUR, "hour"], [MINUTE, "minute"]] as const;
   const [size, unit] = units.find(([size]) => seconds >= size) ?? [1, "second"];
@@ -4218,29 +4196,19 @@ function ago(seconds: number): string {
   return `${count} ${unit}${count === 1 ? "" : "s"} ago`;
 }
 
-function hex(bytes: Uint8Array): string {
-  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
-
-function unhex(text: string): Uint8Array<ArrayBuffer> {
-  return Uint8Array.from(text.match(/../g) ?? [], (digits) => parseInt(digits, 16));
-}
-
-/** Returns random bytes as hex digits. */
-function random(bytes: number): string {
-  return hex(crypto.getRandomValues(new Uint8Array(bytes)));
-}
+const hex = (bytes: Uint8Array) => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+const unhex = (text: string) => Uint8Array.from(text.match(/../g) ?? [], (digits) => parseInt(digits, 16));
+const random = (bytes: number) => hex(crypto.getRandomValues(new Uint8Array(bytes)));
 
 function base64url(bytes: Uint8Array): string {
   return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
 }
 
-/** Decodes base64 or base64url. Throws if it is neither. */
 function base64Bytes(text: string): Uint8Array<ArrayBuffer> {
   return Uint8Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), (char) => char.charCodeAt(0));
 }
 
-/** Decodes base64 or base64url of UTF-8 text. Returns `undefined` if it is neither. */
+/** Returns `undefined` if the text is neither base64 nor base64url. */
 function decodeBase64(text: string): string | undefined {
   try {
     return new TextDecoder().decode(base64Bytes(text));
@@ -4249,29 +4217,24 @@ function decodeBase64(text: string): string | undefined {
   }
 }
 
-/** `node:crypto`, if there is one: Web Crypto takes forty times as long for a digest, by way of a thread pool. */
+/** Used where there is one: Web Crypto takes forty times as long for a digest. */
 const nodeCrypto = once(() => nodeModule("node:crypto", {}));
 
 async function sha256(text: string): Promise<Uint8Array<ArrayBuffer>> {
   return new Uint8Array(await crypto.subtle.digest("SHA-256", utf8.encode(text)));
 }
 
-/**
- * Transforms a code_verifier into its code_challenge.
- *
- * @see {@link https://www.rfc-editor.org/rfc/rfc7636#section-4.2 | RFC 7636 §4.2}
- */
+/** Makes a code_challenge ({@link https://www.rfc-editor.org/rfc/rfc7636#section-4.2 | RFC 7636 §4.2}). */
 async function s256(code_verifier: string): Promise<string> {
   return base64url(await sha256(code_verifier));
 }
 
-/** Hashes a secret for the store: SHA-256 in base64url. Secrets are random, so they need no slow hash. */
+/** Hashes a secret for the store. Secrets are random, so they need no slow hash. */
 async function hashToken(token: string): Promise<string> {
   const { hash } = nodeCrypto();
   return hash ? hash("sha256", token, "base64url") : base64url(await sha256(token));
 }
 
-/** Makes HMAC-SHA-512 with a key, as 128 hex digits. */
 async function hmac(key: string): Promise<(text: string) => string | Promise<string>> {
   const { createHmac } = nodeCrypto();
   if (createHmac) return (text) => createHmac("sha512", key).update(text).digest("hex");
@@ -4303,7 +4266,7 @@ function serverMac(store: Store, issuer: string, emit: Emit): Mac {
   return async (purpose, ...parts) => (await keyed())(JSON.stringify([purpose, ...parts]));
 }
 
-/** Compares two strings in constant time; leaks only the lengths. */
+/** Compares in constant time, so that it leaks only the lengths. */
 function equal(a: string, b: string): boolean {
   let difference = a.length ^ b.length;
   for (let i = 0; i < a.length; i++) difference |= a.charCodeAt(i) ^ b.charCodeAt(i);
@@ -4326,13 +4289,11 @@ function isObject(value: unknown): value is Record<string, any> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-function isStringList(value: unknown): value is string[] {
-  return Array.isArray(value) && value.every(isString);
-}
+const isStringList = (value: unknown): value is string[] => Array.isArray(value) && value.every(isString);
 
 type Defined<T> = { [K in keyof T]?: Exclude<T[K], undefined> };
 
-/** Returns the members that have a value: other people's JSON parsers stumble over null. */
+/** Drops the members that are undefined. */
 function defined<T extends Record<string, unknown>>(members: T): Defined<T> {
   return Object.fromEntries(Object.entries(members).filter(([, value]) => value !== undefined)) as Defined<T>;
 }
@@ -4344,7 +4305,7 @@ function quote(value: unknown): string {
   return json.slice(0, 200).replace(/[^\x20-\x7e]/g, escape);
 }
 
-/** Returns a module of Node's, which other runtimes may lack: asked for where it is used, so that this file loads. */
+/** Returns a module of Node's, asked for only where it is used, so that this file loads where it is missing. */
 // deno-lint-ignore no-explicit-any
 function nodeModule(name: string, otherwise?: object): any {
   const { process } = globalThis as { process?: { getBuiltinModule?: (name: string) => unknown } };
@@ -4353,28 +4314,22 @@ function nodeModule(name: string, otherwise?: object): any {
   return module;
 }
 
-/**
- * Reads OAuth parameters. One without a value counts as absent; only `resource` may come twice (RFC 8707 §2).
- *
- * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-3.1 | RFC 6749 §3.1}
- */
+/** Reads OAuth parameters ({@link https://www.rfc-editor.org/rfc/rfc6749#section-3.1 | RFC 6749 §3.1}). */
 function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
   const seen = new Set<string>();
   const known = new URLSearchParams();
   for (const [name, value] of new URLSearchParams(encoded)) {
-    if (value === "") continue;
-    // Two parsers may take different ones of the two.
-    if (seen.has(name) && name !== repeatable) {
+    if (value === "") continue; // counts as absent
+    if (seen.has(name) && name !== repeatable) { // two parsers may take different ones of the two
       throw new OAuthError("invalid_request", `The parameter ${quote(name)} is given more than once`);
     }
-    if (seen.size >= MAX_PARAMETERS) throw new OAuthError("invalid_request", "The request has too many parameters");
+    // To look one up takes a walk over all.
+    if (seen.size >= 100) throw new OAuthError("invalid_request", "The request has too many parameters");
     seen.add(name);
     known.append(name, value);
   }
   return known;
 }
-
-const MAX_PARAMETERS = 100; // to look one up takes a walk over all of them
 
 async function readForm(c: Context, repeatable?: string): Promise<URLSearchParams> {
   return parameters(await readBody(c, "application/x-www-form-urlencoded"), repeatable);
@@ -4389,39 +4344,31 @@ async function readJson(c: Context): Promise<unknown> {
   }
 }
 
-/** Reads a body of the given type, and never more of it than allowed. */
 async function readBody(c: Context, type: string): Promise<string> {
   if (c.req.header("Content-Type")?.split(";", 1)[0]?.trim().toLowerCase() !== type) {
     throw new OAuthError("invalid_request", `The Content-Type must be ${type}`, { status: 415 });
   }
   const announced = Number(c.req.header("Content-Length") ?? NaN);
+  // No more than was announced arrives, but for chunks (RFC 9112 §6.3), which are counted, and slower to read.
+  const isBounded = announced <= MAX_BODY_BYTES && c.req.header("Transfer-Encoding") === undefined;
   try {
     if (announced > MAX_BODY_BYTES) throw new TooLarge();
-    // A server takes no more than was announced, but for chunks (RFC 9112 §6.3): to count as they come is slower.
-    if (announced <= MAX_BODY_BYTES && c.req.header("Transfer-Encoding") === undefined) {
-      const text = await c.req.text();
-      if (text.length > MAX_BODY_BYTES) throw new TooLarge(); // no server was in between
-      return text;
-    }
-    return await readLimited(c.req.raw.body, MAX_BODY_BYTES);
+    const text = isBounded ? await c.req.text() : await readLimited(c.req.raw.body, MAX_BODY_BYTES);
+    if (text.length > MAX_BODY_BYTES) throw new TooLarge(); // no server was in between
+    return text;
   } catch (cause) {
-    if (!(cause instanceof TooLarge)) {
-      throw new OAuthError("invalid_request", "The body did not arrive whole", { cause });
-    }
-    const headers = { Connection: "close" }; // or the rest of the body would be taken for the next request
-    throw new OAuthError("invalid_request", `The body is larger than ${MAX_BODY_BYTES} bytes`, {
-      status: 413,
-      headers,
-    });
+    const isTooLarge = cause instanceof TooLarge;
+    if (!isTooLarge) throw new OAuthError("invalid_request", "The body did not arrive whole", { cause });
+    // The rest of the body would be taken for the next request, so the connection ends.
+    const details = { status: 413, headers: { Connection: "close" } } as const;
+    throw new OAuthError("invalid_request", `The body is larger than ${MAX_BODY_BYTES} bytes`, details);
   }
 }
 
-/** A stream was longer than allowed. */
 class TooLarge extends Error {}
 
-/** Reads a stream as text, and cancels it when it is longer than allowed. */
 async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: number): Promise<string> {
-  const reader = stream?.getReader(); // not for await: not every set of types knows that a stream can be iterated
+  const reader = stream?.getReader(); // not every set of types knows that a stream can be iterated
   const decoder = new TextDecoder();
   let text = "";
   let length = 0;
@@ -4430,7 +4377,7 @@ async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: num
     if (done) break;
     length += value.length;
     if (length > limit) {
-      reader.cancel().catch(() => {}); // tells the sender to stop; it need not listen
+      reader.cancel().catch(() => {}); // the sender need not listen
       throw new TooLarge(`is larger than ${limit} bytes`);
     }
     text += decoder.decode(value, { stream: true });
@@ -4472,10 +4419,10 @@ export class OAuthError extends Error {
   readonly status: NonNullable<OAuthErrorDetails["status"]>;
   /** HTTP headers of the answer. */
   readonly headers: Record<string, string>;
-  /** What else belongs to the answer, or to the owner's log. */
+  /** What it was made with. */
   readonly details: OAuthErrorDetails;
 
-  /** Makes an error with a code of the standard and a description for the client's developer. */
+  /** Makes an error with a description for the client's developer. */
   constructor(code: string, description: string, details: OAuthErrorDetails = {}) {
     super(description, { cause: details.cause });
     this.code = code;
@@ -4485,7 +4432,7 @@ export class OAuthError extends Error {
   }
 }
 
-/** Replaces the characters that RFC 6749 §5.2 does not allow in an error_description. */
+/** Replaces what RFC 6749 §5.2 does not allow in an error_description. */
 function errorDescription(message: string): string {
   return message.replaceAll('"', "'").replace(/[^\x20-\x21\x23-\x5b\x5d-\x7e]/g, "?");
 }
@@ -4495,14 +4442,12 @@ function methodNotAllowed(allow: string): never {
   throw new OAuthError("invalid_request", `The method must be one of ${allow}`, { status: 405, headers });
 }
 
-/** Returns what was thrown as an OAuthError. What is none is a fault of this file, and tells the wire nothing. */
 function asOAuthError({ emit }: Server, error: unknown): OAuthError {
   if (error instanceof OAuthError) return error;
-  emit("server_error", "an unexpected error", { cause: error });
+  emit("server_error", "an unexpected error", { cause: error }); // the wire is told nothing of it
   return new OAuthError("server_error", "Something went wrong here", { status: 500 });
 }
 
-/** Answers an error as JSON. */
 function errorResponse(server: Server, c: Context, thrown: unknown, headers?: Record<string, string>): Response {
   const { code, message, status, headers: own } = asOAuthError(server, thrown);
   const all: Record<string, string> = { ...own, ...headers, "Cache-Control": "no-store", ...NOSNIFF };
@@ -4511,7 +4456,6 @@ function errorResponse(server: Server, c: Context, thrown: unknown, headers?: Re
   return c.json({ error: code, error_description: errorDescription(message) }, status, all);
 }
 
-/** Answers an error as a page. */
 function errorPage(server: Server, c: Context, thrown: unknown): Response | Promise<Response> {
   const { message, status, headers } = asOAuthError(server, thrown);
   for (const [name, value] of Object.entries(headers)) c.header(name, value);
@@ -4519,7 +4463,6 @@ function errorPage(server: Server, c: Context, thrown: unknown): Response | Prom
   return messagePage(server, c, status, title, `${message}.`);
 }
 
-/** Makes a route of an endpoint: whatever it throws is answered. */
 function withErrors(server: Server, handler: Handler, answer: typeof errorPage = errorResponse) {
   return async (c: Context): Promise<Response> => {
     for (const [name, value] of Object.entries(NOSNIFF)) c.header(name, value);
@@ -4531,17 +4474,11 @@ function withErrors(server: Server, handler: Handler, answer: typeof errorPage =
   };
 }
 
+const grantFunctions = { approveGrant, redeemGrant, refreshGrant, verifyGrant, presentGrant, revokeGrant };
+
 /** Parts that tests check on their own: they may change. */
 // deno-lint-ignore no-explicit-any
-export const internals: any = {
-  approveGrant,
-  redeemGrant,
-  refreshGrant,
-  verifyGrant,
-  presentGrant,
-  revokeGrant,
-  isPublicAddress,
-};
+export const internals: any = { ...grantFunctions, isPublicAddress };
 
 // --- Setup check ----------------------------------------------------------------------------------------------------
 
