@@ -1201,7 +1201,7 @@ const PRIVATE_RANGES =
   "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 " +
   "203.0.113.0/24 224.0.0.0/3 168.63.129.16/32 2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
 
-const privateAddresses = lazy(() => {
+const privateAddresses = once(() => {
   const list = new (nodeModule("node:net").BlockList)();
   for (const range of PRIVATE_RANGES.split(" ")) {
     const [address = "", bits] = range.split("/");
@@ -3235,18 +3235,14 @@ function page(
 export function memoryStore(): Store {
   const entries = new Map<string, Entry>();
   let changes = 0;
-  function write(update: Update): unknown {
-    const [key] = update;
-    const [next, entry] = applyChange(entries.get(key), update);
-    if (entry === undefined) return next;
+  const write: Write = (key, entry) => {
     changes++;
     if (entry) entries.set(key, entry);
     else entries.delete(key);
-    return next;
-  }
+  };
   return {
     get: (key) => promiseTry(() => valueOf(entries.get(key))),
-    update: (...update) => promiseTry(() => write(update)),
+    update: (...update) => promiseTry(() => applyChange(entries.get(update[0]), update, write)),
     async *list(prefix) {
       for (const key of [...entries.keys()].filter((key) => key.startsWith(prefix)).sort()) {
         const value = valueOf(entries.get(key));
@@ -3257,94 +3253,85 @@ export function memoryStore(): Store {
   };
 }
 
-/** What `update` is called with: key, change and options. */
 type Update = Parameters<Store["update"]>;
-
-/** What is kept of a key. The value is JSON, so that nobody can change what is stored by holding on to an object. */
-interface Entry {
-  value: string;
-  expires: number | null;
-}
-
-function isLive(entry: Entry | undefined): entry is Entry {
-  return entry !== undefined && (entry.expires === null || entry.expires > seconds());
-}
+type Entry = { value: string; expires: number | null }; // the value as JSON: nobody else holds it
+type Write = (key: string, entry?: Entry) => void;
 
 function valueOf(entry: Entry | undefined): unknown {
-  return isLive(entry) ? JSON.parse(entry.value) : undefined;
+  const isLive = entry && (entry.expires === null || entry.expires > seconds());
+  return isLive ? JSON.parse(entry.value) : undefined;
 }
 
-/** Returns what `update` answers, and the entry that it writes: `null` deletes, `undefined` leaves all as it is. */
-function applyChange(found: Entry | undefined, [, change, options]: Update): [next: unknown, entry?: Entry | null] {
-  const live = isLive(found) ? found : undefined;
-  const current = live && JSON.parse(live.value);
+/** Returns what `update` answers, and writes the entry if it changes: without one, it is deleted. */
+function applyChange(found: Entry | undefined, [key, change, options]: Update, write: Write): unknown {
+  const current = valueOf(found);
   const next = change(current);
-  // What has expired is deleted as well, or it would be there again after the clock is set back.
-  if (next === undefined) return found ? [next, null] : [next];
-  if (next === current) return [next];
-  return [next, { value: JSON.stringify(next), expires: options?.expiresAt ?? live?.expires ?? null }];
+  if (next === undefined) {
+    if (found) write(key); // also if it has expired: the clock may be set back
+  } else if (next !== current) {
+    const kept = current === undefined ? null : found!.expires;
+    write(key, { value: JSON.stringify(next), expires: options?.expiresAt ?? kept });
+  }
+  return next;
 }
 
 const APPLICATION_ID = 0x6d637061; // "mcpa" in ASCII: marks a file as ours
 const FORMAT = 2; // which tables a file has
-const EXPIRED_KEPT = 1000; // entries, the latest: a clock that jumped ahead and back must not cost a connection
-const LOCK_PATIENCE = 5; // seconds that a call waits for a lock of another process
-const STORE_DEADLINE = 8; // seconds that a store may take: more than LOCK_PATIENCE, less than the ten that Claude waits
-const EXPIRED_KV_KEPT = 30 * DAY; // seconds: a Deno.Kv removes by its own clock, and ours may have been wrong
-const MAX_KV_BYTES = 65_536;
-const LOOK_INTERVAL = 1; // millisecond for which a look at the files holds: to look each time would cost too much
-const LAST_CHARACTER = "\u{10ffff}"; // behind a prefix, the end of all keys that begin with it
+const LOCK_PATIENCE = 5; // seconds
+const STORE_DEADLINE = 8; // seconds: less than the ten that Claude waits
+const LAST_CHARACTER = "\u{10ffff}"; // after a prefix: the end of all keys that begin with it
 
 /**
  * Keeps state in one SQLite file, `<dir>/oauth.sqlite`. What `update` has answered survives `kill -9` and a power cut.
- * Several processes on one machine may share the folder, but not over a network file system. If the file is removed or
- * replaced while it is open, every call throws until the same file is back or the server is restarted.
+ * Processes on one machine may share it, but not over a network file system. If it is removed or replaced while open,
+ * every call throws until it is back or the server is restarted.
  *
- * @throws {Error} if the folder cannot be written, or the file is damaged, of another format, or not ours. Such a file
- * is never changed.
+ * @throws {Error} if the folder cannot be written, or the file is damaged or not ours; it is then left as it is.
  */
 export function fileStore(dir: string): Store {
   assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
-  const advice = `only a shell replaces ~, so ${quote(dir)} would be a folder called "~": write the whole path`;
-  assert(!/^~([\\/]|$)/.test(dir), `fileStore: ${advice}`);
+  assert(!/^~([\\/]|$)/.test(dir), `fileStore: only a shell replaces ~, so write the whole path, not ${quote(dir)}`);
   const { db, file } = openStateFile(dir);
   const sql = prepareStatements(db);
-  const watch = watchFile(db, file);
-  const read = <T>(query: () => unknown): Promise<T> =>
+  const { assertInPlace, look } = watchFile(db, file);
+  const read = <T>(query: () => T): Promise<T> =>
     retry(() => {
-      watch.look();
-      return query() as T;
+      look();
+      return query();
     });
-  const updates = batch((updates: Update[]) =>
+  const { add, flush } = batch((updates: Update[]) =>
     retry(() => {
-      watch.assertInPlace(); // what is written to a deleted log may end in a file that others use by now
-      const answers = writeTogether(sql, updates);
-      watch.assertInPlace(); // what was written to one is not there after a restart: it must not be answered as done
+      assertInPlace(); // what is written to a deleted log may end in a file that others use by now
+      const answers = writeTogether(db, sql, updates);
+      assertInPlace(); // what was written to one is not there after a restart: it must not be answered as done
       return answers;
     })
   );
   return {
-    get: async (key) => valueOf(await read<Entry | undefined>(() => sql.select.get(key))),
-    update: (...update) => updates.add(update),
+    get: async (key) => valueOf(await read(() => sql.select.get(key))),
+    update: (...update) => add(update),
     async *list(prefix) {
-      const rows = await read<(Entry & { key: string })[]>(() => sql.list.all(prefix, prefix + LAST_CHARACTER));
-      for (const row of rows) if (isLive(row)) yield [row.key, valueOf(row)];
+      for (const row of await read(() => sql.list.all(prefix, prefix + LAST_CHARACTER))) {
+        const value = valueOf(row);
+        if (value !== undefined) yield [row.key, value];
+      }
     },
-    version: watch.version,
+    version() {
+      try {
+        return look();
+      } catch {
+        return undefined; // then the record is read, and that says what is wrong
+      }
+    },
     close() {
-      updates.flush();
+      flush();
       db.close();
     },
   };
 }
 
-/** The part of `node:sqlite` that is used here. */
-interface Sqlite {
-  exec(sql: string): void;
-  // deno-lint-ignore no-explicit-any
-  prepare(sql: string): Record<"get" | "all" | "run", (...values: unknown[]) => any>;
-  close(): void;
-}
+// deno-lint-ignore no-explicit-any
+type Sqlite = any; // DatabaseSync of node:sqlite, whose types not every project has
 
 function prepareStatements(db: Sqlite) {
   return {
@@ -3353,91 +3340,73 @@ function prepareStatements(db: Sqlite) {
     upsert: db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
       ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`),
     remove: db.prepare("DELETE FROM entries WHERE key = ?"),
-    // Two at a time, with each change: the past is cleared faster than it grows, and nothing ever waits for a sweep.
+    // Two with each change, so that nothing waits. The latest stay: a clock that was wrong must not cost a connection.
     sweep: db.prepare(`DELETE FROM entries WHERE key IN
-      (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET ${EXPIRED_KEPT})`),
-    begin: db.prepare("BEGIN IMMEDIATE"),
-    commit: db.prepare("COMMIT"),
-    rollback: db.prepare("ROLLBACK"),
+      (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET 1000)`),
   };
 }
 
-/** The commits of all file stores in this process. */
-let commits = 0;
+let commits = 0; // of all file stores in this process
 
-/** Performs all updates in one transaction, because the commit dominates the cost. All become durable, or none does. */
-function writeTogether(sql: ReturnType<typeof prepareStatements>, updates: Update[]): unknown[] {
+/** Performs all updates in one transaction, because the commit dominates the cost. */
+function writeTogether(db: Sqlite, sql: ReturnType<typeof prepareStatements>, updates: Update[]): unknown[] {
   let changed = false;
-  sql.begin.run();
+  const write: Write = (key, entry) => {
+    changed = true;
+    if (entry) sql.upsert.run(key, entry.value, entry.expires);
+    else sql.remove.run(key);
+    sql.sweep.run(seconds());
+  };
+  db.exec("BEGIN IMMEDIATE");
   try {
-    const answers = updates.map((update) => {
-      const [key] = update;
-      const [next, entry] = applyChange(sql.select.get(key), update);
-      if (entry === undefined) return next;
-      changed = true;
-      if (entry) sql.upsert.run(key, entry.value, entry.expires);
-      else sql.remove.run(key);
-      sql.sweep.run(seconds());
-      return next;
-    });
-    sql.commit.run();
+    const answers = updates.map((update) => applyChange(sql.select.get(update[0]), update, write));
+    db.exec("COMMIT");
     if (changed) commits++;
     return answers;
   } catch (error) {
     try {
-      sql.rollback.run();
+      db.exec("ROLLBACK");
     } catch {
-      // SQLite has rolled back by itself. The first error is the one to report.
+      // It has rolled back by itself.
     }
     throw error;
   }
 }
 
-/**
- * Tells of an open state file whether it is still the one in the folder, and whether anybody has changed it. It may see
- * a revocation by another process a millisecond late: the token might as well have been used just before.
- */
+/** Tells whether an open state file is still the one in the folder, and of every change by a number. */
 function watchFile(db: Sqlite, file: string) {
   const { statSync } = nodeModule("node:fs");
   const identify = (name: string) => {
     const found = statSync(name, { throwIfNoEntry: false });
     return `${found?.dev} ${found?.ino}`;
   };
-  const dataVersion = db.prepare("PRAGMA data_version"); // counts what other connections commit
-  let others: number = dataVersion.get().data_version; // a first read also makes the log and its index
+  const othersCommits = db.prepare("PRAGMA data_version");
+  let others: number = othersCommits.get().data_version; // a first read also makes the log and its index
   let lookedAt = -Infinity;
   const names = [file, `${file}-wal`, `${file}-shm`];
   const opened = names.map(identify);
 
   function assertInPlace(): void {
     const missing = names.find((name, i) => identify(name) !== opened[i]);
-    if (missing) throw new StateFileError(missing, STATE_FAULTS.replaced);
+    const fault = "was removed or replaced while open: nothing is accepted until it is back or the server is restarted";
+    if (missing) throw new StateFileError(`${quote(missing)} ${fault}`);
   }
 
-  function look(): void {
+  /** Looks once a millisecond: a token revoked by another process might as well have been used just before. */
+  function look(): number {
     const now = performance.now();
-    if (now - lookedAt < LOOK_INTERVAL) return;
-    assertInPlace();
-    others = dataVersion.get().data_version;
-    lookedAt = now;
-  }
-
-  function version(): number | undefined {
-    try {
-      look();
-      return commits + others; // neither count ever falls, so no sum comes twice
-    } catch {
-      return undefined; // then the record is read, and that says what is wrong
+    if (now - lookedAt >= 1) {
+      assertInPlace();
+      others = othersCommits.get().data_version;
+      lookedAt = now;
     }
+    return commits + others; // neither count ever falls, so no sum comes twice
   }
 
-  return { assertInPlace, look, version };
+  return { assertInPlace, look };
 }
 
-/**
- * Runs a database call, again and again while another process holds the lock or wins the race. SQLite itself is told
- * not to wait: it would do so with the whole server standing still.
- */
+/** Repeats a call while another process has the lock: SQLite would wait with the whole server standing still. */
 async function retry<T>(call: () => T | Promise<T>): Promise<T> {
   const deadline = performance.now() + LOCK_PATIENCE * 1000;
   for (let wait = 1;; wait = Math.min(wait * 2, 50)) {
@@ -3450,11 +3419,9 @@ async function retry<T>(call: () => T | Promise<T>): Promise<T> {
   }
 }
 
-class LostRace extends Error {}
-
 function isLocked(error: unknown): boolean {
   if (!(error instanceof Error) || error instanceof StateFileError) return false; // whose path may say anything
-  return error instanceof LostRace || /database (table )?is locked|busy/i.test(error.message);
+  return /database (table )?is locked|busy/i.test(error.message);
 }
 
 /** Performs together the tasks of one turn of the event loop. If one fails, each is tried alone. */
@@ -3484,65 +3451,49 @@ function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
   return { add, flush };
 }
 
-/** What can be wrong with the state file, and what the owner can do about it. Its path stands before. */
-const STATE_FAULTS = {
-  forbidden: "cannot be written: Deno was started without a permission.",
-  unwritable: "cannot be written: make it writable for this user, with its folder, and see that there is room",
-  orphanedLog: "is there without the state file it belongs to: put that back, or move the -wal and -shm away as well",
-  damaged:
-    "cannot be read and was left as it is: put a backup in its place, or start anew, which ends all connections. " +
-    "Move its -wal and -shm away with it",
-  foreign: "is not a state file of this program and was left as it is: move it away, or choose another folder",
-  format: `instead of ${FORMAT} and was left as it is: update mod.ts if a newer version wrote it, or move it away`,
-  replaced: "was removed or replaced while open: nothing is accepted until it is back or the server is restarted",
-};
+class StateFileError extends Error {}
 
-class StateFileError extends Error {
-  constructor(path: string, fault: string, options?: ErrorOptions) {
-    super(`${quote(path)} ${fault}`, options);
-  }
-}
-
-/** Opens the state file of a folder, made if there is none; returns it with its absolute path. */
 function openStateFile(dir: string): { db: Sqlite; file: string } {
-  nodeModule("node:sqlite"); // so that a runtime without it is not reported as a fault of the file
-  // Absolute, because the working folder may change while the file is watched.
-  const file: string = nodeModule("node:path").resolve(dir, "oauth.sqlite");
-  let fault = STATE_FAULTS.unwritable;
+  nodeModule("node:sqlite"); // a runtime without it is no fault of the file
+  const file: string = nodeModule("node:path").resolve(dir, "oauth.sqlite"); // the working folder may change
+  let db: Sqlite;
+  let fault = "cannot be written: make it writable for this user, with its folder, and see that there is room";
   try {
     ensureStateFile(dir, file);
-    fault = STATE_FAULTS.damaged;
+    fault = "cannot be read and was left as it is: put a backup in its place, or move it away, with its -wal and -shm";
     checkStateFile(file);
-    const db = openSqlite(file);
+    db = openSqlite(file);
     db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
     return { db, file };
   } catch (cause) {
+    db?.close();
     if (cause instanceof StateFileError) throw cause;
-    const { name, message } = cause as Error;
-    if (name === "NotCapable") fault = `${STATE_FAULTS.forbidden} ${message}`; // Deno's message names the flag
-    throw new StateFileError(file, fault, { cause });
+    const { name, message } = cause as Error; // Deno's message names the flag
+    if (name === "NotCapable") fault = `cannot be written: Deno was started without a permission. ${message}`;
+    throw new StateFileError(`${quote(file)} ${fault}`, { cause });
   }
 }
 
-/** Opens an SQLite file. At the start SQLite waits for locks by itself; later retry() does, and the server goes on. */
+/** Opens an SQLite file that waits for locks by itself, which later retry() does. */
 function openSqlite(file: string, options = {}): Sqlite {
   const { DatabaseSync } = nodeModule("node:sqlite");
-  const db: Sqlite = new DatabaseSync(file, options);
+  const db = new DatabaseSync(file, options);
   db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
   return db;
 }
 
 function ensureStateFile(dir: string, file: string): void {
   const fs = nodeModule("node:fs");
-  fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
   const fresh = `${file}.${random(4)}.new`;
+  fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
   try {
-    // Always, because Deno's accessSync() does not notice a file system that is mounted read-only.
-    fs.closeSync(fs.openSync(fresh, "wx", 0o600)); // SQLite gives its side files the mode of this one
-    // SQLite would take the log of a file that was moved away for the new one's. The file is looked for twice, because
-    // another process may be making it, and then its log, at this moment.
+    // Always: Deno's accessSync() does not notice a read-only file system. SQLite gives its side files this mode too.
+    fs.closeSync(fs.openSync(fresh, "wx", 0o600));
+    // SQLite would take the log of a file that was moved away for the new one's. Asked twice, because another process
+    // may make the file, and then its log, at this moment.
     const isOrphaned = !fs.existsSync(file) && fs.existsSync(`${file}-wal`) && !fs.existsSync(file);
-    if (isOrphaned) throw new StateFileError(`${file}-wal`, STATE_FAULTS.orphanedLog);
+    const fault = "is there without its state file: put that back, or move the -wal and -shm away as well";
+    if (isOrphaned) throw new StateFileError(`${quote(`${file}-wal`)} ${fault}`);
     if (!fs.existsSync(file)) createStateFile(fresh, file);
   } catch (error) {
     if ((error as { code?: string }).code !== "EEXIST") throw error; // another process was faster
@@ -3552,12 +3503,11 @@ function ensureStateFile(dir: string, file: string): void {
   fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
 }
 
-/** Makes the file under another name and puts it in place whole: one of this name without our mark is always damage. */
+/** Makes the file elsewhere and puts it in place whole, so that one without our mark is always damage. */
 function createStateFile(fresh: string, file: string): void {
   const fs = nodeModule("node:fs");
   const db = openSqlite(fresh);
-  // Not WITHOUT ROWID, where a record larger than a quarter of a page takes pages of its own. In WAL mode already here,
-  // because a kill later would leave a journal, and whoever only reads the file cannot roll that back.
+  // In WAL mode at once, because a later kill would leave a journal, which who only reads cannot roll back.
   db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
     CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
     CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
@@ -3565,41 +3515,41 @@ function createStateFile(fresh: string, file: string): void {
   db.close();
   try {
     fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
-  } catch {
-    // There are no hard links here, or the file is there: "wx" does not replace it either. A kill in the middle leaves
-    // a damaged file, which the next start names; nothing was in it.
+  } catch { // there are no hard links; "wx" replaces nothing either
     fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
   }
 }
 
-/** Removes what was made for this start, and what a killed one left behind; a minute is more than a start takes. */
+/** Removes what was made for this start, and what a killed one left a minute ago. */
 function removeTemporaryFiles(dir: string, fresh: string): void {
   const fs = nodeModule("node:fs");
   for (const name of fs.readdirSync(dir)) {
-    const [temporary] = /^oauth\.sqlite\.[0-9a-f]{8}\.new(?=(-journal|-wal|-shm)?$)/.exec(name) ?? [];
-    if (!temporary) continue;
+    if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-\w+)?$/.test(name)) continue;
+    const path: string = nodeModule("node:path").resolve(dir, name);
     try {
-      const isOld = Date.now() - fs.statSync(`${dir}/${name}`).mtimeMs > MINUTE * 1000;
-      if (isOld || fresh.endsWith(temporary)) fs.rmSync(`${dir}/${name}`);
+      const isOld = Date.now() - fs.statSync(path).mtimeMs > MINUTE * 1000;
+      if (isOld || path.startsWith(fresh)) fs.rmSync(path);
     } catch {
-      // It is gone; or a virus scanner holds it (Windows), and a later start clears it away.
+      // It is gone; or a virus scanner holds it, and a later start removes it.
     }
   }
 }
 
-/**
- * Throws unless this is a sound state file of ours. It is opened only for reading, because SQLite may otherwise change
- * a damaged file or take in its log. SQLite reads it, because the log counts too, and because to open and close it
- * in any other way would drop the locks that another store in this process has on it (POSIX).
- */
+/** Throws unless this is a sound state file of ours. It only reads: SQLite may change a damaged one, or its log. */
 function checkStateFile(file: string): void {
   if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
+  // By SQLite, because any other close of the file drops the locks that this process has on it (POSIX).
   const db = openSqlite(file, { readOnly: true });
   const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).get()[name];
+  const assertOurs = (holds: boolean, finding: string, advice: string) => {
+    if (!holds) throw new StateFileError(`${quote(file)} ${finding} and was left as it is: ${advice}, or move it away`);
+  };
   try {
-    if (pragma("application_id") !== APPLICATION_ID) throw new StateFileError(file, STATE_FAULTS.foreign);
+    const isOurs = pragma("application_id") === APPLICATION_ID;
+    assertOurs(isOurs, "is not a state file of this program", "choose another folder");
     const format = pragma("user_version");
-    if (format !== FORMAT) throw new StateFileError(file, `has format ${format} ${STATE_FAULTS.format}`);
+    const advice = "update mod.ts if a newer version wrote it";
+    assertOurs(format === FORMAT, `has format ${format} instead of ${FORMAT}`, advice);
     const verdict = pragma("quick_check");
     if (verdict !== "ok") throw new Error(verdict);
     db.prepare("SELECT key FROM entries");
@@ -3608,7 +3558,7 @@ function checkStateFile(file: string): void {
   }
 }
 
-/** The part of a `Deno.Kv` that is used here, so that no Deno type is named. */
+/** The part of a `Deno.Kv` that is used here. */
 export interface KvLike {
   /** Reads one key. */
   get(key: string[]): Promise<{ value: unknown; versionstamp: string | null }>;
@@ -3642,24 +3592,23 @@ export function kvStore(kv: KvLike): Store {
   const inTurn = queue();
 
   async function compareAndSet(update: Update): Promise<unknown> {
-    const [key] = update;
-    const { value, versionstamp } = await kv.get(path(key));
-    const [next, entry] = applyChange(decodeEntry(key, value), update);
-    if (entry === undefined) return next;
-    const atomic = kv.atomic().check({ key: path(key), versionstamp });
-    if (entry) {
-      // Our own expiry is in the value, because KV's may be a minute late.
-      const left = entry.expires === null ? Infinity : entry.expires - seconds() + EXPIRED_KV_KEPT;
+    const { value, versionstamp } = await kv.get(path(update[0]));
+    let atomic: KvAtomicLike | undefined;
+    const next = applyChange(decodeEntry(update[0], value), update, (key, entry) => {
+      atomic = kv.atomic().check({ key: path(key), versionstamp });
+      if (!entry) return atomic.delete(path(key));
+      // The value has its own expiry. KV removes it much later, by its own clock, because ours may have been wrong.
+      const left = entry.expires === null ? Infinity : entry.expires - seconds() + 30 * DAY;
       const options = left === Infinity ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
       atomic.set(path(key), encodeEntry(key, entry), options);
-    } else atomic.delete(path(key));
-    if (!(await atomic.commit()).ok) throw new LostRace("another process changed this key at the same time");
+    });
+    if (atomic && !(await atomic.commit()).ok) throw new Error("the key is busy: another process changed it");
     return next;
   }
 
   return {
     get: (key) => retry(async () => valueOf(decodeEntry(key, (await kv.get(path(key))).value))),
-    // One after the other within this process, so that only other processes are raced against.
+    // In turn, so that only other processes are raced against.
     update: (...update) => inTurn(update[0], () => retry(() => compareAndSet(update))),
     async *list(prefix) {
       for await (const found of kv.list({ start: path(prefix), end: path(prefix + LAST_CHARACTER) })) {
@@ -3672,16 +3621,15 @@ export function kvStore(kv: KvLike): Store {
   };
 }
 
-/** Writes `[expires, value]` as JSON in UTF-8, because all that a KV takes but bytes depends on the version of V8. */
+/** Writes `[expires, value]` as UTF-8, because all that a KV takes but bytes depends on the version of V8. */
 function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
   const bytes = utf8.encode(`[${JSON.stringify(expires)},${value}]`);
-  const size = `${bytes.length} bytes, and a Deno.Kv holds ${MAX_KV_BYTES} in a value`;
-  assert(bytes.length <= MAX_KV_BYTES, `${quote(key)} would take ${size}`);
+  assert(bytes.length <= 65536, `${quote(key)} would take ${bytes.length} bytes, and a Deno.Kv holds 65536`);
   return bytes;
 }
 
 function decodeEntry(key: string, bytes: unknown): Entry | undefined {
-  if (bytes === null) return undefined; // what KV answers for a key that is not there
+  if (bytes === null) return undefined; // there is no such key
   try {
     const [expires, value] = JSON.parse(new TextDecoder().decode(bytes as Uint8Array));
     assert(value !== undefined && (expires === null || typeof expires === "number"), "It is not [expires, value]");
@@ -3692,13 +3640,13 @@ function decodeEntry(key: string, bytes: unknown): Entry | undefined {
   }
 }
 
-/** Runs the tasks of one key one after the other, and forgets a key that has none. */
-function queue(): <T>(key: string, task: () => Promise<T>) => Promise<T> {
+/** Runs the tasks of one key one after the other. */
+function queue() {
   const last = new Map<string, Promise<unknown>>();
-  return (key, task) => {
+  return <T>(key: string, task: () => Promise<T>): Promise<T> => {
     const turn = (last.get(key) ?? Promise.resolve()).then(task);
-    // A task that never ends must not hold up its key for ever: who waits for it has been answered by then.
-    const done = withDeadline(turn).catch(() => {}).then(() => {
+    // A task that never ends must not hold up its key.
+    const done: Promise<unknown> = withDeadline(turn).catch(() => {}).then(() => {
       if (last.get(key) === done) last.delete(key);
     });
     last.set(key, done);
@@ -3714,14 +3662,11 @@ function withDeadline<T>(answer: Promise<T>): Promise<T> {
   });
 }
 
-/** Wraps the store for the rest of the server: if it fails or is too slow, the owner is told and the wire gets 503. */
+/** Wraps the store for the rest of the server: when it fails or is too slow, the answer is 503. */
 function guardStore(store: Store, emit: Emit): Store {
-  const unavailable = { status: 503 as const, headers: { "Retry-After": "5" } };
   async function guarded<T>(ask: (inTime: (change: Update[1]) => Update[1]) => Promise<T>): Promise<T> {
     let answered = false;
-    // A store that wakes up late must not apply what was answered with 503: the client has moved on. Where only the
-    // commit is late, the answer is lost, which does no harm: a refresh or an approval is repeated with one result,
-    // a code or a token without a holder opens nothing to anybody, and what was to end has ended.
+    // A store that wakes up late must not apply what was answered with 503: the client has moved on.
     const inTime = (change: Update[1]) => (current: unknown) => {
       assert(!answered, "the store came back after the request was answered: nothing was changed");
       return change(current);
@@ -3730,7 +3675,8 @@ function guardStore(store: Store, emit: Emit): Store {
       return await withDeadline(promiseTry(() => ask(inTime)));
     } catch (cause) {
       emit("server_error", "the store failed", { cause });
-      throw new OAuthError("server_error", "The server cannot reach its state; try again", unavailable);
+      const details = { status: 503, headers: { "Retry-After": "5" } } as const;
+      throw new OAuthError("server_error", "The server cannot reach its state; try again", details);
     } finally {
       answered = true;
     }
@@ -3750,61 +3696,38 @@ function guardStore(store: Store, emit: Emit): Store {
 
 const utf8 = new TextEncoder();
 
-/** Calls a function, and returns what it returns or throws as a promise. */
-function promiseTry<T>(call: () => T | Promise<T>): Promise<T> {
-  return new Promise((resolve) => resolve(call()));
-}
-
-function delay(milliseconds: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, milliseconds));
-}
+const promiseTry = <T>(call: () => T | Promise<T>) => new Promise<T>((resolve) => resolve(call()));
+const delay = (milliseconds: number) => new Promise<void>((resolve) => setTimeout(resolve, milliseconds));
 
 let latest = 0;
 
-/**
- * Returns seconds since the epoch with their fraction, the one unit of time in this file. No two calls in a process
- * return the same, so that the order of two moments is known even within one tick of the clock.
- */
+/** Returns seconds since the epoch, with their fraction. No two calls return the same, so that moments have an order. */
 function seconds(): number {
   const now = Date.now() / 1000;
   latest = now > latest || latest - now > 1 ? now : latest + 1e-6; // a clock that was set back is followed
   return latest;
 }
 
-/** Says in words how long ago something was. */
 function ago(seconds: number): string {
-  const [size, unit] =
-    ([[DAY, "day"], [HOUR, "hour"], [MINUTE, "minute"]] as const).find(([size]) => seconds >= size) ??
-      [1, "second"];
+  const units = [[DAY, "day"], [HOUR, "hour"], [MINUTE, "minute"]] as const;
+  const [size, unit] = units.find(([size]) => seconds >= size) ?? [1, "second"];
   const count = Math.max(0, Math.floor(seconds / size));
   return `${count} ${unit}${count === 1 ? "" : "s"} ago`;
 }
 
-function hex(bytes: Uint8Array): string {
-  let text = "";
-  for (const byte of bytes) text += (byte + 0x100).toString(16).slice(1);
-  return text;
-}
-
-function unhex(text: string): Uint8Array<ArrayBuffer> {
-  return Uint8Array.from(text.match(/../g) ?? [], (digits) => parseInt(digits, 16));
-}
-
-/** Returns random bytes as hex digits. */
-function random(bytes: number): string {
-  return hex(crypto.getRandomValues(new Uint8Array(bytes)));
-}
+const hex = (bytes: Uint8Array) => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+const unhex = (text: string) => Uint8Array.from(text.match(/../g) ?? [], (digits) => parseInt(digits, 16));
+const random = (bytes: number) => hex(crypto.getRandomValues(new Uint8Array(bytes)));
 
 function base64url(bytes: Uint8Array): string {
   return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
 }
 
-/** Decodes base64 or base64url. Throws if it is neither. */
 function base64Bytes(text: string): Uint8Array<ArrayBuffer> {
   return Uint8Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), (char) => char.charCodeAt(0));
 }
 
-/** Decodes base64 or base64url of UTF-8 text. Returns `undefined` if it is neither. */
+/** Returns `undefined` if the text is neither base64 nor base64url. */
 function decodeBase64(text: string): string | undefined {
   try {
     return new TextDecoder().decode(base64Bytes(text));
@@ -3813,49 +3736,27 @@ function decodeBase64(text: string): string | undefined {
   }
 }
 
-/**
- * `node:crypto`, if there is one, for what every request needs: Web Crypto sends each digest through a thread pool,
- * which on Deno and Node takes forty times as long as the digest itself.
- */
-// deno-lint-ignore no-explicit-any
-const nodeCrypto = lazy((): any => builtinModule("node:crypto") ?? {});
+/** Used where there is one: Web Crypto takes forty times as long for a digest. */
+const nodeCrypto = once(() => nodeModule("node:crypto", {}));
 
-/** Hashes with SHA-256. */
 async function sha256(text: string): Promise<Uint8Array<ArrayBuffer>> {
   return new Uint8Array(await crypto.subtle.digest("SHA-256", utf8.encode(text)));
 }
 
-/**
- * Transforms a code_verifier into its code_challenge.
- *
- * @see {@link https://www.rfc-editor.org/rfc/rfc7636#section-4.2 | RFC 7636 §4.2}
- */
+/** Makes a code_challenge ({@link https://www.rfc-editor.org/rfc/rfc7636#section-4.2 | RFC 7636 §4.2}). */
 async function s256(code_verifier: string): Promise<string> {
   return base64url(await sha256(code_verifier));
 }
 
-/** Hashes a secret for the store: SHA-256 in base64url. Secrets are random, so they need no slow hash. */
+/** Hashes a secret for the store. Secrets are random, so they need no slow hash. */
 async function hashToken(token: string): Promise<string> {
   const { hash } = nodeCrypto();
   return hash ? hash("sha256", token, "base64url") : base64url(await sha256(token));
 }
 
-/**
- * Makes HMAC-SHA-512 with a key of 64 hex digits, as 128 hex digits. With `node:crypto` it is put together from its two
- * digests, because `createHmac` takes several times as long as they do.
- *
- * @see {@link https://www.rfc-editor.org/rfc/rfc2104#section-2 | RFC 2104 §2}
- */
-async function hmac(key: string): Promise<(text: string) => Promise<string>> {
-  const { createHash } = nodeCrypto();
-  if (createHash) {
-    // The key is padded with zeros to a block of 128 bytes, then combined with ipad and opad. All stay below 0x80, so
-    // that as UTF-8 they are the same bytes.
-    const block = [...key.padEnd(128, "\0")].map((char) => char.charCodeAt(0));
-    const [inner, outer] = [0x36, 0x5c].map((pad) => String.fromCharCode(...block.map((byte) => byte ^ pad)));
-    const digest = (text: string) => createHash("sha512").update(inner).update(text).digest();
-    return (text) => Promise.resolve(createHash("sha512").update(outer).update(digest(text)).digest("hex"));
-  }
+async function hmac(key: string): Promise<(text: string) => string | Promise<string>> {
+  const { createHmac } = nodeCrypto();
+  if (createHmac) return (text) => createHmac("sha512", key).update(text).digest("hex");
   const algorithm = { name: "HMAC", hash: "SHA-512" };
   const imported = await crypto.subtle.importKey("raw", utf8.encode(key), algorithm, false, ["sign"]);
   return async (text) => hex(new Uint8Array(await crypto.subtle.sign("HMAC", imported, utf8.encode(text))));
@@ -3864,27 +3765,19 @@ async function hmac(key: string): Promise<(text: string) => Promise<string>> {
 /** Computes HMAC-SHA-512 under the server's key, in hex. The purpose keeps one use apart from another. */
 type Mac = (purpose: string, ...parts: string[]) => Promise<string>;
 
-/**
- * Makes the server's MAC. Its key is drawn at the first start, and opens nothing by itself: what it signs is checked
- * against the store. The address beside it tells when another server uses the same store.
- */
+/** Makes the server's MAC. Its key, drawn at the first start, opens nothing: what it signs is checked in the store. */
 function serverMac(store: Store, issuer: string, emit: Emit): Mac {
-  const drawn = random(32);
   const keyed = once(async () => {
     let before: string | undefined;
     const { key } = await store.update("server", (current) => {
       const record = current as { key: string; issuer: string } | undefined;
       before = record?.issuer;
-      return before === issuer ? current : { key: record?.key ?? drawn, issuer };
+      return before === issuer ? current : { key: record?.key ?? random(32), issuer };
     }) as { key: string };
     if (before !== undefined && before !== issuer) {
-      emit(
-        "store_shared",
-        `this store was last used by a server at ${
-          quote(before)
-        }: if that one still runs, give each a store of its own; ` +
-          "if the address has changed, all clients must connect again",
-      );
+      const advice = "if that one still runs, give each a store of its own; " +
+        "if the address has changed, all clients must connect again";
+      emit("store_shared", `this store was last used by a server at ${quote(before)}: ${advice}`);
     }
     return hmac(key);
   });
@@ -3892,27 +3785,22 @@ function serverMac(store: Store, issuer: string, emit: Emit): Mac {
   return async (purpose, ...parts) => (await keyed())(JSON.stringify([purpose, ...parts]));
 }
 
-/** Compares two strings in constant time; leaks only the lengths. */
+/** Compares in constant time, so that it leaks only the lengths. */
 function equal(a: string, b: string): boolean {
   let difference = a.length ^ b.length;
   for (let i = 0; i < a.length; i++) difference |= a.charCodeAt(i) ^ b.charCodeAt(i);
   return difference === 0;
 }
 
-/** Computes a value when it is first needed, and again only after a failure. */
-function once<T>(compute: () => Promise<T>): () => Promise<T> {
-  let value: Promise<T> | undefined;
-  return () =>
-    value ??= compute().catch((error) => {
-      value = undefined;
-      throw error;
-    });
-}
-
-/** Computes a value when it is first needed. */
-function lazy<T>(compute: () => T): () => T {
+/** Computes a value when it is first needed. A promise that fails is computed again. */
+function once<T>(compute: () => T): () => T {
   let value: T | undefined;
-  return () => value ??= compute();
+  return () => {
+    if (value !== undefined) return value;
+    value = compute();
+    if (value instanceof Promise) value.catch(() => value = undefined);
+    return value;
+  };
 }
 
 // deno-lint-ignore no-explicit-any
@@ -3920,75 +3808,54 @@ function isObject(value: unknown): value is Record<string, any> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-function isStringList(value: unknown): value is string[] {
-  return Array.isArray(value) && value.every(isString);
-}
+const isStringList = (value: unknown): value is string[] => Array.isArray(value) && value.every(isString);
 
-/** Returns the members that have a value: other people's JSON parsers stumble over null. */
-function defined<T extends Record<string, unknown>>(members: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
-  return Object.fromEntries(Object.entries(members).filter(([, value]) => value !== undefined)) as {
-    [K in keyof T]?: Exclude<T[K], undefined>;
-  };
+type Defined<T> = { [K in keyof T]?: Exclude<T[K], undefined> };
+
+/** Drops the members that are undefined. */
+function defined<T extends Record<string, unknown>>(members: T): Defined<T> {
+  return Object.fromEntries(Object.entries(members).filter(([, value]) => value !== undefined)) as Defined<T>;
 }
 
 /** Quotes an unknown value for a message: short, on one line, in plain ASCII, so that it cannot forge a log entry. */
 function quote(value: unknown): string {
   const json = JSON.stringify(value) ?? String(value);
-  return json.slice(0, 200).replace(
-    /[^\x20-\x7e]/g,
-    (char) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`,
-  );
+  const escape = (char: string) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`;
+  return json.slice(0, 200).replace(/[^\x20-\x7e]/g, escape);
 }
 
-/**
- * Returns a module of Node's, which Deno and Bun have as well. Asked for only where used, so the file loads without.
- */
-function builtinModule(name: string): unknown {
-  const { process } = globalThis as { process?: { getBuiltinModule?: (name: string) => unknown } };
-  return process?.getBuiltinModule?.(name);
-}
-
+/** Returns a module of Node's, asked for only where it is used, so that this file loads where it is missing. */
 // deno-lint-ignore no-explicit-any
-function nodeModule(name: string): any {
-  const module = builtinModule(name);
-  if (!module) {
-    throw new Error(`${name} is missing: fileStore() needs Deno 2.9, Bun 1.4 or Node 22.18, or later ones`);
-  }
+function nodeModule(name: string, otherwise?: object): any {
+  const { process } = globalThis as { process?: { getBuiltinModule?: (name: string) => unknown } };
+  const module = process?.getBuiltinModule?.(name) ?? otherwise;
+  if (!module) throw new Error(`${name} is missing here: Deno 2.9, Bun 1.4, Node 22.18 and later versions have it`);
   return module;
 }
 
-/**
- * Reads OAuth parameters. One without a value counts as absent. One that comes twice is refused, because two parsers
- * may take different ones of the two; only `resource` may repeat (RFC 8707 §2).
- *
- * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-3.1 | RFC 6749 §3.1}
- */
+/** Reads OAuth parameters ({@link https://www.rfc-editor.org/rfc/rfc6749#section-3.1 | RFC 6749 §3.1}). */
 function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
   const seen = new Set<string>();
   const known = new URLSearchParams();
   for (const [name, value] of new URLSearchParams(encoded)) {
-    if (value === "") continue;
-    if (seen.has(name) && name !== repeatable) {
+    if (value === "") continue; // counts as absent
+    if (seen.has(name) && name !== repeatable) { // two parsers may take different ones of the two
       throw new OAuthError("invalid_request", `The parameter ${quote(name)} is given more than once`);
     }
-    if (seen.size >= MAX_PARAMETERS) throw new OAuthError("invalid_request", "The request has too many parameters");
+    // To look one up takes a walk over all.
+    if (seen.size >= 100) throw new OAuthError("invalid_request", "The request has too many parameters");
     seen.add(name);
     known.append(name, value);
   }
   return known;
 }
 
-/** Far more than any client sends. To look one up takes a walk over all of them. */
-const MAX_PARAMETERS = 100;
-
 async function readForm(c: Context, repeatable?: string): Promise<URLSearchParams> {
-  assertContentType(c, "application/x-www-form-urlencoded");
-  return parameters(await readBody(c), repeatable);
+  return parameters(await readBody(c, "application/x-www-form-urlencoded"), repeatable);
 }
 
 async function readJson(c: Context): Promise<unknown> {
-  assertContentType(c, "application/json");
-  const body = await readBody(c);
+  const body = await readBody(c, "application/json");
   try {
     return JSON.parse(body);
   } catch (cause) {
@@ -3996,43 +3863,31 @@ async function readJson(c: Context): Promise<unknown> {
   }
 }
 
-function assertContentType(c: Context, type: string): void {
+async function readBody(c: Context, type: string): Promise<string> {
   if (c.req.header("Content-Type")?.split(";", 1)[0]?.trim().toLowerCase() !== type) {
     throw new OAuthError("invalid_request", `The Content-Type must be ${type}`, { status: 415 });
   }
-}
-
-/** Reads the body, and never more of it than allowed. */
-async function readBody(c: Context): Promise<string> {
   const announced = Number(c.req.header("Content-Length") ?? NaN);
+  // No more than was announced arrives, but for chunks (RFC 9112 §6.3), which are counted, and slower to read.
+  const isBounded = announced <= MAX_BODY_BYTES && c.req.header("Transfer-Encoding") === undefined;
   try {
     if (announced > MAX_BODY_BYTES) throw new TooLarge();
-    // A server takes no more from the wire than was announced, unless it comes in chunks (RFC 9112 §6.3). Chunks are
-    // counted as they come, which is slower.
-    if (announced <= MAX_BODY_BYTES && c.req.header("Transfer-Encoding") === undefined) {
-      const text = await c.req.text();
-      if (text.length > MAX_BODY_BYTES) throw new TooLarge(); // no server was in between
-      return text;
-    }
-    return await readLimited(c.req.raw.body, MAX_BODY_BYTES);
+    const text = isBounded ? await c.req.text() : await readLimited(c.req.raw.body, MAX_BODY_BYTES);
+    if (text.length > MAX_BODY_BYTES) throw new TooLarge(); // no server was in between
+    return text;
   } catch (cause) {
-    if (!(cause instanceof TooLarge)) {
-      throw new OAuthError("invalid_request", "The body did not arrive whole", { cause });
-    }
-    // The rest of the body would be taken for the next request, so the connection ends with the answer.
-    throw new OAuthError("invalid_request", `The body is larger than ${MAX_BODY_BYTES} bytes`, {
-      status: 413,
-      headers: { Connection: "close" },
-    });
+    const isTooLarge = cause instanceof TooLarge;
+    if (!isTooLarge) throw new OAuthError("invalid_request", "The body did not arrive whole", { cause });
+    // The rest of the body would be taken for the next request, so the connection ends.
+    const details = { status: 413, headers: { Connection: "close" } } as const;
+    throw new OAuthError("invalid_request", `The body is larger than ${MAX_BODY_BYTES} bytes`, details);
   }
 }
 
-/** A stream was longer than allowed. */
 class TooLarge extends Error {}
 
-/** Reads a stream as text, and cancels it when it is longer than allowed. */
 async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: number): Promise<string> {
-  const reader = stream?.getReader(); // not for await: not every set of types knows that a stream can be iterated
+  const reader = stream?.getReader(); // not every set of types knows that a stream can be iterated
   const decoder = new TextDecoder();
   let text = "";
   let length = 0;
@@ -4041,7 +3896,7 @@ async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: num
     if (done) break;
     length += value.length;
     if (length > limit) {
-      reader.cancel().catch(() => {}); // tells the sender to stop; it need not listen
+      reader.cancel().catch(() => {}); // the sender need not listen
       throw new TooLarge(`is larger than ${limit} bytes`);
     }
     text += decoder.decode(value, { stream: true });
@@ -4059,7 +3914,7 @@ export interface OAuthErrorDetails {
   headers?: Record<string, string>;
   /** Why it was refused, for the owner only. */
   reason?: string | undefined;
-  /** The event to raise, and the name that the client gives itself. */
+  /** The event to raise. */
   event?: AuthEvent["type"];
   /** The name the client gives itself. */
   clientName?: string;
@@ -4083,10 +3938,10 @@ export class OAuthError extends Error {
   readonly status: NonNullable<OAuthErrorDetails["status"]>;
   /** HTTP headers of the answer. */
   readonly headers: Record<string, string>;
-  /** What else belongs to the answer, or to the owner's log. */
+  /** What it was made with. */
   readonly details: OAuthErrorDetails;
 
-  /** Makes an error with a code of the standard and a description for the client's developer. */
+  /** Makes an error with a description for the client's developer. */
   constructor(code: string, description: string, details: OAuthErrorDetails = {}) {
     super(description, { cause: details.cause });
     this.code = code;
@@ -4096,28 +3951,22 @@ export class OAuthError extends Error {
   }
 }
 
-/** Replaces the characters that RFC 6749 §5.2 does not allow in an error_description. */
+/** Replaces what RFC 6749 §5.2 does not allow in an error_description. */
 function errorDescription(message: string): string {
   return message.replaceAll('"', "'").replace(/[^\x20-\x21\x23-\x5b\x5d-\x7e]/g, "?");
 }
 
 function methodNotAllowed(allow: string): never {
-  throw new OAuthError("invalid_request", `The method must be one of ${allow}`, {
-    status: 405,
-    headers: { Allow: allow },
-  });
+  const headers = { Allow: allow };
+  throw new OAuthError("invalid_request", `The method must be one of ${allow}`, { status: 405, headers });
 }
 
-/**
- * Returns anything that was thrown as an OAuthError. What is none is a fault of this file, and tells the wire nothing.
- */
 function asOAuthError({ emit }: Server, error: unknown): OAuthError {
   if (error instanceof OAuthError) return error;
-  emit("server_error", "an unexpected error", { cause: error });
+  emit("server_error", "an unexpected error", { cause: error }); // the wire is told nothing of it
   return new OAuthError("server_error", "Something went wrong here", { status: 500 });
 }
 
-/** Answers an error as JSON. */
 function errorResponse(server: Server, c: Context, thrown: unknown, headers?: Record<string, string>): Response {
   const { code, message, status, headers: own } = asOAuthError(server, thrown);
   const all: Record<string, string> = { ...own, ...headers, "Cache-Control": "no-store", ...NOSNIFF };
@@ -4126,7 +3975,6 @@ function errorResponse(server: Server, c: Context, thrown: unknown, headers?: Re
   return c.json({ error: code, error_description: errorDescription(message) }, status, all);
 }
 
-/** Answers an error as a page. */
 function errorPage(server: Server, c: Context, thrown: unknown): Response | Promise<Response> {
   const { message, status, headers } = asOAuthError(server, thrown);
   for (const [name, value] of Object.entries(headers)) c.header(name, value);
@@ -4134,7 +3982,6 @@ function errorPage(server: Server, c: Context, thrown: unknown): Response | Prom
   return messagePage(server, c, status, title, `${message}.`);
 }
 
-/** Makes a route of an endpoint: whatever it throws is answered. */
 function withErrors(server: Server, handler: Handler, answer: typeof errorPage = errorResponse) {
   return async (c: Context): Promise<Response> => {
     for (const [name, value] of Object.entries(NOSNIFF)) c.header(name, value);
@@ -4146,21 +3993,11 @@ function withErrors(server: Server, handler: Handler, answer: typeof errorPage =
   };
 }
 
-/**
- * Parts that tests check on their own. Programs have no use for them, and they may change.
- *
- * @internal
- */
+const grantFunctions = { approveGrant, redeemGrant, refreshGrant, verifyGrant, presentGrant, revokeGrant };
+
+/** Parts that tests check on their own: they may change. */
 // deno-lint-ignore no-explicit-any
-export const internals: any = {
-  approveGrant,
-  redeemGrant,
-  refreshGrant,
-  verifyGrant,
-  presentGrant,
-  revokeGrant,
-  isPublicAddress,
-};
+export const internals: any = { ...grantFunctions, isPublicAddress };
 
 // --- Setup check ----------------------------------------------------------------------------------------------------
 

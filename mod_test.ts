@@ -4253,6 +4253,51 @@ test("fileStore() says what to do about a folder that cannot be written", (t) =>
   chmodSync(readOnly, 0o700);
 });
 
+test("fileStore() closes the file again if it cannot start on it", (t) => {
+  const { getBuiltinModule } = process;
+  const { DatabaseSync } = getBuiltinModule("node:sqlite");
+  let opened = 0;
+  let closed = 0;
+  class Failing {
+    #db: InstanceType<typeof DatabaseSync>;
+    constructor(...args: ConstructorParameters<typeof DatabaseSync>) {
+      this.#db = new DatabaseSync(...args);
+      opened++;
+    }
+    prepare(sql: string) {
+      return this.#db.prepare(sql);
+    }
+    exec(sql: string) {
+      if (sql.startsWith("PRAGMA journal_mode")) throw new Error("disk I/O error");
+      this.#db.exec(sql);
+    }
+    close() {
+      this.#db.close();
+      closed++;
+    }
+  }
+  t.after(() => {
+    process.getBuiltinModule = getBuiltinModule;
+  });
+  process.getBuiltinModule =
+    ((name: string) =>
+      name === "node:sqlite" ? { DatabaseSync: Failing } : getBuiltinModule(name)) as typeof getBuiltinModule;
+  assertThrows(() => fileStore(temporaryFolder(t)), Error, "cannot be read");
+  assertEquals([opened, closed], [3, 3]);
+});
+
+test("what needs a module of Node's names it where it is missing", async (t) => {
+  const { getBuiltinModule } = process;
+  t.after(() => {
+    process.getBuiltinModule = getBuiltinModule;
+  });
+  process.getBuiltinModule = (() => undefined) as typeof getBuiltinModule;
+  const copy = "./mod.ts?no-modules"; // a module of its own, which has no addresses at hand yet
+  const { fileStore, internals }: typeof import("./mod.ts") = await import(copy);
+  assertThrows(() => fileStore("state"), Error, "node:sqlite is missing");
+  assertThrows(() => internals.isPublicAddress("1.1.1.1"), Error, "node:net is missing here: Deno 2.9");
+});
+
 test(
   "fileStore() names the permission that Deno was started without",
   { skip: "Deno" in globalThis ? false : "only Deno has permissions" },
