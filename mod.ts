@@ -3063,12 +3063,8 @@ function grantTimeline(server: Server, grant: Grant, now: number): Timeline {
 function attemptAdvice(server: Server, { name, shown = 0, denied = 0, refused }: Attempt): string {
   // What came last counts: an app that was refused and then came again properly waits for the owner.
   const last = Math.max(shown, denied, refused?.at ?? 0);
-  if (last === 0) {
-    return `It introduced itself, but no browser has opened the page. Connect again; ${checkHint(server)}`;
-  }
-  if (last === shown) {
-    return "It is your turn: approve or deny on the page that the app opened, or connect again in it.";
-  }
+  if (last === 0) return `It introduced itself, but no browser has opened the page. Connect again; ${hint(server)}`;
+  if (last === shown) return "It is your turn: approve or deny on the page that the app opened, or connect again.";
   if (last === denied) return "You denied it. Nothing was shared.";
   return `This server refused it. Mend that, and connect again in ${name || "the app"}.`;
 }
@@ -3088,23 +3084,19 @@ function grantAdvice(server: Server, grant: Grant, now: number): string {
   const cause = (server.found.at ?? 0) > redeemed
     ? "Then a request without a token came: something in front of this server may remove the Authorization header"
     : `Something in front of this server may block ${userAgent}`;
-  const expired = Math.max(...access.map(({ expires }) => expires), called);
+  const expired = ago(now - Math.max(...access.map(({ expires }) => expires), called));
   return {
     pending: isLocal(target)
       ? `${name} never fetched its token: nothing listens at ${target.host} on the computer of your browser. Is it on ` +
         "another computer? Connect again, and say so on the page."
-      : `${name} never fetched its token. Its servers may not reach ${server.issuer}/token; ${checkHint(server)}`,
-    unused: `${name} got its token ${ago(now - redeemed)} and has not called since. ${cause}; ${checkHint(server)}`,
-    silent: `${name}'s access token expired ${
-      ago(now - expired)
-    }; it has not come back. Open ${name} and connect again.`,
+      : `${name} never fetched its token. Its servers may not reach ${server.issuer}/token; ${hint(server)}`,
+    unused: `${name} got its token ${ago(now - redeemed)} and has not called since. ${cause}; ${hint(server)}`,
+    silent: `${name}'s access token expired ${expired} and it has not come back. Open ${name} and connect again.`,
     active: `${name} is connected.`,
   }[connectionState(grant, now)];
 }
 
-function checkHint({ resource }: Server): string {
-  return `to see what a client meets, run: npx -y deno run -A mod.ts ${resource}`;
-}
+const hint = ({ resource }: Server) => `to see what a client meets, run: npx -y deno run -A mod.ts ${resource}`;
 
 // --- Events ---------------------------------------------------------------------------------------------------------
 
@@ -3133,25 +3125,25 @@ function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happene
     .catch(() => log.waiting = mergeEvents(batch, log.waiting)); // the next event tries again
 }
 
+/** Adds newer events to a record. What happened again replaces what it repeats. */
 function mergeEvents(record: unknown, newer: EventRecord): EventRecord {
   const merged = { ...record as EventRecord | undefined };
   for (const [type, { count, latest }] of Object.entries(newer)) {
-    const before = merged[type] ?? { count: 0, latest: [] };
-    const all = [...latest, ...before.latest].slice(0, MAX_EVENTS_PER_TYPE);
-    merged[type] = { count: before.count + count, latest: all };
+    const all = [...latest, ...merged[type]?.latest ?? []];
+    const keys = all.map(({ message, clientName }) => JSON.stringify([message, clientName]));
+    const distinct = all.filter((_, i) => keys.indexOf(keys[i]!) === i);
+    merged[type] = { count: count + (merged[type]?.count ?? 0), latest: distinct.slice(0, MAX_EVENTS_PER_TYPE) };
   }
   return merged;
 }
 
-/** Returns the latest events, newest first: each thing once, with the number of its type at the latest of them. */
+/** Returns the latest events, newest first, with the number of its type at the latest of each type. */
 async function latestEvents(log: EventLog) {
   await log.writing;
   const record = mergeEvents(await log.store.get(log.key), log.waiting);
-  return Object.entries(record).flatMap(([type, { count, latest }]) => {
-    const keys = latest.map(({ message, clientName }) => JSON.stringify([message, clientName]));
-    return latest.map((event, i) => ({ ...event, type, count: i === 0 ? count : 1 }))
-      .filter((_, i) => keys.indexOf(keys[i]!) === i);
-  }).sort((a, b) => b.at - a.at);
+  return Object.entries(record)
+    .flatMap(([type, { count, latest }]) => latest.map((event, i) => ({ ...event, type, count: i === 0 ? count : 1 })))
+    .sort((a, b) => b.at - a.at);
 }
 
 /** Writes an event to the console, but for those that anyone can cause at will; these go to `onEvent` only. */
@@ -3238,9 +3230,12 @@ function isLocal({ protocol, hostname }: URL): boolean {
   return /^https?:$/.test(protocol) && isLoopback(hostname);
 }
 
-function nameOf(name: string): Html {
-  return html`<bdi class="name">${name || UNNAMED}</bdi>`;
-}
+const nameOf = (name: string) => html`<bdi class="name">${name || UNNAMED}</bdi>`;
+const link = (uri: string, text: string) => html`<a class="button approve" href="${uri}">${nameOf(text)}</a>`;
+const copyable = (text: string) => html`<code tabindex="0">${text}</code>`;
+const list = (items: Html[]) => html`<ul class="list">${items.map((item) => html`<li>${item}</li>`)}</ul>`;
+const fold = (title: string, content: Html, open = false) =>
+  html`<details ${open && raw("open")}><summary>${title}</summary>${content}</details>`;
 
 /** A name and more, behind its first letters in one of five colours, so that rows are told apart at a glance. */
 function heading(name: string, where: string, more: Html, label?: string): Html {
@@ -3274,22 +3269,6 @@ function scopeList({ scopes }: Settings, granted: string[]): Html {
   return html`<ul class="marks">${granted.filter((scope) => scope !== OFFLINE_ACCESS).map(item)}</ul>`;
 }
 
-function copyable(text: string): Html {
-  return html`<code tabindex="0">${text}</code>`;
-}
-
-function link(uri: string, text: string): Html {
-  return html`<a class="button approve" href="${uri}">${nameOf(text)}</a>`;
-}
-
-function fold(title: string, content: Html, open = false): Html {
-  return html`<details ${open && raw("open")}><summary>${title}</summary>${content}</details>`;
-}
-
-function list(items: Html[]): Html {
-  return html`<ul class="list">${items.map((item) => html`<li>${item}</li>`)}</ul>`;
-}
-
 /** `ready`: with the cursor in it; not where that would scroll the question out of sight on a phone. */
 function passwordField(who: Session["who"], problem?: Problem, ready = problem !== undefined): Html {
   const alert = problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`;
@@ -3310,7 +3289,7 @@ function consentPage(
 ) {
   const { issuer, basePath } = settings;
   const target = new URL(redirect_uri);
-  // Beside what is on the list: the document's site, or else the one that the answer goes to; never beside a mere name.
+  // Beside what is on the list: the document's site, or the one that the answer goes to; never beside a mere name.
   const chip = form.vouched && html`<span class="chip">on your list</span>`;
   const isDocument = client.source === "document";
   const own = client.source === "registered" ? "The app chose this name; it is not verified" : "You registered it";
@@ -3520,9 +3499,8 @@ function readableOn(colour: string): string {
 type PageMore = { status?: PageStatus | undefined; wide?: boolean; aside?: Html | false };
 
 /** Sends a page. `aside` stands at the end of its head line. */
-function page(settings: Settings, c: Context, title: string, body: Html, more: PageMore = {}) {
+function page(settings: Settings, c: Context, title: string, body: Html, { status = 200, wide, aside }: PageMore = {}) {
   const { issuer, pages } = settings;
-  const { status = 200, wide, aside } = more;
   const nonce = random(16);
   const headers = {
     // No script, frame or image: nobody can decorate or frame the page. No form-action: browsers apply it to the
