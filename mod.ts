@@ -2891,7 +2891,7 @@ async function stretch(password: string, { salt, generated }: OwnerRecord): Prom
 
 // --- Owner's page ---------------------------------------------------------------------------------------------------
 
-/** By a form's action: what the next page's address names, and what that page says. No link can make it say more. */
+/** The action of a form, its name in the next page's address, and what that page says: no link can make it say more. */
 const DONE = [
   ["revoke", "disconnected", "Disconnected. It has to ask you again."],
   ["revoke_all", "all_disconnected", "Everything is disconnected."],
@@ -2971,7 +2971,7 @@ function homePage({ basePath }: Server): MiddlewareHandler {
 
 // --- Timeline -------------------------------------------------------------------------------------------------------
 
-/** When a client came how far before it was approved. In memory only: strangers can make any number of these. */
+/** How far a client came before its approval, and when. In memory only: strangers can make any number of these. */
 type Attempt = { name: string; refused?: Refusal } & { [step in "found" | "introduced" | "shown" | "denied"]?: number };
 type Refusal = { at: number; reason: string };
 type Timeline = ReturnType<typeof timeline>;
@@ -3125,7 +3125,7 @@ function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happene
     .catch(() => log.waiting = mergeEvents(batch, log.waiting)); // the next event tries again
 }
 
-/** Adds newer events to a record. What happened again replaces what it repeats. */
+/** Adds newer events to a record. An event that repeats an earlier one replaces it. */
 function mergeEvents(record: unknown, newer: EventRecord): EventRecord {
   const merged = { ...record as EventRecord | undefined };
   for (const [type, { count, latest }] of Object.entries(newer)) {
@@ -3137,7 +3137,7 @@ function mergeEvents(record: unknown, newer: EventRecord): EventRecord {
   return merged;
 }
 
-/** Returns the latest events, newest first, with the number of its type at the latest of each type. */
+/** Returns the latest events, newest first. The latest of a type says how many there were of that type. */
 async function latestEvents(log: EventLog) {
   await log.writing;
   const record = mergeEvents(await log.store.get(log.key), log.waiting);
@@ -3216,7 +3216,7 @@ summary.row::after{content:"";padding:.2rem;border:solid var(--soft);border-widt
 white-space:pre-wrap;user-select:all;font-size:.875rem}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 `;
 
-function serverName({ pages, issuer }: Settings): string {
+function serverName({ pages, issuer }: Server): string {
   return pages.title || issuer.replace("https://", "");
 }
 
@@ -3237,7 +3237,7 @@ const list = (items: Html[]) => html`<ul class="list">${items.map((item) => html
 const fold = (title: string, content: Html, open = false) =>
   html`<details ${open && raw("open")}><summary>${title}</summary>${content}</details>`;
 
-/** A name and more, behind its first letters in one of five colours, so that rows are told apart at a glance. */
+/** Shows a name beside its first letters in one of five colours, so that rows are told apart at a glance. */
 function heading(name: string, where: string, more: Html, label?: string): Html {
   const letters = name.split(/\s+/).map((word) => word.match(/[\p{L}\p{N}]/u)?.[0] ?? "").slice(0, 2).join("");
   const sum = [...(name + where)].reduce((sum, char) => (sum * 31 + char.codePointAt(0)!) % 9973, 0);
@@ -3247,7 +3247,7 @@ function heading(name: string, where: string, more: Html, label?: string): Html 
 
 const RELATIVE_TIME = new Intl.RelativeTimeFormat("en");
 
-/** A time relative to now, because a page without script does not know the owner's time zone; exact in the title. */
+/** Shows a time from now, as a page without script does not know the owner's time zone; exactly in the title. */
 function timeOf(at: number): Html {
   const left = at - seconds();
   const units = [["month", 30 * DAY], ["day", DAY], ["hour", HOUR], ["minute", MINUTE]] as const;
@@ -3260,8 +3260,8 @@ function formatTime(at: number): string {
   return `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
 }
 
-/** What a connection may do, in words; what is granted on request only is marked. */
-function scopeList({ scopes }: Settings, granted: string[]): Html {
+/** Says what a connection may do; what is granted on request only is marked. */
+function scopeList({ scopes }: Server, granted: string[]): Html {
   const item = (scope: string) =>
     scopes.byDefault.includes(scope)
       ? html`<li class="">${scopes.words(scope)}</li>`
@@ -3282,14 +3282,14 @@ function passwordField(who: Session["who"], problem?: Problem, ready = problem !
 
 /** Asks the owner, and for the password if nobody is signed in. */
 function consentPage(
-  settings: Settings,
+  server: Server,
   c: Context,
   { client, redirect_uri, scopes }: AuthorizationRequest,
   form: { who: Session["who"]; encoded: string; csrf: string; vouched: boolean; problem?: Problem },
 ) {
-  const { issuer, basePath } = settings;
+  const { issuer, basePath } = server;
   const target = new URL(redirect_uri);
-  // Beside what is on the list: the document's site, or the one that the answer goes to; never beside a mere name.
+  // It stands beside what is on the list: the site of the document, or else of the answer; never beside a mere name.
   const chip = form.vouched && html`<span class="chip">on your list</span>`;
   const isDocument = client.source === "document";
   const own = client.source === "registered" ? "The app chose this name; it is not verified" : "You registered it";
@@ -3302,13 +3302,13 @@ function consentPage(
     <button name="decision" value="approve_elsewhere">Approve and show the address</button>
   `;
   const body = html`
-    <h1>Connect this app to ${serverName(settings)}?</h1>
+    <h1>Connect this app to ${serverName(server)}?</h1>
     <div class="card">
       <div class="row">${heading(client.name, target.host, html`<small>${origin}</small>`)}</div>
       <p class="to">Sends you back to ${device}<br>${place}</p>
     </div>
     <h2>It will be able to</h2>
-    ${scopeList(settings, scopes)}
+    ${scopeList(server, scopes)}
     <p class="warn">Approve only if you just started this.</p>
     <form method="post" action="${basePath}/authorize">
       <input type="hidden" name="request" value="${form.encoded}">
@@ -3322,29 +3322,29 @@ function consentPage(
     </form>
     <p class="soft">Stays connected until you revoke it at <a href="${issuer}/connections">/connections</a>.</p>
   `;
-  return page(settings, c, `Connect ${client.name || UNNAMED}?`, body, { status: form.problem?.status });
+  return page(server, c, `Connect ${client.name || UNNAMED}?`, body, { status: form.problem?.status });
 }
 
-/** Leads to a private-use scheme. After a redirect, the browser would show the form on, as if nothing had happened. */
-function openAppPage(settings: Settings, c: Context, uri: string, name: string, approved: boolean) {
+/** Leads to a private-use scheme. A redirect would leave the form on the screen, as if nothing had happened. */
+function openAppPage(server: Server, c: Context, uri: string, name: string, approved: boolean) {
   c.header("Refresh", `0; url=${uri}`);
   const texts = ["The app opens now. If it does not, press the button.", link(uri, `Open ${name || "the app"}`)];
-  return messagePage(settings, c, 200, approved ? "Approved" : "Not connected", ...texts, "Then close this page.");
+  return messagePage(server, c, 200, approved ? "Approved" : "Not connected", ...texts, "Then close this page.");
 }
 
 /** Shows the address of the callback, to be carried by hand to the computer that the app runs on. */
-function elsewherePage(settings: Settings, c: Context, uri: string) {
+function elsewherePage(server: Server, c: Context, uri: string) {
   const what = "Paste this address where the app on the other computer asks for it, or into a browser there:";
   const warning = html`<p class="warn">Give it only to the app that you started yourself.</p>`;
   const limit = `It works once, within ${CODE_TTL / MINUTE} minutes.`;
-  return messagePage(settings, c, 200, "Approved", what, copyable(uri), warning, limit);
+  return messagePage(server, c, 200, "Approved", what, copyable(uri), warning, limit);
 }
 
 /** Answers a form that was sent before, with the way on if the first answer did not get through. */
-function answeredPage(settings: Settings, c: Context, client: string, uri?: string) {
+function answeredPage(server: Server, c: Context, client: string, uri?: string) {
   const text = "You approved this request before. If the app is not connected, go back to it and connect again.";
   const way = uri ? [link(uri, `Go on to ${client || "the app"}`)] : [];
-  return messagePage(settings, c, 409, "Already answered", text, ...way);
+  return messagePage(server, c, 409, "Already answered", text, ...way);
 }
 
 /** Shows the owner's page; to anybody else, the form to sign in. */
@@ -3397,8 +3397,8 @@ async function connectionsPage(server: Server, c: Context, { browser, who }: Ses
   return await page(server, c, "Connections", body, more);
 }
 
-/** A row with what is most asked for; opened, what can be done with the connection. */
-function connectionItem(settings: Settings, connection: Connection, form: (content: Html) => Html): Html {
+/** Shows a connection in a row; opened, what can be done with it. */
+function connectionItem(server: Server, connection: Connection, form: (content: Html) => Html): Html {
   const { id, kind, clientName, label, redirectUri, scopes, state, createdAt, lastUsedAt, expiresAt } = connection;
   const name = label || clientName || UNNAMED;
   const where = redirectUri ? hostOf(new URL(redirectUri)) : "token";
@@ -3421,7 +3421,7 @@ function connectionItem(settings: Settings, connection: Connection, form: (conte
     <details>
       <summary class="row">${heading(clientName, where, facts, label)}</summary>
       <div class="card">
-        ${label && nameOf(clientName)} ${scopeList(settings, scopes)}
+        ${label && nameOf(clientName)} ${scopeList(server, scopes)}
         <small>Connected ${timeOf(createdAt)} · ${formatTime(createdAt)}</small>
         ${form(actions)}
       </div>
@@ -3429,12 +3429,10 @@ function connectionItem(settings: Settings, connection: Connection, form: (conte
   `;
 }
 
-/** How far an attempt came, step by step, and the same as text, to ask somebody about it. */
+/** Shows how far an attempt came, step by step, and the same as text, to ask somebody about it. */
 function attemptItem({ title, steps, advice }: Timeline): Html {
   const lines = steps.map(({ at, text, ok }) => `${ok ? "ok    " : "FAILED"} ${formatTime(at)} ${text}`);
-  const items = steps.map(({ at, text, ok }) =>
-    html`<li class="${!ok && "bad"}">${text}<small>${timeOf(at)}</small></li>`
-  );
+  const items = steps.map((it) => html`<li class="${!it.ok && "bad"}">${it.text}<small>${timeOf(it.at)}</small></li>`);
   return html`
     <details>
       <summary class="row"><div>${nameOf(title)}<small>${advice}</small></div></summary>
@@ -3453,7 +3451,7 @@ function eventItem({ at, message, clientName, count }: Awaited<ReturnType<typeof
   `;
 }
 
-/** The command that adds this server to Claude Code, under a name that needs no quotes in any shell. */
+/** Returns the command that adds this server to Claude Code, under a name that needs no quotes in any shell. */
 function addCommand(name: string, resource: string): string {
   const word = name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "personal";
   return `claude mcp add --transport http ${word} ${resource}`;
@@ -3462,7 +3460,7 @@ function addCommand(name: string, resource: string): string {
 /** What happens when all is well; everything else needs a look. */
 const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|code_redeemed|first_call|token_created)$/;
 
-function tokenFields({ scopes }: Settings): Html {
+function tokenFields({ scopes }: Server): Html {
   const days = [30, 90, 365].map((days) => html`<option value="${days}">${days} days</option>`);
   const choices = scopes.all.map((scope) =>
     html`<label><input type="checkbox" name="scope" value="${scope}"
@@ -3476,9 +3474,9 @@ function tokenFields({ scopes }: Settings): Html {
     <button name="action" value="create_token">Create token</button>`;
 }
 
-function messagePage(settings: Settings, c: Context, status: PageStatus, title: string, ...texts: (string | Html)[]) {
+function messagePage(server: Server, c: Context, status: PageStatus, title: string, ...texts: (string | Html)[]) {
   const body = html`<h1>${title}</h1>${texts.map((text) => typeof text === "string" ? html`<p>${text}</p>` : text)}`;
-  return page(settings, c, title, body, { status });
+  return page(server, c, title, body, { status });
 }
 
 const OPEN_TOO_LONG: Problem = { status: 403, message: "This page was open for too long. Check it and answer again." };
@@ -3490,7 +3488,7 @@ const expiredPage: Handler = (server, c) => {
   return messagePage(server, c, 403, "This page has expired", advice);
 };
 
-/** Black or white, whichever is easier to read on a colour `#rrggbb` (relative luminance, WCAG 2). */
+/** Returns black or white, whichever is easier to read on a colour `#rrggbb` (relative luminance, WCAG 2). */
 function readableOn(colour: string): string {
   const [r = 0, g = 0, b = 0] = colour.slice(1).match(/../g)!.map((pair) => (parseInt(pair, 16) / 255) ** 2.2);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? "#000" : "#fff";
@@ -3499,8 +3497,8 @@ function readableOn(colour: string): string {
 type PageMore = { status?: PageStatus | undefined; wide?: boolean; aside?: Html | false };
 
 /** Sends a page. `aside` stands at the end of its head line. */
-function page(settings: Settings, c: Context, title: string, body: Html, { status = 200, wide, aside }: PageMore = {}) {
-  const { issuer, pages } = settings;
+function page(server: Server, c: Context, title: string, body: Html, { status = 200, wide, aside }: PageMore = {}) {
+  const { issuer, pages } = server;
   const nonce = random(16);
   const headers = {
     // No script, frame or image: nobody can decorate or frame the page. No form-action: browsers apply it to the
@@ -3512,7 +3510,7 @@ function page(settings: Settings, c: Context, title: string, body: Html, { statu
     "Referrer-Policy": "same-origin", // not no-referrer: the form would then be sent with Origin: null
     "Cache-Control": "no-store",
   };
-  const name = serverName(settings);
+  const name = serverName(server);
   const address = pages.title && html`<span>${issuer.replace("https://", "")}</span>`;
   const accent = pages.accent ? `:root{--accent:${pages.accent};--on-accent:${readableOn(pages.accent)}}` : "";
   const document = html`
