@@ -2897,7 +2897,6 @@ const DONE = [
   ["revoke_all", "all_disconnected", "Everything is disconnected."],
   ["rename", "renamed", "Renamed."],
 ] as const;
-
 /** The longest name that the owner can give to a connection. */
 const MAX_LABEL = 60;
 
@@ -3087,8 +3086,8 @@ function grantAdvice(server: Server, grant: Grant, now: number): string {
   const expired = ago(now - Math.max(...access.map(({ expires }) => expires), called));
   return {
     pending: isLocal(target)
-      ? `${name} never fetched its token: nothing listens at ${target.host} on the computer of your browser. Is it on ` +
-        "another computer? Connect again, and say so on the page."
+      ? `${name} never fetched its token: nothing listens at ${target.host} on the computer of your browser. If it ` +
+        "is on another computer, connect again and say so on the page."
       : `${name} never fetched its token. Its servers may not reach ${server.issuer}/token; ${hint(server)}`,
     unused: `${name} got its token ${ago(now - redeemed)} and has not called since. ${cause}; ${hint(server)}`,
     silent: `${name}'s access token expired ${expired} and it has not come back. Open ${name} and connect again.`,
@@ -3170,6 +3169,10 @@ export interface PageOptions {
 }
 
 const UNNAMED = "an app without a name";
+const RELATIVE_TIME = new Intl.RelativeTimeFormat("en");
+/** Events that happen when all is well; every other one needs a look. */
+const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|code_redeemed|first_call|token_created)$/;
+const OPEN_TOO_LONG: Problem = { status: 403, message: "This page was open for too long. Check it and answer again." };
 
 // What apps say of themselves is a .name: at most two lines, and clipped, so that combining marks draw over nothing.
 const STYLE = `
@@ -3179,41 +3182,38 @@ const STYLE = `
 --line:#3d3a35;--link:#8db4f5;--warn:#ffcf8f;--warn-paper:#36260f;--good:#8fd8a8;--good-paper:#16301f;--bad:#ff9d94}}
 @media(prefers-contrast:more){:root{--soft:var(--ink);--line:var(--ink)}}*{box-sizing:border-box;margin:0;padding:0}
 body{min-height:100vh;display:grid;grid-template-columns:100%;place-items:center;padding:1rem;background:var(--paper);
-color:var(--ink);font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere;text-wrap:pretty}
-main{width:100%;max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);
-border-radius:1.1rem}.wide{max-width:44rem;align-self:start}
-header,.row,.pair,fieldset label{display:flex;gap:.7rem;align-items:center}
-header{min-height:2.75rem;margin-bottom:.5rem;color:var(--soft);font-size:.9rem}header b,.to b{color:var(--ink)}
-header form{margin-left:auto}h1{margin-bottom:.5rem;font-size:1.5rem;line-height:1.2;text-wrap:balance}
-h2{margin:1.6rem 0 .3rem;font-size:1rem}p{margin:.5rem 0}small{display:block}small,code,.row p{overflow:clip}
-small,.soft,.to{color:var(--soft);font-size:.875rem}ul,ol,summary.row{list-style:none}a{color:var(--link)}
-.name{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;overflow:hidden;overflow:clip;
-font-weight:600;text-align:left}.card,.flash,.warn{margin:1rem 0;padding:.8rem}
-.card,.flash,.warn,.chip,.av,code,input,select,button,.button{border:1px solid transparent;border-radius:.7rem}
+color:var(--ink);font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere;text-wrap:pretty}main{width:100%;
+max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);
+border-radius:1.1rem}.wide{max-width:44rem;align-self:start}header,.row,.pair,fieldset label{display:flex;gap:.7rem;
+align-items:center}header{min-height:2.75rem;margin-bottom:.5rem;color:var(--soft);font-size:.9rem}
+header b,.to b{color:var(--ink)}header form{margin-left:auto}h1{margin-bottom:.5rem;font-size:1.5rem;line-height:1.2;
+text-wrap:balance}h2{margin:1.6rem 0 .3rem;font-size:1rem}p{margin:.5rem 0}small{display:block}
+small,code,.row p,.name,.av{overflow:clip}small,.soft,.to{color:var(--soft);font-size:.875rem}
+ul,ol,summary.row{list-style:none}a{color:var(--link)}.name{display:-webkit-box;-webkit-box-orient:vertical;
+-webkit-line-clamp:2;font-weight:600;text-align:left}.card,.flash,.warn{margin:1rem 0;padding:.8rem}
+.card,.flash,.warn,.chip,.av,code,input,select,button,.button{border:1px solid transparent;border-radius:.75rem}
 .card,code{border-color:var(--line)}.flash,.chip{background:var(--good-paper);color:var(--good)}
-.warn{background:var(--warn-paper);color:var(--warn)}.warn,.chip{font-weight:600}
-.chip{padding:0 .5rem;font-size:.8rem;white-space:nowrap}.row{padding:.7rem 0}.row>div{flex:1;min-width:0}
-.row p{margin:0}.row p::first-letter{text-transform:uppercase}.card>.row{padding:0 0 .7rem}.row+.card{margin:0 0 .8rem}
-.av{flex:none;width:2.5rem;height:2.5rem;display:grid;place-items:center;overflow:clip;color:#fff;font-weight:700}
-.c0{background:#b0492a}.c1{background:#2d66a8}.c2{background:#6a53c0}.c3{background:#1f7350}.c4{background:#a23b72}
+.warn{background:var(--warn-paper);color:var(--warn)}.warn,.chip{font-weight:600}.chip{padding:0 .5rem;font-size:.8rem;
+white-space:nowrap}.row{padding:.7rem 0}.row>div{flex:1;min-width:0}.row p{margin:0}
+.row p::first-letter{text-transform:uppercase}.card>.row{padding:0 0 .7rem}.row+.card{margin:0 0 .8rem}.av{flex:none;
+width:2.5rem;height:2.5rem;display:grid;place-items:center;color:#fff;font-weight:700}.c0{background:#b0492a}
+.c1{background:#2d66a8}.c2{background:#6a53c0}.c3{background:#1f7350}.c4{background:#a23b72}
 .list>li,.to{border-top:1px solid var(--line)}.to{margin:0;padding-top:.7rem}.to b{font-size:1.2rem}
-.marks li{padding:.2rem 0 .2rem 1.6rem;position:relative}
-.marks li::before{content:"✓";position:absolute;left:.2rem;color:var(--good);font-weight:700}
-.marks .more::before{content:"!";left:.45rem;color:var(--warn)}.marks .bad::before{content:"✗";color:var(--bad)}
-label,legend{display:block;margin-top:1rem;font-weight:600}fieldset{border:0}
-fieldset label{min-height:2.75rem;margin:0;font-weight:400}
-input,select,button,.button{width:100%;min-height:3rem;margin-top:.5rem;padding:.6rem .9rem;font:inherit;
-border-color:var(--soft);color:inherit;background:var(--card)}
-[type=checkbox]{width:1.35rem;min-height:1.35rem;margin:0;accent-color:var(--accent)}
+.marks li{padding:.2rem 0 .2rem 1.6rem;position:relative}.marks li::before{content:"✓";position:absolute;left:.2rem;
+color:var(--good);font-weight:700}.marks .more::before{content:"!";left:.45rem;color:var(--warn)}
+.marks .bad::before{content:"✗";color:var(--bad)}label,legend{display:block;margin-top:1rem;font-weight:600}
+fieldset{border:0}fieldset label{min-height:2.75rem;margin:0;font-weight:400}input,select,button,.button{width:100%;
+min-height:3rem;margin-top:.5rem;padding:.6rem .9rem;font:inherit;border-color:var(--soft);color:inherit;
+background:var(--card)}[type=checkbox]{width:1.35rem;min-height:1.35rem;margin:0;accent-color:var(--accent)}
 button,.button,summary{font-weight:600;cursor:pointer}.button{display:block;text-align:center;text-decoration:none}
-.approve{margin-top:1rem;background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
-.plain{width:auto;min-height:2.75rem;margin:0;padding:0;border:0;background:none;color:var(--link)}
-.danger{color:var(--bad)}.pair{margin-top:.75rem}.pair>*{margin:0}.pair button{flex:none;width:auto}
-.pair .approve{flex:1}summary{min-height:2.75rem;padding:.6rem 0;color:var(--link)}
-summary.row{padding:.7rem .3rem .7rem 0;color:inherit;font-weight:400}summary.row::-webkit-details-marker{display:none}
-summary.row::after{content:"";padding:.2rem;border:solid var(--soft);border-width:0 2px 2px 0;rotate:45deg}
-[open]>summary.row::after{rotate:225deg}code{display:block;margin:.5rem 0;padding:.8rem;background:var(--paper);
-white-space:pre-wrap;user-select:all;font-size:.875rem}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+.approve{margin-top:1rem;background:var(--accent);border-color:var(--accent);color:var(--on-accent)}.plain{width:auto;
+min-height:2.75rem;margin:0;padding:0;border:0;background:none;color:var(--link)}.danger{color:var(--bad)}
+.pair{margin-top:.75rem}.pair>*{margin:0}.pair button{flex:none;width:auto}.pair .approve{flex:1}
+summary{min-height:2.75rem;padding:.6rem 0;color:var(--link)}summary.row{padding:.7rem .3rem .7rem 0;color:inherit;
+font-weight:400}summary.row::-webkit-details-marker{display:none}summary.row::after{content:"";padding:.2rem;
+border:solid var(--soft);border-width:0 2px 2px 0;rotate:45deg}[open]>summary.row::after{rotate:225deg}
+code{display:block;margin:.5rem 0;padding:.8rem;background:var(--paper);white-space:pre-wrap;user-select:all;
+font-size:.875rem}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 `;
 
 function serverName({ pages, issuer }: Server): string {
@@ -3244,8 +3244,6 @@ function heading(name: string, where: string, more: Html, label?: string): Html 
   const avatar = html`<span class="av c${sum % 5}" aria-hidden="true">${letters.toUpperCase() || "?"}</span>`;
   return html`${avatar}<div>${nameOf(label || name)}${more}</div>`;
 }
-
-const RELATIVE_TIME = new Intl.RelativeTimeFormat("en");
 
 /** Shows a time from now, as a page without script does not know the owner's time zone; exactly in the title. */
 function timeOf(at: number): Html {
@@ -3457,9 +3455,6 @@ function addCommand(name: string, resource: string): string {
   return `claude mcp add --transport http ${word} ${resource}`;
 }
 
-/** What happens when all is well; everything else needs a look. */
-const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|code_redeemed|first_call|token_created)$/;
-
 function tokenFields({ scopes }: Server): Html {
   const days = [30, 90, 365].map((days) => html`<option value="${days}">${days} days</option>`);
   const choices = scopes.all.map((scope) =>
@@ -3478,8 +3473,6 @@ function messagePage(server: Server, c: Context, status: PageStatus, title: stri
   const body = html`<h1>${title}</h1>${texts.map((text) => typeof text === "string" ? html`<p>${text}</p>` : text)}`;
   return page(server, c, title, body, { status });
 }
-
-const OPEN_TOO_LONG: Problem = { status: 403, message: "This page was open for too long. Check it and answer again." };
 
 const strangerPage: Handler = (server, c) => messagePage(server, c, 403, "For the owner only", NOT_OWNER);
 
