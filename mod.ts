@@ -587,7 +587,7 @@ function createServer(options: PersonalAuthOptions): Server {
   const { issuer, password, authenticateOwner, onEvent } = settings;
   const emit: Emit = (type, message, more) => recordEvent(events, onEvent, { type, message, ...more });
   const store = guardStore(options.store ?? fileStore(".oauth-state"), emit);
-  const events: EventLog = { store, key: `events/${issuer}`, waiting: [], writing: Promise.resolve() };
+  const events: EventLog = { store, key: `events/${issuer}`, waiting: {}, writing: Promise.resolve() };
   const longMac = serverMac(store, issuer, emit);
   const server: Server = {
     ...settings,
@@ -2410,23 +2410,19 @@ async function stretch(password: string, { salt, generated }: OwnerRecord) {
 
 // --- Owner's page ---------------------------------------------------------------------------------------------------
 
-/**
- * What was done, as the page that follows says it. Its address names one of these, so that no link can make it say
- * more.
- */
-const DONE = {
-  disconnected: "Disconnected. It has to ask you again.",
-  all_disconnected: "Everything is disconnected.",
-  renamed: "Renamed.",
-};
-
+/** The action of a form, its name in the next page's address, and what that page says: no link can make it say more. */
+const DONE = [
+  ["revoke", "disconnected", "Disconnected. It has to ask you again."],
+  ["revoke_all", "all_disconnected", "Everything is disconnected."],
+  ["rename", "renamed", "Renamed."],
+] as const;
 /** The longest name that the owner can give to a connection. */
 const MAX_LABEL = 60;
 
-/** Shows `/connections`: what is connected, attempts to connect, personal access tokens, and the latest events. */
+/** Shows `/connections`: connections, attempts to connect, personal access tokens, and the latest events. */
 async function showConnections(server: Server, c: Context): Promise<Response> {
   const session = await readSession(server, c);
-  return await turnAway(server, c, session) ?? await renderConnections(server, c, session);
+  return await turnAway(server, c, session) ?? await connectionsPage(server, c, session);
 }
 
 /** Carries out a form of `/connections`. */
@@ -2436,18 +2432,24 @@ async function changeConnections(server: Server, c: Context): Promise<Response> 
   const session = await readSession(server, c);
   const away = await turnAway(server, c, session);
   if (away) return away;
-  const csrf = form.get("csrf") ?? "";
-  if (!await checkCsrf(server, session.browser, path, csrf)) {
+  const [action, id] = [form.get("action"), form.get("id") ?? ""];
+  if (!await checkCsrf(server, session.browser, path, form.get("csrf") ?? "")) {
     if (!session.known) return expiredPage(server, c);
     // The second of two clicks, after the answer to the first one has signed the owner in.
-    if (session.who === "owner" && !form.has("action")) return c.redirect(path, 303);
-    return await renderConnections(server, c, session, OPEN_TOO_LONG);
+    if (session.who === "owner" && action === null) return c.redirect(path, 303);
+    return await connectionsPage(server, c, session, OPEN_TOO_LONG);
   }
   const problem = await signIn(server, c, session, form.get("password") ?? "");
-  if (problem) return await renderConnections(server, c, session, problem);
-  const done = await carryOut(server, c, session, form, csrf);
-  // 303: a reload of the page that follows must not do it again.
-  return done instanceof Response ? done : c.redirect(done ? `${path}?done=${done}` : path, 303);
+  if (problem) return await connectionsPage(server, c, session, problem);
+  const tokenPage = action === "create_token" && await createAndShowToken(server, c, form);
+  if (tokenPage) return tokenPage;
+  if (action === "revoke") await revoke(server, id);
+  if (action === "rename") await rename(server, id, printable(form.get("label") ?? ""));
+  if (action === "revoke_all" || form.has("revoke_all")) await revokeAll(server); // the button, or the box at sign-out
+  if (action === "sign_out") await signOut(server, session);
+  if (action === "sign_out_everywhere") await signOutEverywhere(server);
+  const done = DONE.find(([it]) => it === action)?.[1];
+  return c.redirect(done ? `${path}?done=${done}` : path, 303); // 303: a reload must not do it again
 }
 
 /** Returns what to answer if this visitor may not see the page at all. */
@@ -2459,73 +2461,26 @@ async function turnAway(server: Server, c: Context, { who, answer }: Session): P
   return answer ?? (who === "stranger" ? await strangerPage(server, c) : undefined);
 }
 
-async function renderConnections(server: Server, c: Context, session: Session, problem?: Problem): Promise<Response> {
-  const action = `${server.basePath}/connections`;
-  const csrf = await createCsrf(server, session.browser, action);
-  if (session.who !== "owner") return await signInPage(server, c, action, csrf, problem);
-  const key = c.req.query("done") ?? "";
-  const done = Object.hasOwn(DONE, key) ? DONE[key as keyof typeof DONE] : undefined;
-  const connections = await listConnections(server);
-  const [attempts, events] = [await listTimelines(server), await latestEvents(server.events)];
-  return await connectionsPage(server, c, {
-    action,
-    csrf,
-    connections,
-    attempts,
-    events,
-    ...defined({ done, problem }),
+/** Makes a personal access token and shows it, this one time. Returns `undefined` if the form's token is in use. */
+async function createAndShowToken(server: Server, c: Context, form: URLSearchParams): Promise<Response | undefined> {
+  const [name, expiresIn] = [form.get("name") ?? "", Number(form.get("days")) * DAY];
+  // With one scope there is nothing to choose; with several, none ticked is none, not all.
+  const scopes = server.scopes.all.length > 1 && { scopes: form.getAll("scope") };
+  const made = await createToken(server, { name, expiresIn, ...scopes }, form.get("csrf")!).catch((error) => {
+    if (!(error instanceof TypeError)) throw error;
+    throw new OAuthError("invalid_request", "The token needs a name, a lifetime and a scope");
   });
+  if (!made) return undefined;
+  const once = html`<p class="warn">Copy it now: it is not shown again.</p>${copyable(made.token)}`;
+  const command = copyable(`${addCommand(name, server.resource)} --header "Authorization: Bearer ${made.token}"`);
+  const back = html`<a href="${server.basePath}/connections">Back to your connections</a>`;
+  return await messagePage(server, c, 200, "Your new token", once, "In Claude Code, for example:", command, back);
 }
 
-/** Does what a form asks for. Returns a page to show, or the name of the message on the page that follows. */
-async function carryOut(
-  server: Server,
-  c: Context,
-  session: Session,
-  form: URLSearchParams,
-  csrf: string,
-): Promise<Response | keyof typeof DONE | undefined> {
-  const id = form.get("id") ?? "";
-  switch (form.get("action")) {
-    case "revoke":
-      await revoke(server, id);
-      return "disconnected";
-    case "revoke_all":
-      await revokeAll(server);
-      return "all_disconnected";
-    case "rename":
-      await rename(server, id, printable(form.get("label") ?? ""));
-      return "renamed";
-    case "sign_out":
-      await signOut(server, session);
-      return undefined;
-    case "sign_out_everywhere":
-      if (form.has("revoke_all")) await revokeAll(server);
-      await signOutEverywhere(server);
-      return undefined;
-    case "create_token": {
-      const request = {
-        name: form.get("name") ?? "",
-        expiresIn: Number(form.get("days") ?? 0) * DAY,
-        // With one scope there is nothing to choose; with several, none ticked is none, not all.
-        ...(server.scopes.all.length > 1 && { scopes: form.getAll("scope") }),
-      };
-      const made = await createToken(server, request, csrf).catch((error) => {
-        if (!(error instanceof TypeError)) throw error;
-        throw new OAuthError("invalid_request", "The token needs a name, a lifetime and a scope");
-      });
-      if (made) return await tokenPage(server, c, made.token, request.name);
-    }
-  }
-}
-
-/**
- * Leads a browser from the root to the owner's page if the app has nothing there: `next()` asks all routes that come
- * after this one. A program that probes the root still finds nothing.
- */
+/** Leads a browser from the root to the owner's page if the app has nothing there. A program still finds nothing. */
 function homePage({ basePath }: Server): MiddlewareHandler {
   return async (c, next) => {
-    await next();
+    await next(); // asks all routes that come after this one
     if (c.res.status !== 404 || !c.req.header("Accept")?.includes("text/html")) return;
     c.res = undefined; // or its headers would be kept
     c.res = new Response(null, { status: 302, headers: { Location: `${basePath}/connections` } });
@@ -2534,21 +2489,11 @@ function homePage({ basePath }: Server): MiddlewareHandler {
 
 // --- Timeline -------------------------------------------------------------------------------------------------------
 
-/** How far a client came before the owner approved it. In memory only: strangers can make any number of these. */
-interface Attempt {
-  name: string;
-  /** When somebody last called without a token: how a client finds the server. */
-  found?: number;
-  introduced?: number;
-  shown?: number;
-  denied?: number;
-  refused?: Refusal;
-}
-
+/** How far a client came before its approval, and when. In memory only: strangers can make any number of these. */
+type Attempt = { name: string; refused?: Refusal } & { [step in "found" | "introduced" | "shown" | "denied"]?: number };
 type Refusal = { at: number; reason: string };
-
-/** One attempt as the owner's page shows it. */
-type Timeline = { title: string; steps: { at: number; text: string; ok: boolean }[]; advice: string };
+type Timeline = ReturnType<typeof timeline>;
+type TimelineStep = [at: number | undefined, text: string, ok?: boolean];
 
 const MAX_KEPT_ATTEMPTS = 50;
 const MAX_SHOWN_TIMELINES = 15;
@@ -2592,179 +2537,130 @@ async function listTimelines(server: Server): Promise<Timeline[]> {
   const approved: Timeline[] = [];
   for await (const [, value] of server.store.list("grant/")) {
     const grant = value as Grant;
-    if (grant.client.id === PERSONAL || grant.resource !== server.resource || grant.revoked !== undefined) continue;
+    const isOver = grant.revoked !== undefined || grant.expires <= now;
     const isSettled = connectionState(grant, now) === "active" && now - grant.created > DAY;
-    if (!isSettled && grant.expires > now) approved.push(grantTimeline(server, grant, now));
+    if (grant.client.id === PERSONAL || grant.resource !== server.resource || isOver || isSettled) continue;
+    approved.push(grantTimeline(server, grant, now));
   }
   approved.sort((a, b) => b.steps.at(-1)!.at - a.steps.at(-1)!.at);
   const attempts = [...server.attempts.values()].reverse();
   // Some of each kind, so that no number of strangers' attempts hides what the owner approved or opened.
   const opened = attempts.filter(({ shown }) => shown !== undefined);
   const unopened = attempts.filter(({ shown }) => shown === undefined).slice(0, 3);
-  const unapproved = [...opened, ...unopened].map((attempt) => attemptTimeline(server, attempt));
+  const unapproved = [...opened, ...unopened].map((it) => timeline(it.name, attemptAdvice(server, it), it));
   return [...approved, ...unapproved].slice(0, MAX_SHOWN_TIMELINES);
 }
 
-/** Puts the steps of an attempt in order, and leaves out those that did not happen. */
-function steps(
-  { found, introduced, shown, refused }: Partial<Attempt>,
-  ...more: [at: number | undefined, text: string, ok?: boolean][]
-): Timeline["steps"] {
-  const happened: typeof more = [
+/** Returns an attempt as the page shows it, with the steps that happened, in order. */
+function timeline(title: string, advice: string, attempt: Partial<Attempt>, more: TimelineStep[] = []) {
+  const { found, introduced, shown, denied, refused } = attempt;
+  const all: TimelineStep[] = [
     [found, "found this server"],
     [introduced, "introduced itself"],
     [shown, "was shown to you for approval"],
+    [denied, "was denied by you", false],
     ...more,
     [refused?.at, `was refused: ${refused?.reason}`, false],
   ];
-  return happened.flatMap(([at, text, ok = true]) => at === undefined ? [] : [{ at, text, ok }])
-    .sort((a, b) => a.at - b.at);
-}
-
-function attemptTimeline(server: Server, attempt: Attempt): Timeline {
-  const { name, shown = 0, denied = 0, refused } = attempt;
-  // What came last counts: an app that was refused and then came again properly waits for the owner.
-  const last = Math.max(shown, denied, refused?.at ?? 0);
-  let situation: keyof typeof ADVICE = "unopened";
-  if (last > 0) situation = last === shown ? "shown" : last === denied ? "denied" : "rejected";
-  return {
-    title: name,
-    steps: steps(attempt, [attempt.denied, "was denied by you", false]),
-    advice: advise(server, situation, { name: name || "the app" }),
-  };
+  const steps = all.flatMap(([at, text, ok = true]) => at === undefined ? [] : [{ at, text, ok }]);
+  return { title, advice, steps: steps.sort((a, b) => a.at - b.at) };
 }
 
 function grantTimeline(server: Server, grant: Grant, now: number): Timeline {
-  const { client, code, refresh, created, called, used, refused, attempt, redirect_uri = server.issuer } = grant;
-  const [situation, since] = grantSituation(grant, server.found.at ?? 0, now);
-  const { host } = new URL(redirect_uri);
-  const facts = { name: client.name || "the app", host, when: ago(now - since), reason: refused?.reason };
-  return {
-    title: grant.label || client.name,
-    steps: steps(
-      { ...attempt, ...defined({ refused }) },
-      [created, "was approved by you"],
-      [code?.redeemed, "fetched its token"],
-      [called, "called for the first time"],
-      [refresh?.rotated[0]?.[1], "refreshed its token, the last time"],
-      [called && used, "was used, the last time"],
-    ),
-    advice: advise(server, situation, facts),
-  };
+  const { label, client, code, refresh, created, called, used, refused, attempt } = grant;
+  return timeline(label || client.name, grantAdvice(server, grant, now), { ...attempt, ...defined({ refused }) }, [
+    [created, "was approved by you"],
+    [code?.redeemed, "fetched its token"],
+    [called, "called for the first time"],
+    [refresh?.rotated[0]?.[1], "refreshed its token, the last time"],
+    [called && used, "was used, the last time"],
+  ]);
 }
 
-/** Returns where a connection stopped, and since when. `found`: when somebody last called without a token. */
-function grantSituation(grant: Grant, found: number, now: number): [situation: keyof typeof ADVICE, since: number] {
-  const { code, refused, created, access, redirect_uri, used = 0, called = 0 } = grant;
-  const redeemed = code?.redeemed ?? created;
-  if (refused && refused.at > Math.max(used, code?.redeemed ?? 0)) return ["refused", refused.at];
-  switch (connectionState(grant, now)) {
-    case "pending":
-      if (hasOpenCode(grant, now)) return ["waiting", created];
-      return [redirect_uri && isLocal(new URL(redirect_uri)) ? "not_listening" : "not_reached", created];
-    case "unused":
-      return [found > redeemed ? "token_removed" : "blocked", redeemed];
-    case "silent":
-      return ["silent", Math.max(...access.map(({ expires }) => expires), called)];
-    case "active":
-      return ["active", created];
+/** Returns what the owner should know and do about an attempt that is not approved. */
+function attemptAdvice(server: Server, { name, shown = 0, denied = 0, refused }: Attempt): string {
+  // What came last counts: an app that was refused and then came again properly waits for the owner.
+  const last = Math.max(shown, denied, refused?.at ?? 0);
+  if (last === 0) return `It introduced itself, but no browser has opened the page. Connect again; ${hint(server)}`;
+  if (last === shown) return "It is your turn: approve or deny on the page that the app opened, or connect again.";
+  if (last === denied) return "You denied it. Nothing was shared.";
+  return `This server refused it. Mend that, and connect again in ${name || "the app"}.`;
+}
+
+/** Returns the same about a connection, by where it stopped. */
+function grantAdvice(server: Server, grant: Grant, now: number): string {
+  const { client, code, refused, created, access, redirect_uri = server.issuer, used = 0, called = 0 } = grant;
+  const target = new URL(redirect_uri);
+  const [name, redeemed] = [client.name || "the app", code?.redeemed ?? created];
+  if (refused && refused.at > Math.max(used, redeemed)) {
+    return `${name} was refused ${ago(now - refused.at)}: ${refused.reason}. Connect again in ${name}.`;
   }
+  if (hasOpenCode(grant, now)) {
+    return `It is ${name}'s turn: it was sent back to ${target.host} and has not fetched its token yet.`;
+  }
+  const userAgent = /^claude\.(ai|com)$/.test(target.host) ? "the user agent Claude-User" : "its user agent";
+  const cause = (server.found.at ?? 0) > redeemed
+    ? "Then a request without a token came: something in front of this server may remove the Authorization header"
+    : `Something in front of this server may block ${userAgent}`;
+  const expired = ago(now - Math.max(...access.map(({ expires }) => expires), called));
+  return {
+    pending: isLocal(target)
+      ? `${name} never fetched its token: nothing listens at ${target.host} on the computer of your browser. If it ` +
+        "is on another computer, connect again and say so on the page."
+      : `${name} never fetched its token. Its servers may not reach ${server.issuer}/token; ${hint(server)}`,
+    unused: `${name} got its token ${ago(now - redeemed)} and has not called since. ${cause}; ${hint(server)}`,
+    silent: `${name}'s access token expired ${expired} and it has not come back. Open ${name} and connect again.`,
+    active: `${name} is connected.`,
+  }[connectionState(grant, now)];
 }
 
-/** What the owner should know and do, by where an attempt or a connection stopped. */
-const ADVICE = {
-  unopened: "It introduced itself, but no browser has opened the page to approve it. Connect again in the app; {check}",
-  shown:
-    "It is your turn: approve or deny on the page that the app opened. If the page is gone, connect again in the app.",
-  denied: "You denied it. Nothing was shared.",
-  rejected: "This server refused it. Mend that, and connect again in {name}.",
-  refused: "{name} was refused {when}: {reason}. Connect again in {name}.",
-  waiting: "It is {name}'s turn: it was sent back to {host} and has not fetched its token yet.",
-  not_listening: "{name} never fetched its token: nothing listens at {host} on the computer of your browser. Connect " +
-    "again, and if {name} is on another computer, say so on the page.",
-  not_reached:
-    "{name} was sent back to {host} and never fetched its token. Its servers may not reach {issuer}/token; " +
-    "{check}",
-  token_removed: "{name} got its token {when} and has not called since. Since then a request without a token came: " +
-    "something in front of this server may remove the Authorization header; {check}",
-  blocked: "{name} got its token {when} and has not called since. Something in front of this server may block the " +
-    "user agent Claude-User; {check}",
-  silent: "{name}'s access token expired {when} and it has not come back. Open {name}, and connect again if it asks " +
-    "for it.",
-  active: "{name} is connected.",
-};
-
-/** Fills in an advice, in one pass: what a client calls itself is not filled in again. */
-function advise(
-  { issuer, resource }: Server,
-  situation: keyof typeof ADVICE,
-  facts: Record<string, string | undefined>,
-) {
-  const check = `to see what a client meets, run: npx -y deno run -A mod.ts ${resource}`;
-  const all: typeof facts = { ...facts, issuer, check };
-  return ADVICE[situation].replace(/\{(\w+)\}/g, (_, name) => all[name] ?? "");
-}
+const hint = ({ resource }: Server) => `to see what a client meets, run: npx -y deno run -A mod.ts ${resource}`;
 
 // --- Events ---------------------------------------------------------------------------------------------------------
 
-type LoggedEvent = Pick<AuthEvent, "at" | "message" | "clientName" | "connection">;
-/** `events/<issuer>`: the latest of each kind, so that a flood of one kind cannot push out the others. */
-type EventRecord = Partial<Record<AuthEvent["type"], { count: number; latest: LoggedEvent[] }>>;
-type LoggedEvents = (LoggedEvent & { type: AuthEvent["type"]; count: number })[];
-
+/** `events/<issuer>`: the latest of each type, so that a flood of one type cannot push out the others. */
+type EventRecord = Record<string, { count: number; latest: Omit<AuthEvent, "type" | "cause">[] }>;
 /** Where events are kept, and those that are not written yet. */
-type EventLog = { store: Store; key: string; waiting: AuthEvent[]; writing: Promise<unknown> };
+type EventLog = { store: Store; key: string; waiting: EventRecord; writing: Promise<unknown> };
 
 const MAX_EVENTS_PER_TYPE = 5;
-const MAX_WAITING_PER_TYPE = 20;
 /** Events that strangers can cause at will: they wait in memory for one that is worth a write. */
-const CHEAP_EVENTS = new Set<AuthEvent["type"]>([
-  "token_refused",
-  "client_assertion_refused",
-  "client_document_refused",
-  "client_assertion_refused",
-  "redirect_refused",
-  "connection_denied",
-  "sign_in_throttled",
-  "owner_unprotected",
-  "password_weak",
-  "server_error",
-]);
+const CHEAP_EVENTS = /^(\w+_refused|connection_denied|sign_in_throttled|owner_unprotected|password_weak|server_error)$/;
 
 /** Passes an event to `onEvent`, and keeps it for the owner's page. */
 function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happened: Omit<AuthEvent, "at">): void {
   const event: AuthEvent = { at: Math.floor(seconds()), ...happened };
-  const { type } = event;
   // A broken alarm must break neither the request it reports nor, if it is asynchronous, the process.
   promiseTry(() => onEvent(event)).catch((error) => console.error("personal-auth: onEvent threw", error));
+  const { at, type, message, clientName, connection } = event;
   if (type === "client_registered") return; // anybody's, any number of times, and nothing the owner could act on
-  const others = log.waiting.filter((waiting) => waiting.type !== type);
-  const same = log.waiting.filter((waiting) => waiting.type === type);
-  log.waiting = [...others, ...same.slice(1 - MAX_WAITING_PER_TYPE), event];
-  if (CHEAP_EVENTS.has(type)) return;
+  const kept = { at, message: message.slice(0, 500), ...defined({ clientName, connection }) };
+  log.waiting = mergeEvents(log.waiting, { [type]: { count: 1, latest: [kept] } });
+  if (CHEAP_EVENTS.test(type)) return;
   const batch = log.waiting;
-  log.waiting = [];
-  const merge = (current: unknown) => mergeEvents(current as EventRecord | undefined, batch);
-  log.writing = promiseTry(() => log.store.update(log.key, merge))
-    .catch(() => log.waiting = [...batch, ...log.waiting].slice(-100)); // the next event tries again
+  log.waiting = {};
+  log.writing = promiseTry(() => log.store.update(log.key, (current) => mergeEvents(current, batch)))
+    .catch(() => log.waiting = mergeEvents(batch, log.waiting)); // the next event tries again
 }
 
-function mergeEvents(record: EventRecord = {}, events: AuthEvent[]): EventRecord {
-  const merged = { ...record };
-  for (const { type, at, message, clientName, connection } of events) {
-    const { count, latest } = merged[type] ?? { count: 0, latest: [] };
-    const event = { at, message: message.slice(0, 500), ...defined({ clientName, connection }) };
-    merged[type] = { count: count + 1, latest: [event, ...latest].slice(0, MAX_EVENTS_PER_TYPE) };
+/** Adds newer events to a record. An event that repeats an earlier one replaces it. */
+function mergeEvents(record: unknown, newer: EventRecord): EventRecord {
+  const merged = { ...record as EventRecord | undefined };
+  for (const [type, { count, latest }] of Object.entries(newer)) {
+    const all = [...latest, ...merged[type]?.latest ?? []];
+    const keys = all.map(({ message, clientName }) => JSON.stringify([message, clientName]));
+    const distinct = all.filter((_, i) => keys.indexOf(keys[i]!) === i);
+    merged[type] = { count: count + (merged[type]?.count ?? 0), latest: distinct.slice(0, MAX_EVENTS_PER_TYPE) };
   }
   return merged;
 }
 
-/** Returns the latest events of each kind, newest first, with how many there were of that kind. */
-async function latestEvents(log: EventLog): Promise<LoggedEvents> {
+/** Returns the latest events, newest first. The latest of a type says how many there were of that type. */
+async function latestEvents(log: EventLog) {
   await log.writing;
-  const record = mergeEvents(await log.store.get(log.key) as EventRecord | undefined, log.waiting);
-  const types = Object.keys(record) as AuthEvent["type"][];
-  return types.flatMap((type) => record[type]!.latest.map((event) => ({ ...event, type, count: record[type]!.count })))
+  const record = mergeEvents(await log.store.get(log.key), log.waiting);
+  return Object.entries(record)
+    .flatMap(([type, { count, latest }]) => latest.map((event, i) => ({ ...event, type, count: i === 0 ? count : 1 })))
     .sort((a, b) => b.at - a.at);
 }
 
@@ -2791,59 +2687,55 @@ export interface PageOptions {
   accent?: string;
 }
 
-/** What a client is called that has no name. */
 const UNNAMED = "an app without a name";
+const RELATIVE_TIME = new Intl.RelativeTimeFormat("en");
+/** Events that happen when all is well; every other one needs a look. */
+const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|code_redeemed|first_call|token_created)$/;
+const OPEN_TOO_LONG: Problem = { status: 403, message: "This page was open for too long. Check it and answer again." };
 
 // What apps say of themselves is a .name: at most two lines, and clipped, so that combining marks draw over nothing.
 const STYLE = `
 :root{color-scheme:light dark;--ink:#1d1b18;--soft:#5c574f;--paper:#f5f3ee;--card:#fff;--line:#e0dbd0;--link:#1d4f9c;
---accent:#1d4f9c;--on-accent:#fff;--warn:#7a3d00;--warn-paper:#fff4e0;--good:#1b6b3a;--good-paper:#e8f5ec;--bad:#a3241b}
-@media(prefers-color-scheme:dark){:root{--ink:#f1efe9;--soft:#b8b2a7;--paper:#161513;--card:#211f1d;--line:#3d3a35;
---link:#8db4f5;--accent:#8db4f5;--on-accent:#0d1d35;--warn:#ffcf8f;--warn-paper:#36260f;--good:#8fd8a8;
---good-paper:#16301f;--bad:#ff9d94}}@media(prefers-contrast:more){:root{--soft:var(--ink);--line:var(--ink)}}
-*{box-sizing:border-box}
-body{margin:0;min-height:100vh;display:grid;grid-template-columns:100%;place-items:center;padding:1rem;
-background:var(--paper);color:var(--ink);font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere;text-wrap:pretty}
-main{width:100%;max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);
-border-radius:1.1rem}main.wide{max-width:44rem;align-self:start}
-header,.row,.pair,fieldset label{display:flex;gap:.7rem;align-items:center}
-header{min-height:2.75rem;margin-bottom:.5rem;color:var(--soft);font-size:.9rem}header b,.to b{color:var(--ink)}
-header form{margin-left:auto}h1{margin:0 0 .5rem;font-size:1.5rem;line-height:1.2;text-wrap:balance}
-h2{margin:1.6rem 0 .3rem;font-size:1rem}p{margin:.5rem 0}small{display:block}small,code,.row p{overflow:clip}
-small,.soft,.to{color:var(--soft);font-size:.875rem}ul,ol{list-style:none;margin:0;padding:0}a{color:var(--link)}
-.name{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;overflow:hidden;overflow:clip;
-font-weight:600;text-align:left}.card,.flash,.warn,.chip,.av{border:1px solid transparent;border-radius:.8rem}
-.card,.flash,.warn{margin:1rem 0;padding:.8rem}.card{border-color:var(--line)}
-.flash,.chip{background:var(--good-paper);color:var(--good)}.warn{background:var(--warn-paper);color:var(--warn)}
-.warn,.chip{font-weight:600}.chip{padding:0 .5rem;font-size:.8rem;white-space:nowrap}.row{padding:.7rem 0}
-.row p{margin:0}.row p::first-letter{text-transform:uppercase}.row>div{flex:1;min-width:0}.card>.row{padding:0 0 .7rem}
-.av{flex:none;width:2.5rem;height:2.5rem;display:grid;place-items:center;overflow:clip;color:#fff;background:#5c574f;
-font-weight:700}.c0{background:#b0492a}.c1{background:#2d66a8}.c2{background:#6a53c0}.c3{background:#1f7350}
-.c4{background:#a23b72}.to{margin:0;padding-top:.7rem;border-top:1px solid var(--line)}.to b{font-size:1.2rem}
-.marks li{padding:.2rem 0 .2rem 1.6rem;position:relative}
-.marks li::before{content:"✓";position:absolute;left:.2rem;color:var(--good);font-weight:700}
-.marks .more::before{content:"!";left:.45rem;color:var(--warn)}.marks .bad::before{content:"✗";color:var(--bad)}
-.list>li{border-top:1px solid var(--line)}label,legend{display:block;margin-top:1rem;padding:0;font-weight:600}
-fieldset{border:0;margin:0;padding:0}fieldset label{min-height:2.75rem;margin:0;font-weight:400}
-input,select,button,.button{width:100%;min-height:3rem;margin-top:.5rem;padding:.6rem .9rem;font:inherit;
-border:1px solid var(--soft);border-radius:.7rem;color:inherit;background:var(--card)}
-input[type=checkbox]{width:1.35rem;min-height:1.35rem;margin:0;accent-color:var(--accent)}
+--accent:var(--link);--on-accent:var(--card);--warn:#7a3d00;--warn-paper:#fff4e0;--good:#1b6b3a;--good-paper:#e8f5ec;
+--bad:#a3241b}@media(prefers-color-scheme:dark){:root{--ink:#f1efe9;--soft:#b8b2a7;--paper:#161513;--card:#211f1d;
+--line:#3d3a35;--link:#8db4f5;--warn:#ffcf8f;--warn-paper:#36260f;--good:#8fd8a8;--good-paper:#16301f;--bad:#ff9d94}}
+@media(prefers-contrast:more){:root{--soft:var(--ink);--line:var(--ink)}}*{box-sizing:border-box;margin:0;padding:0}
+body{min-height:100vh;display:grid;grid-template-columns:100%;place-items:center;padding:1rem;background:var(--paper);
+color:var(--ink);font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere;text-wrap:pretty}main{width:100%;
+max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);
+border-radius:1.1rem}.wide{max-width:44rem;align-self:start}header,.row,.pair,fieldset label{display:flex;gap:.7rem;
+align-items:center}header{min-height:2.75rem;margin-bottom:.5rem;color:var(--soft);font-size:.9rem}
+header b,.to b{color:var(--ink)}header form{margin-left:auto}h1{margin-bottom:.5rem;font-size:1.5rem;line-height:1.2;
+text-wrap:balance}h2{margin:1.6rem 0 .3rem;font-size:1rem}p{margin:.5rem 0}small{display:block}
+small,code,.row p,.name,.av{overflow:clip}small,.soft,.to{color:var(--soft);font-size:.875rem}
+ul,ol,summary.row{list-style:none}a{color:var(--link)}.name{display:-webkit-box;-webkit-box-orient:vertical;
+-webkit-line-clamp:2;font-weight:600;text-align:left}.card,.flash,.warn{margin:1rem 0;padding:.8rem}
+.card,.flash,.warn,.chip,.av,code,input,select,button,.button{border:1px solid transparent;border-radius:.75rem}
+.card,code{border-color:var(--line)}.flash,.chip{background:var(--good-paper);color:var(--good)}
+.warn{background:var(--warn-paper);color:var(--warn)}.warn,.chip{font-weight:600}.chip{padding:0 .5rem;font-size:.8rem;
+white-space:nowrap}.row{padding:.7rem 0}.row>div{flex:1;min-width:0}.row p{margin:0}
+.row p::first-letter{text-transform:uppercase}.card>.row{padding:0 0 .7rem}.row+.card{margin:0 0 .8rem}.av{flex:none;
+width:2.5rem;height:2.5rem;display:grid;place-items:center;color:#fff;font-weight:700}.c0{background:#b0492a}
+.c1{background:#2d66a8}.c2{background:#6a53c0}.c3{background:#1f7350}.c4{background:#a23b72}
+.list>li,.to{border-top:1px solid var(--line)}.to{margin:0;padding-top:.7rem}.to b{font-size:1.2rem}
+.marks li{padding:.2rem 0 .2rem 1.6rem;position:relative}.marks li::before{content:"✓";position:absolute;left:.2rem;
+color:var(--good);font-weight:700}.marks .more::before{content:"!";left:.45rem;color:var(--warn)}
+.marks .bad::before{content:"✗";color:var(--bad)}label,legend{display:block;margin-top:1rem;font-weight:600}
+fieldset{border:0}fieldset label{min-height:2.75rem;margin:0;font-weight:400}input,select,button,.button{width:100%;
+min-height:3rem;margin-top:.5rem;padding:.6rem .9rem;font:inherit;border-color:var(--soft);color:inherit;
+background:var(--card)}[type=checkbox]{width:1.35rem;min-height:1.35rem;margin:0;accent-color:var(--accent)}
 button,.button,summary{font-weight:600;cursor:pointer}.button{display:block;text-align:center;text-decoration:none}
-.approve{margin-top:1rem;background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
-.plain{width:auto;min-height:2.75rem;margin:0;padding:0;border:0;background:none;color:var(--link)}
-.danger{color:var(--bad)}.pair{margin-top:.75rem}.pair>*{margin:0}.pair button{flex:none;width:auto}
-.pair .approve{flex:1}summary{min-height:2.75rem;padding:.6rem 0;color:var(--link)}
-summary.row{padding:.7rem .3rem .7rem 0;color:inherit;font-weight:400;list-style:none}
-summary.row::-webkit-details-marker{display:none}
-summary.row::after{content:"";padding:.2rem;border:solid var(--soft);border-width:0 2px 2px 0;rotate:45deg}
-[open]>summary.row::after{rotate:225deg}.row+.card{margin:0 0 .8rem}
-code{display:block;margin:.5rem 0;padding:.8rem;border:1px solid var(--line);border-radius:.7rem;
-background:var(--paper);white-space:pre-wrap;user-select:all;font-size:.875rem}
-:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+.approve{margin-top:1rem;background:var(--accent);border-color:var(--accent);color:var(--on-accent)}.plain{width:auto;
+min-height:2.75rem;margin:0;padding:0;border:0;background:none;color:var(--link)}.danger{color:var(--bad)}
+.pair{margin-top:.75rem}.pair>*{margin:0}.pair button{flex:none;width:auto}.pair .approve{flex:1}
+summary{min-height:2.75rem;padding:.6rem 0;color:var(--link)}summary.row{padding:.7rem .3rem .7rem 0;color:inherit;
+font-weight:400}summary.row::-webkit-details-marker{display:none}summary.row::after{content:"";padding:.2rem;
+border:solid var(--soft);border-width:0 2px 2px 0;rotate:45deg}[open]>summary.row::after{rotate:225deg}
+code{display:block;margin:.5rem 0;padding:.8rem;background:var(--paper);white-space:pre-wrap;user-select:all;
+font-size:.875rem}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 `;
 
-/** What the owner calls this server. */
-function serverName({ pages, issuer }: Settings): string {
+function serverName({ pages, issuer }: Server): string {
   return pages.title || issuer.replace("https://", "");
 }
 
@@ -2857,88 +2749,83 @@ function isLocal({ protocol, hostname }: URL): boolean {
   return /^https?:$/.test(protocol) && isLoopback(hostname);
 }
 
-/** A name that an app or the owner chose, of any length and direction. */
-function nameOf(name: string): Html {
-  return html`<bdi class="name">${name || UNNAMED}</bdi>`;
-}
+const nameOf = (name: string) => html`<bdi class="name">${name || UNNAMED}</bdi>`;
+const link = (uri: string, text: string) => html`<a class="button approve" href="${uri}">${nameOf(text)}</a>`;
+const copyable = (text: string) => html`<code tabindex="0">${text}</code>`;
+const list = (items: Html[]) => html`<ul class="list">${items.map((item) => html`<li>${item}</li>`)}</ul>`;
+const fold = (title: string, content: Html, open = false) =>
+  html`<details ${open && raw("open")}><summary>${title}</summary>${content}</details>`;
 
-/** The first letters of a name, in one of five colours, so that rows are told apart at a glance. */
-function monogram(name: string, where: string): Html {
+/** Shows a name beside its first letters in one of five colours, so that rows are told apart at a glance. */
+function heading(name: string, where: string, more: Html, label?: string): Html {
   const letters = name.split(/\s+/).map((word) => word.match(/[\p{L}\p{N}]/u)?.[0] ?? "").slice(0, 2).join("");
   const sum = [...(name + where)].reduce((sum, char) => (sum * 31 + char.codePointAt(0)!) % 9973, 0);
-  return html`<span class="av c${sum % 5}" aria-hidden="true">${letters.toUpperCase() || "?"}</span>`;
+  const avatar = html`<span class="av c${sum % 5}" aria-hidden="true">${letters.toUpperCase() || "?"}</span>`;
+  return html`${avatar}<div>${nameOf(label || name)}${more}</div>`;
 }
 
-/** A time relative to now, because a page without script does not know the owner's time zone; exact in the title. */
+/** Shows a time from now, as a page without script does not know the owner's time zone; exactly in the title. */
 function timeOf(at: number): Html {
   const left = at - seconds();
   const units = [["month", 30 * DAY], ["day", DAY], ["hour", HOUR], ["minute", MINUTE]] as const;
-  const [unit, size] = units.find(([, size]) => Math.abs(left) >= size) ?? ["minute", Infinity];
-  const text = size === Infinity ? "just now" : RELATIVE_TIME.format(Math.trunc(left / size), unit);
+  const [unit, size] = units.find(([, size]) => Math.abs(left) >= size) ?? [];
+  const text = unit ? RELATIVE_TIME.format(Math.trunc(left / size), unit) : "just now";
   return html`<time datetime="${new Date(at * 1000).toISOString()}" title="${formatTime(at)}">${text}</time>`;
 }
-
-const RELATIVE_TIME = new Intl.RelativeTimeFormat("en");
 
 function formatTime(at: number): string {
   return `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
 }
 
-/** What a connection may do, in words; what is granted on request only is marked. */
-function scopeList({ scopes }: Settings, granted: string[]): Html {
-  const more = html`<span class="chip warn">extra</span>`;
-  const item = (scope: string) => {
-    const extra = !scopes.byDefault.includes(scope);
-    return html`<li class="${extra && "more"}">${scopes.words(scope)} ${extra && more}</li>`;
-  };
+/** Says what a connection may do; what is granted on request only is marked. */
+function scopeList({ scopes }: Server, granted: string[]): Html {
+  const item = (scope: string) =>
+    scopes.byDefault.includes(scope)
+      ? html`<li class="">${scopes.words(scope)}</li>`
+      : html`<li class="more">${scopes.words(scope)} <span class="chip warn">extra</span></li>`;
   return html`<ul class="marks">${granted.filter((scope) => scope !== OFFLINE_ACCESS).map(item)}</ul>`;
-}
-
-/** A text to copy: one tap selects all of it. */
-function copyable(text: string): Html {
-  return html`<code tabindex="0">${text}</code>`;
 }
 
 /** `ready`: with the cursor in it; not where that would scroll the question out of sight on a phone. */
 function passwordField(who: Session["who"], problem?: Problem, ready = problem !== undefined): Html {
+  const alert = problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`;
+  if (who !== "anybody") return html`${alert}`;
+  const more = raw((problem ? 'aria-describedby="problem" aria-invalid="true"' : "") + (ready ? " autofocus" : ""));
   // Password managers store and fill in a password only where they see a user name.
-  return html`
-    ${problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`}
-    ${who === "anybody" && html`
-      <input autocomplete="username" value="owner" hidden>
-      <label for="password">Your password for this server</label>
-      <input id="password" name="password" type="password" autocomplete="current-password" required
-        ${problem && raw('aria-describedby="problem" aria-invalid="true"')} ${ready && raw("autofocus")}>
-    `}
-  `;
+  return html`${alert}<input autocomplete="username" value="owner" hidden>
+    <label for="password">Your password for this server</label>
+    <input id="password" name="password" type="password" autocomplete="current-password" required ${more}>`;
 }
 
-/** The question to the owner, and with it the password form if nobody is signed in. */
+/** Asks the owner, and for the password if nobody is signed in. */
 function consentPage(
-  settings: Settings,
+  server: Server,
   c: Context,
   { client, redirect_uri, scopes }: AuthorizationRequest,
   form: { who: Session["who"]; encoded: string; csrf: string; vouched: boolean; problem?: Problem },
 ) {
-  const { issuer, basePath } = settings;
+  const { issuer, basePath } = server;
   const target = new URL(redirect_uri);
-  // It says what the list says, no more, beside what it stands for: the site of the document, or else the one that the
-  // answer goes to; never beside a mere name.
+  // It stands beside what is on the list: the site of the document, or else of the answer; never beside a mere name.
   const chip = form.vouched && html`<span class="chip">on your list</span>`;
   const isDocument = client.source === "document";
   const own = client.source === "registered" ? "The app chose this name; it is not verified" : "You registered it";
+  const origin = isDocument ? html`Described by ${new URL(client.id).host} ${chip}` : own;
+  const isWeb = /^https?:$/.test(target.protocol);
+  const device = isLocal(target) ? "an app on this computer" : isWeb ? "" : "an app on this device";
+  const place = html`<b title="${redirect_uri}">${hostOf(target)}</b> ${!isDocument && chip}`;
+  const elsewhere = html`
+    <p>This browser cannot reach it there. Approve here, then copy the address that is shown into the app.</p>
+    <button name="decision" value="approve_elsewhere">Approve and show the address</button>
+  `;
   const body = html`
-    <h1>Connect this app to ${serverName(settings)}?</h1>
+    <h1>Connect this app to ${serverName(server)}?</h1>
     <div class="card">
-      <div class="row">${monogram(client.name, target.host)}
-        <div>${nameOf(client.name)}
-          <small>${isDocument ? html`Described by ${new URL(client.id).host} ${chip}` : own}</small></div></div>
-      <p class="to">Sends you back to ${isLocal(target) && "an app on this computer"}
-        ${!/^https?:$/.test(target.protocol) && "an app on this device"}<br>
-        <b title="${redirect_uri}">${hostOf(target)}</b> ${!isDocument && chip}</p>
+      <div class="row">${heading(client.name, target.host, html`<small>${origin}</small>`)}</div>
+      <p class="to">Sends you back to ${device}<br>${place}</p>
     </div>
     <h2>It will be able to</h2>
-    ${scopeList(settings, scopes)}
+    ${scopeList(server, scopes)}
     <p class="warn">Approve only if you just started this.</p>
     <form method="post" action="${basePath}/authorize">
       <input type="hidden" name="request" value="${form.encoded}">
@@ -2948,116 +2835,95 @@ function consentPage(
         <button class="approve" name="decision" value="approve">Approve</button>
         <button name="decision" value="deny" formnovalidate>Deny</button>
       </div>
-      ${isLocal(target) && html`<details><summary>The app is on another computer</summary>
-        <p>This browser cannot reach it there. Approve here, then copy the address that is shown into the app.</p>
-        <button name="decision" value="approve_elsewhere">Approve and show the address</button></details>`}
+      ${isLocal(target) && fold("The app is on another computer", elsewhere)}
     </form>
     <p class="soft">Stays connected until you revoke it at <a href="${issuer}/connections">/connections</a>.</p>
   `;
-  return page(settings, c, `Connect ${client.name || UNNAMED}?`, body, { status: form.problem?.status });
+  return page(server, c, `Connect ${client.name || UNNAMED}?`, body, { status: form.problem?.status });
 }
 
-/**
- * Leads to a private-use scheme. After a redirect the browser would keep showing the form, as if nothing had happened;
- * this page goes on by itself as well, and has a link for browsers that want a click.
- */
-function openAppPage(settings: Settings, c: Context, uri: string, name: string, approved: boolean) {
+/** Leads to a private-use scheme. A redirect would leave the form on the screen, as if nothing had happened. */
+function openAppPage(server: Server, c: Context, uri: string, name: string, approved: boolean) {
   c.header("Refresh", `0; url=${uri}`);
   const texts = ["The app opens now. If it does not, press the button.", link(uri, `Open ${name || "the app"}`)];
-  return messagePage(settings, c, 200, approved ? "Approved" : "Not connected", ...texts, "Then close this page.");
+  return messagePage(server, c, 200, approved ? "Approved" : "Not connected", ...texts, "Then close this page.");
 }
 
-/** The address of the callback, to be carried by hand to the computer that the app runs on. */
-function elsewherePage(settings: Settings, c: Context, uri: string) {
+/** Shows the address of the callback, to be carried by hand to the computer that the app runs on. */
+function elsewherePage(server: Server, c: Context, uri: string) {
   const what = "Paste this address where the app on the other computer asks for it, or into a browser there:";
-  const warning = html`<p class="warn">Give it only to the app that you started yourself, and to nobody else.</p>`;
+  const warning = html`<p class="warn">Give it only to the app that you started yourself.</p>`;
   const limit = `It works once, within ${CODE_TTL / MINUTE} minutes.`;
-  return messagePage(settings, c, 200, "Approved", what, copyable(uri), warning, limit);
+  return messagePage(server, c, 200, "Approved", what, copyable(uri), warning, limit);
 }
 
-/** The answer to a form that was sent before, and the way on if the first answer did not get through. */
-function answeredPage(settings: Settings, c: Context, client: string, uri?: string) {
+/** Answers a form that was sent before, with the way on if the first answer did not get through. */
+function answeredPage(server: Server, c: Context, client: string, uri?: string) {
   const text = "You approved this request before. If the app is not connected, go back to it and connect again.";
   const way = uri ? [link(uri, `Go on to ${client || "the app"}`)] : [];
-  return messagePage(settings, c, 409, "Already answered", text, ...way);
+  return messagePage(server, c, 409, "Already answered", text, ...way);
 }
 
-function link(uri: string, text: string): Html {
-  return html`<a class="button approve" href="${uri}">${nameOf(text)}</a>`;
-}
-
-function signInPage(settings: Settings, c: Context, action: string, csrf: string, problem?: Problem) {
-  const form = html`<form method="post" action="${action}">
-    <input type="hidden" name="csrf" value="${csrf}">
-    ${passwordField("anybody", problem, true)}
-    <button class="approve">Sign in</button></form>`;
-  const text = "This page is for the owner of this server.";
-  return messagePage(settings, c, problem?.status ?? 200, "Sign in", text, form);
-}
-
-/** A form of the owner's page; its buttons name the action. */
-type Form = (content: Html) => Html;
-
-function connectionsPage(
-  settings: Settings,
-  c: Context,
-  { action, csrf, connections, attempts, events, done, problem }: {
-    action: string;
-    csrf: string;
-    connections: Connection[];
-    attempts: Timeline[];
-    events: LoggedEvents;
-    done?: string;
-    problem?: Problem;
-  },
-) {
-  const form: Form = (content) =>
-    html`<form method="post" action="${action}"><input type="hidden" name="csrf" value="${csrf}">${content}</form>`;
+/** Shows the owner's page; to anybody else, the form to sign in. */
+async function connectionsPage(server: Server, c: Context, { browser, who }: Session, problem?: Problem) {
+  const { basePath, resource } = server;
+  const csrf = await createCsrf(server, browser, `${basePath}/connections`);
+  const form = (content: Html) =>
+    html`<form method="post" action="${basePath}/connections">
+      <input type="hidden" name="csrf" value="${csrf}">${content}</form>`;
+  if (who !== "owner") {
+    const fields = form(html`${passwordField("anybody", problem, true)}<button class="approve">Sign in</button>`);
+    const text = "This page is for the owner of this server.";
+    return await messagePage(server, c, problem?.status ?? 200, "Sign in", text, fields);
+  }
+  const connections = await listConnections(server);
+  const [attempts, events] = [await listTimelines(server), await latestEvents(server.events)];
+  const done = DONE.find(([, it]) => it === c.req.query("done"))?.[2];
+  const isNew = ({ type, at }: typeof events[0]) => !ROUTINE.test(type) && seconds() - at < 30 * DAY;
+  const section = (title: string, items: Html[]) => items.length > 0 && html`<h2>${title}</h2>${list(items)}`;
   const signOut = (name: string, text: string, choice?: Html) =>
-    !settings.authenticateOwner &&
+    !server.authenticateOwner &&
     form(html`${choice}<button class="plain" name="action" value="${name}">${text}</button>`);
-  const disconnect = html`<fieldset><label>
+  const address = html`
+    <p>Give it this address, in Claude as a custom connector:</p>${copyable(resource)}
+    <p>In Claude Code:</p>${copyable(addCommand(serverName(server), resource))}
+  `;
+  const token = html`<p class="soft">For scripts, and for clients without a browser.</p>${form(tokenFields(server))}`;
+  const disconnect = html`
+    <p>Every app and every token has to be connected again.</p>
+    ${form(html`<button class="danger" name="action" value="revoke_all">Disconnect all</button>`)}
+  `;
+  const box = html`<fieldset><label>
     <input type="checkbox" name="revoke_all" value="yes">Disconnect every app and token as well</label></fieldset>`;
-  const section = (title: string, items: Html[]) =>
-    items.length > 0 && html`
-      <h2>${title}</h2>
-      <ul class="list">${items}</ul>
-    `;
-  const isNew = ({ type, at }: LoggedEvents[number]) => !ROUTINE.test(type) && seconds() - at < 30 * DAY;
-  const told = onceEach(events);
   const body = html`
     <h1>Connections</h1>
     ${done && html`<p class="flash" role="status">${done}</p>`}
-    ${problem && html`<p class="warn" role="alert">${problem.message}</p>`}
+    ${passwordField("owner", problem)}
     ${connections.length === 0 && html`<p>Nothing is connected yet.</p>`}
-    <ul class="list">${connections.map((connection) => connectionItem(settings, connection, form))}</ul>
-    ${addressPart(settings, connections.length === 0)}
-    <details><summary>New token for a script</summary>
-      <p class="soft">For scripts, and for clients without a browser.</p>${form(tokenFields(settings))}</details>
-    ${connections.length > 1 && html`<details><summary>Disconnect all</summary>
-      <p>Every app and every token has to be connected again.</p>
-      ${form(html`<button class="danger" name="action" value="revoke_all">Disconnect all</button>`)}</details>`}
+    ${list(connections.map((connection) => connectionItem(server, connection, form)))}
+    ${fold("Connect an app", address, connections.length === 0)}
+    ${fold("New token for a script", token)}
+    ${connections.length > 1 && fold("Disconnect all", disconnect)}
     ${section("Attempts to connect", attempts.map(attemptItem))}
-    ${section("Needs a look", told.filter(isNew).map(eventItem))}
-    ${section("Recent activity", told.filter((event) => !isNew(event)).map(eventItem))}
-    ${told.length === 0 && html`<p class="soft">No activity yet.</p>`}
-    ${signOut("sign_out_everywhere", "Sign out everywhere", disconnect)}
+    ${section("Needs a look", events.filter(isNew).map(eventItem))}
+    ${section("Recent activity", events.filter((event) => !isNew(event)).map(eventItem))}
+    ${events.length === 0 && html`<p class="soft">No activity yet.</p>`}
+    ${signOut("sign_out_everywhere", "Sign out everywhere", box)}
   `;
-  const aside = signOut("sign_out", "Sign out");
-  return page(settings, c, "Connections", body, { status: problem?.status, wide: true, aside });
+  const more = { status: problem?.status, wide: true, aside: signOut("sign_out", "Sign out") };
+  return await page(server, c, "Connections", body, more);
 }
 
-/** A row with what is most asked for; opened, the rest, and what can be done with the connection. */
-function connectionItem(settings: Settings, connection: Connection, form: Form): Html {
+/** Shows a connection in a row; opened, what can be done with it. */
+function connectionItem(server: Server, connection: Connection, form: (content: Html) => Html): Html {
   const { id, kind, clientName, label, redirectUri, scopes, state, createdAt, lastUsedAt, expiresAt } = connection;
   const name = label || clientName || UNNAMED;
   const where = redirectUri ? hostOf(new URL(redirectUri)) : "token";
   const short = scopes.filter((scope) => scope !== OFFLINE_ACCESS).join(" · ");
   const expires = kind === "token" && html`<span> · expires ${timeOf(expiresAt)}</span>`;
   const used = lastUsedAt ? html`used ${timeOf(lastUsedAt)}` : state === "pending" ? "not finished" : "never used";
-  const silent = state === "silent" && html`
-    <span class="chip warn">silent</span>
-  `;
+  const silent = state === "silent" && html`<span class="chip warn">silent</span>`;
+  const facts = html`<small>${where} · ${used} ${silent}</small><small>${short}${expires}</small>`;
   const actions = html`
     <input type="hidden" name="id" value="${id}">
     <label for="label-${id}">Your name for it</label>
@@ -3069,164 +2935,108 @@ function connectionItem(settings: Settings, connection: Connection, form: Form):
     <button class="danger" name="action" value="revoke" aria-label="Disconnect: ${name}">Disconnect</button>
   `;
   return html`
-    <li>
-      <details>
-        <summary class="row">${monogram(clientName, where)}
-          <div>${nameOf(
-            name,
-          )}<small>${where} · ${used}${silent}</small><small>${short}${expires}</small></div></summary>
-        <div class="card">
-          ${label && nameOf(clientName)}
-          ${scopeList(settings, scopes)}
-          <small>Connected ${timeOf(createdAt)} · ${formatTime(createdAt)}</small>
-          ${form(actions)}
-        </div>
-      </details>
-    </li>
+    <details>
+      <summary class="row">${heading(clientName, where, facts, label)}</summary>
+      <div class="card">
+        ${label && nameOf(clientName)} ${scopeList(server, scopes)}
+        <small>Connected ${timeOf(createdAt)} · ${formatTime(createdAt)}</small>
+        ${form(actions)}
+      </div>
+    </details>
   `;
 }
 
-/** How far an attempt came, step by step, and the same as text, to ask somebody about it. */
+/** Shows how far an attempt came, step by step, and the same as text, to ask somebody about it. */
 function attemptItem({ title, steps, advice }: Timeline): Html {
   const lines = steps.map(({ at, text, ok }) => `${ok ? "ok    " : "FAILED"} ${formatTime(at)} ${text}`);
-  const items = steps.map(({ at, text, ok }) =>
-    html`<li class="${!ok && "bad"}">${text}<small>${timeOf(at)}</small></li>`
-  );
+  const items = steps.map((it) => html`<li class="${!it.ok && "bad"}">${it.text}<small>${timeOf(it.at)}</small></li>`);
   return html`
-    <li>
-      <details>
-        <summary class="row"><div>${nameOf(title)}<small>${advice}</small></div></summary>
-        <ol class="marks">${items}</ol>
-        ${copyable([title, ...lines, advice].join("\n"))}
-      </details>
-    </li>
+    <details>
+      <summary class="row"><div>${nameOf(title)}<small>${advice}</small></div></summary>
+      <ol class="marks">${items}</ol>
+      ${copyable([title, ...lines, advice].join("\n"))}
+    </details>
   `;
 }
 
-/** What to type into an app. */
-function addressPart(settings: Settings, open: boolean): Html {
-  const { resource } = settings;
-  return html`<details ${open && raw("open")}><summary>Connect an app</summary>
-    <p>Give it this address, in Claude as a custom connector:</p>${copyable(resource)}
-    <p>In Claude Code:</p>${copyable(addCommand(serverName(settings), resource))}</details>`;
+function eventItem({ at, message, clientName, count }: Awaited<ReturnType<typeof latestEvents>>[number]): Html {
+  const when = html`<small>${timeOf(at)}${count > 1 && ` · ${count} times in all`}</small>`;
+  return html`
+    <div class="row">
+      <div>${clientName && nameOf(clientName)}<p>${message}</p>${when}</div>
+    </div>
+  `;
 }
 
-/** The command that adds this server to Claude Code, under a name that needs no quotes in any shell. */
+/** Returns the command that adds this server to Claude Code, under a name that needs no quotes in any shell. */
 function addCommand(name: string, resource: string): string {
   const word = name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "personal";
   return `claude mcp add --transport http ${word} ${resource}`;
 }
 
-/** What happens when all is well; everything else needs a look. */
-const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|code_redeemed|first_call|token_created)$/;
-
-/** Each thing once, with the number of its kind at the latest of them alone. */
-function onceEach(events: LoggedEvents): LoggedEvents {
-  const seen = new Set<string>();
-  const isFirst = (...key: unknown[]) => seen.size < seen.add(JSON.stringify(key)).size;
-  return events.filter(({ type, message, clientName }) => isFirst(type, message, clientName))
-    .map((event) => isFirst(event.type) ? event : { ...event, count: 1 });
-}
-
-function eventItem({ at, message, clientName, count }: LoggedEvents[number]): Html {
-  return html`
-    <li class="row">
-      <div>${clientName && nameOf(clientName)}<p>${message}</p>
-        <small>${timeOf(at)}${count > 1 && ` · ${count} times in all`}</small></div>
-    </li>
-  `;
-}
-
-function tokenFields({ scopes }: Settings): Html {
+function tokenFields({ scopes }: Server): Html {
   const days = [30, 90, 365].map((days) => html`<option value="${days}">${days} days</option>`);
   const choices = scopes.all.map((scope) =>
     html`<label><input type="checkbox" name="scope" value="${scope}"
       ${scopes.byDefault.includes(scope) && raw("checked")}>${scopes.words(scope)}</label>`
   );
-  return html`
-    <label for="name">What is it for?</label>
+  return html`<label for="name">What is it for?</label>
     <input id="name" name="name" required maxlength="200" autocomplete="off">
     <label for="days">Expires after</label>
     <select id="days" name="days">${days}</select>
     ${choices.length > 1 && html`<fieldset><legend>It may</legend>${choices}</fieldset>`}
-    <button name="action" value="create_token">Create token</button>
-  `;
+    <button name="action" value="create_token">Create token</button>`;
 }
 
-/** The one time that a personal access token is shown. */
-function tokenPage(settings: Settings, c: Context, token: string, name: string) {
-  const command = `${addCommand(name, settings.resource)} --header "Authorization: Bearer ${token}"`;
-  const back = html`<a href="${settings.basePath}/connections">Back to your connections</a>`;
-  const once = html`<p class="warn">Copy it now: it is not shown again.</p>`;
-  const texts = [once, copyable(token), "In Claude Code, for example:", copyable(command), back];
-  return messagePage(settings, c, 200, "Your new token", ...texts);
-}
-
-function messagePage(settings: Settings, c: Context, status: PageStatus, title: string, ...texts: (string | Html)[]) {
+function messagePage(server: Server, c: Context, status: PageStatus, title: string, ...texts: (string | Html)[]) {
   const body = html`<h1>${title}</h1>${texts.map((text) => typeof text === "string" ? html`<p>${text}</p>` : text)}`;
-  return page(settings, c, title, body, { status });
+  return page(server, c, title, body, { status });
 }
 
-const OPEN_TOO_LONG: Problem = {
-  status: 403,
-  message: "This page was open for too long. Please check it and answer again.",
+const strangerPage: Handler = (server, c) => messagePage(server, c, 403, "For the owner only", NOT_OWNER);
+
+const expiredPage: Handler = (server, c) => {
+  const advice = "Go back to the app and connect again. If that does not help, allow cookies for this site.";
+  return messagePage(server, c, 403, "This page has expired", advice);
 };
 
-function expiredPage(settings: Settings, c: Context) {
-  const advice = "Go back to the app and connect again. If that does not help, allow cookies for this site.";
-  return messagePage(settings, c, 403, "This page has expired", advice);
-}
-
-function strangerPage(settings: Settings, c: Context) {
-  return messagePage(settings, c, 403, "For the owner only", "You are not signed in as the owner of this server.");
-}
-
-/** Black or white, whichever is easier to read on a colour `#rrggbb` (relative luminance, WCAG 2). */
+/** Returns black or white, whichever is easier to read on a colour `#rrggbb` (relative luminance, WCAG 2). */
 function readableOn(colour: string): string {
   const [r = 0, g = 0, b = 0] = colour.slice(1).match(/../g)!.map((pair) => (parseInt(pair, 16) / 255) ** 2.2);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? "#000" : "#fff";
 }
 
-/**
- * No script, no frame, no image: the page can be neither decorated nor framed by anybody. There is no `form-action` on
- * purpose: browsers apply it to the redirects after the form as well, and would stop the way back to the app.
- */
-function page(
-  settings: Settings,
-  c: Context,
-  title: string,
-  body: Html,
-  // `aside`: what stands at the end of the head line.
-  { status = 200, wide, aside }: { status?: PageStatus | undefined; wide?: boolean; aside?: Html | false } = {},
-): Response | Promise<Response> {
+type PageMore = { status?: PageStatus | undefined; wide?: boolean; aside?: Html | false };
+
+/** Sends a page. `aside` stands at the end of its head line. */
+function page(server: Server, c: Context, title: string, body: Html, { status = 200, wide, aside }: PageMore = {}) {
+  const { issuer, pages } = server;
   const nonce = random(16);
-  const policy = `default-src 'none'; style-src 'nonce-${nonce}'; frame-ancestors 'none'; base-uri 'none'`;
-  c.header("Content-Security-Policy", policy);
-  c.header("X-Frame-Options", "DENY");
-  c.header("X-Content-Type-Options", "nosniff");
-  c.header("Referrer-Policy", "same-origin"); // not no-referrer: the form would then be sent with Origin: null
-  c.header("Cache-Control", "no-store");
-  const { issuer, pages } = settings;
-  const [name, address] = [serverName(settings), pages.title && html`<span>${issuer.replace("https://", "")}</span>`];
+  const headers = {
+    // No script, frame or image: nobody can decorate or frame the page. No form-action: browsers apply it to the
+    // redirect after the form too, and would stop the way back to the app.
+    "Content-Security-Policy":
+      `default-src 'none'; style-src 'nonce-${nonce}'; frame-ancestors 'none'; base-uri 'none'`,
+    "X-Frame-Options": "DENY",
+    ...NOSNIFF,
+    "Referrer-Policy": "same-origin", // not no-referrer: the form would then be sent with Origin: null
+    "Cache-Control": "no-store",
+  };
+  const name = serverName(server);
+  const address = pages.title && html`<span>${issuer.replace("https://", "")}</span>`;
   const accent = pages.accent ? `:root{--accent:${pages.accent};--on-accent:${readableOn(pages.accent)}}` : "";
-  return c.html(
-    html`
-      <!doctype html>
-      <html lang="en">
-        <head>
-          <meta charset="utf-8">
-          <meta name="viewport" content="width=device-width, initial-scale=1">
-          <meta name="robots" content="noindex">
-          <title>${title} · ${name}</title>
-          <style nonce="${nonce}">${raw(STYLE + accent)}</style>
-        </head>
-        <body>
-          <main class="${wide && "wide"}"><header><b>${name}</b>${address}${aside}</header>${body}</main>
-        </body>
-      </html>
-    `,
-    status,
-  );
+  const document = html`
+    <!doctype html>
+    <html lang="en">
+      <meta charset="utf-8">
+      <meta name="viewport" content="width=device-width, initial-scale=1">
+      <meta name="robots" content="noindex">
+      <title>${title} · ${name}</title>
+      <style nonce="${nonce}">${raw(STYLE + accent)}</style>
+      <main class="${wide && "wide"}"><header><b>${name}</b>${address}${aside}</header>${body}</main>
+    </html>
+  `;
+  return c.html(document, status, headers);
 }
 
 // --- Stores ---------------------------------------------------------------------------------------------------------

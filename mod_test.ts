@@ -2758,6 +2758,16 @@ test("/connections counts each kind of event once, and keeps what needs a look a
   assert(routine.includes("fetched its token"), "a connection that works needs no look");
 });
 
+test("/connections tells what happened once, although something else of its kind happened often since", async () => {
+  const { app } = world();
+  const names = ["once", ...Array.from({ length: 30 }, () => "often")];
+  for (const name of names) {
+    await app.request(`${BASE}/register`, json({ redirect_uris: [`https://${name}.example/`] }));
+  }
+  const text = await pageText(app);
+  assert(text.includes('"once.example"') && text.includes('"often.example"') && text.includes("31 times in all"), text);
+});
+
 test("a browser at / is led to /connections, but for an app that has something there", async () => {
   const html = { headers: { Accept: "text/html,*/*" } };
   const at = async (app: Hono<AuthEnv>, path = "/", init: RequestInit = html) => {
@@ -2861,6 +2871,11 @@ test("/connections says where a broken set-up stopped, and whose turn it is", as
       await post(app, "/token", fields);
       travel(120);
     }, ["got its token 2 minutes ago and has not called since", "block the user agent Claude-User"]],
+    "user agent blocked, of an app that is not Claude": [async ({ app, travel }) => {
+      const { fields } = await approved(app, "http://localhost:4711/callback");
+      await post(app, "/token", fields);
+      travel(120);
+    }, ["may block its user agent"]],
     "Authorization stripped": [async ({ app, travel }) => {
       const { fields } = await approved(app);
       await post(app, "/token", fields);
