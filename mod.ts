@@ -4665,7 +4665,7 @@ export interface SetupReport {
   url: string;
   /** `unreachable`: no answer came at all. */
   verdict: "ready" | "broken" | "unreachable";
-  /** Everything that was looked at, in this order. */
+  /** Everything that was looked at. */
   findings: SetupFinding[];
   /** What to type into Claude, or the one thing to repair first. */
   next: string[];
@@ -4677,24 +4677,24 @@ export interface SetupOptions {
   onProgress?: (what: string) => void;
   /** Replaces the built-in `fetch`. */
   fetch?: (request: Request) => Response | Promise<Response>;
-  /** An access token. With it, `initialize` and `tools/list` are called as well. */
+  /** An access token, to call `initialize` and `tools/list` as well. */
   token?: string | undefined;
 }
 
-/** What each check says where it fails → the fix → the fix with `personalAuth()`. `{}` is what was found. */
+/** What is said where a check fails → the fix → the fix with `personalAuth()`. `{}` is what was found. */
 const CHECKS = {
   "public address": "{} is this computer → For claude.ai, use the https address of a tunnel.",
   "https": "The address is http → Use https: clients send no token over http.",
   "port 443": "The port is {} → Use 443: claude.ai reaches no other.",
   "no slash at the end": "The address ends with a slash → Leave it out.",
-  "answer": "No answer from {} → Check DNS, the certificate with its chain, and the port.",
+  "answer": "No answer from {} → Check DNS, the port and the certificate.",
   "proxy": "The proxy answers {}, your server does not → Start the server on the proxy's port.",
-  "own URLs": "The server names {}, which is not asked → Build URLs from the public base URL. → correct baseUrl",
+  "own URLs": "The server names {}, which is not asked → Build URLs from the public base URL. → set baseUrl to it",
   "speed": "It takes {} s → Make it faster: Claude gives up after 10 s.",
   "closed": 'Anybody is let in: it answers {} → Check the token first. → app.all("/mcp", auth.guard, handler)',
-  "path": "Nothing is served at {}: it answers 404 → Check the path and the proxy. → type the path of mcpPath",
+  "path": "Nothing is served at {}: it answers 404 → Check path and proxy. → type the path of mcpPath",
   "guard first": "{} comes before the 401 → Check the token before method and Accept. → put auth.guard first",
-  "401": "A request without a token is answered {} → Answer 401: no redirect, firewall or login in front.",
+  "401": "A request without a token is answered {} → Answer 401, with no redirect or login in front.",
   "challenge": 'The 401 has no Bearer challenge → Send WWW-Authenticate: Bearer resource_metadata="…".',
   "scope": 'The challenge names no scope → Add scope="…": without it Claude asks for all.',
   "Claude-User": "The user agent Claude-User is answered {} → Allow it (Cloudflare: Block AI bots).",
@@ -4708,18 +4708,18 @@ const CHECKS = {
   "https endpoints": "{} is missing or not https → Build it from the public https address.",
   "offer": "{} is not on offer → Add it to the metadata: some clients insist on it.",
   "no empty members": "Members without a value: {} → Leave them out: strict clients refuse the answer.",
-  "registration": "Registration is answered {} → Accept Claude, from any address. → allow claude.ai as a redirect",
+  "registration": "Registration is answered {} → Accept Claude, from any address. → see allowedRedirectDomains",
   "owner": "A code is given to anybody → Ask the owner first. → set password or authenticateOwner",
   "consent page": "The consent page is answered {} → See the server's log.",
   "no form-action": "The page's policy has form-action → Leave it out: Chromium blocks the way back to the app.",
-  "no frames": "The page can be framed → Send frame-ancestors 'none', or others lead the owner's click.",
-  "denial": "A denial is answered {} → Redirect by 302 with access_denied, the state as it came, and iss (RFC 9207).",
+  "no frames": "The page can be framed → Send frame-ancestors 'none': other sites could lead a click.",
+  "denial": "A denial is answered {} → Send 302 with access_denied, the state as it came, and iss (RFC 9207).",
   "refusal": "A request with {} is not refused → Require PKCE with S256; compare the redirect URI exactly.",
   "dead token": "A dead refresh token is answered {} → Answer 400 invalid_grant in JSON.",
   "CORS": "A browser may not use the {} endpoint → Answer OPTIONS first, with Access-Control-Allow-Origin.",
 } satisfies Record<string, `${string} → ${string}`>;
 
-/** Ends the check: what comes after would only fail for the same reason. */
+/** Ends the check: the rest would only fail for the same reason. */
 class RootCause extends Error {}
 
 /**
@@ -4732,7 +4732,7 @@ export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Pr
   const url = webUrl(mcpUrl);
   assert(url, `Give the URL that you type into Claude, such as "https://your-domain.com/mcp"`);
   url.hash = "";
-  // RFC 6750 §2.1. fetch() would refuse anything else with a message that holds the token.
+  // RFC 6750 §2.1. The message of fetch() about anything else holds the token.
   assert(/^[\w.~+/-]+=*$/.test(options.token || "x"), "The token holds a character that no token has");
   const checkup = startCheckup(url, options);
   try {
@@ -4763,7 +4763,7 @@ const STAGES: [SetupFinding["heading"], (checkup: Checkup) => unknown][] = [
 
 type Checkup = ReturnType<typeof startCheckup>;
 
-/** Returns what the stages share: how to ask, how to judge, and what was found so far. */
+/** Returns what the stages share. */
 function startCheckup(url: URL, options: SetupOptions) {
   type Judge = (good: unknown, check: keyof typeof CHECKS, found?: unknown) => boolean;
   const judge = (result: "warning" | "failed", isRootCause = false): Judge => (good, check, found) => {
@@ -4800,7 +4800,7 @@ function webUrl(value: unknown, base?: URL): URL | undefined {
   return url && /^https?:\/\/[^/@]+\//.test(url.href) ? url : undefined;
 }
 
-/** Tells whether a URL may be asked: a hostile server could name one that only this computer reaches. */
+/** Tells whether a URL may be asked: a hostile server could name what only this computer reaches. */
 async function mayAsk({ origin, hostname, protocol }: URL, typed: URL): Promise<boolean> {
   if (origin === typed.origin || isLoopback(hostname) && isLoopback(typed.hostname)) return true;
   if (protocol !== "https:") return false;
@@ -4814,29 +4814,27 @@ type Question = [place: string | URL, headers?: Record<string, string>, body?: o
 type Answer = ReturnType<typeof exchange>;
 
 /** Asks one question, and takes at most 30 seconds and 1 MB. Ends the check if nothing usable answers. */
-async function ask(checkup: Checkup, [place, headers, body, method]: Question): Answer {
+async function ask(checkup: Checkup, [place, headers, body, method = body ? "POST" : "GET"]: Question): Answer {
   const { url, options, findings, need } = checkup;
   const target = webUrl(String(place));
-  method ??= body ? "POST" : "GET";
   options.onProgress?.(`${method} ${target?.pathname}`);
   const limit = new AbortController(); // AbortSignal.timeout() with a listener would keep the process alive
-  const { signal } = limit;
   const timer = setTimeout(() => limit.abort(), 30_000);
   try {
-    if (!target || !await inTime(mayAsk(target, url), signal)) need(false, "own URLs", String(place));
+    if (!target || !await inTime(mayAsk(target, url), limit.signal)) need(false, "own URLs", String(place));
     const request = new Request(target!.href, {
-      ...{ method, signal, body: body instanceof URLSearchParams ? body : JSON.stringify(body) },
+      ...{ method, signal: limit.signal, body: body instanceof URLSearchParams ? body : JSON.stringify(body) },
       headers: { "User-Agent": "python-httpx/0.28.1", Accept: "*/*", ...headers }, // as hosted Claude
       redirect: "manual", // it could lead to an inside address
     });
-    const answer = await inTime(exchange(request, options.fetch ?? fetch), signal);
-    // A busy server says so in OAuth's own form (RFC 6749 §5.2); a proxy shows a page.
+    const answer = await inTime(exchange(request, options.fetch ?? fetch), limit.signal);
+    // A busy server answers in JSON (RFC 6749 §5.2), a proxy with a page.
     if ([502, 503, 504].includes(answer.status) && !answer.json) need(false, "proxy", answer.status);
     return answer;
   } catch (error) {
     if (error instanceof RootCause) throw error;
-    const { message, cause } = error as Error;
     if (findings.at(-1)?.heading === "Address") checkup.heading = "Address"; // nothing was ever answered
+    const { message, cause } = error as Error;
     need(false, "answer", `${target?.host}: ${message}${cause instanceof Error ? `: ${cause.message}` : ""}`);
     throw error;
   } finally {
@@ -4858,7 +4856,7 @@ async function exchange(request: Request, fetch: NonNullable<SetupOptions["fetch
   return { status, ok, headers, location: headers.get("Location") ?? "", type, text, json, seconds };
 }
 
-/** Reads an event stream up to the first JSON-RPC response. Each line is searched once, however it was cut up. */
+/** Reads an event stream up to the first JSON-RPC response. Each line is searched once, however it is cut up. */
 async function readMessage(stream: ReadableStream<Uint8Array> | null): Promise<string> {
   const [reader, decoder] = [stream?.getReader(), new TextDecoder()];
   let [line, message, length] = ["", "", 0];
@@ -4877,7 +4875,7 @@ async function readMessage(stream: ReadableStream<Uint8Array> | null): Promise<s
   return message;
 }
 
-function checkAddress({ url, need, must, should }: Checkup): void {
+function checkAddress({ url, need, must, should }: Checkup) {
   if (should(!isLoopback(url.hostname), "public address", url.host)) {
     need(url.protocol === "https:", "https");
     must(url.port === "", "port 443", Number(url.port));
@@ -4892,11 +4890,9 @@ const AS_CLAUDE = { ...AS_MCP, "User-Agent": "Claude-User" };
 const AS_BROWSER = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
 const PARAMS = { protocolVersion: "2025-11-25", capabilities: {}, clientInfo: { name: "setup-check", version: "1" } };
 const INITIALIZE = { jsonrpc: "2.0", id: 0, method: "initialize", params: PARAMS };
-/** Words by which a server says that no token came. Where one was sent, something in between dropped it. */
-const NO_TOKEN = /(missing|no) (authorization|access token|token)|token is (needed|required)/i;
 
 /** Asks without a token: from the 401 a client learns that it has to sign in, and where. */
-async function checkGuard(checkup: Checkup): Promise<void> {
+async function checkGuard(checkup: Checkup) {
   const { url, options, told, ask, need, must, should } = checkup;
   const { status, ok, headers, location, seconds } = await ask(url, AS_JSON, INITIALIZE);
   need(!ok, "closed", status);
@@ -4914,14 +4910,15 @@ async function checkGuard(checkup: Checkup): Promise<void> {
   const bad = await ask(url, { ...AS_CLAUDE, Authorization: "Bearer made-up" }, INITIALIZE);
   if (must(bad.status === 401, "invalid token", bad.status)) {
     const said = bad.headers.get("WWW-Authenticate") ?? "";
-    need(!NO_TOKEN.test(`${said} ${bad.text}`.slice(0, 8192)), "Authorization");
+    const noToken = /(missing|no) (authorization|access token|token)|token is (needed|required)/i; // but one was sent
+    need(!noToken.test(`${said} ${bad.text}`.slice(0, 8192)), "Authorization");
     should(!challenge || said.includes("invalid_token"), "invalid token", "401 without invalid_token");
   }
   if (options.token) await checkCalls(checkup);
 }
 
-/** Goes where only a token leads. It is sent to the typed address, and to no other. */
-async function checkCalls({ url, options, next, ask, need, should }: Checkup): Promise<void> {
+/** Calls as Claude does. The token is sent to the typed address, and to no other. */
+async function checkCalls({ url, options, next, ask, need, should }: Checkup) {
   const headers: Record<string, string> = { ...AS_CLAUDE, Authorization: `Bearer ${options.token}` };
   const hello = await ask(url, headers, INITIALIZE);
   need(hello.json?.result, "calls", `initialize is answered ${hello.status}`);
@@ -4940,45 +4937,40 @@ async function checkCalls({ url, options, next, ask, need, should }: Checkup): P
 }
 
 /** Returns the place of a metadata document (RFC 8414 §3.1, RFC 9728 §3.1). */
-const wellKnown = (name: string, { origin, pathname }: URL): string =>
+const wellKnown = (name: string, { origin, pathname }: URL) =>
   `${origin}/.well-known/${name}${pathname.replace(/\/$/, "")}`;
-const lists = (list: unknown, value: string): boolean => Array.isArray(list) && list.includes(value);
+const lists = (list: unknown, value: string) => Array.isArray(list) && list.includes(value);
 
-/** Tells whether secrets can be sent to a URL: by https, or on this computer. */
-const isSafe = (url: URL | undefined): boolean => url?.protocol === "https:" || isLoopback(url?.hostname ?? "");
-const emptyMembers = (json: object): string =>
+/** Tells whether secrets can be sent there. */
+const isSafe = (url: URL | undefined) => url?.protocol === "https:" || isLoopback(url?.hostname ?? "");
+const emptyMembers = (json: object) =>
   Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name).join(", ");
 
-async function checkDiscovery(checkup: Checkup): Promise<void> {
-  const { url, told, ask, need, should } = checkup;
+async function checkDiscovery({ url, resource, told, ask, need, must, should }: Checkup) {
   const place = told.metadataUrl || wellKnown("oauth-protected-resource", url);
   need(webUrl(place)?.origin === url.origin, "own URLs", place);
-  const document = await ask(place);
-  need(document.ok && document.json, "metadata", `${document.status} ${document.type} at ${place}`);
-  need(document.json?.resource === checkup.resource, "resource", document.json?.resource);
-  const issuer = document.json?.authorization_servers?.[0];
+  const { ok, status, type, json: document } = await ask(place);
+  need(ok && document, "metadata", `${status} ${type} at ${place}`);
+  need(document?.resource === resource, "resource", document?.resource);
+  const issuer = document?.authorization_servers?.[0];
   need(isSafe(webUrl(issuer)), "https endpoints", "authorization_servers");
   const root = wellKnown("oauth-protected-resource", new URL(url.origin)); // some clients look here only
-  const { ok, status } = await ask(root);
-  should(ok, "metadata", `${status} at ${root}`);
+  const other = await ask(root);
+  should(other.ok && other.json, "metadata", `${other.status} at ${root}`);
   const oauth = await ask(wellKnown("oauth-authorization-server", new URL(issuer)));
   const openid = await ask(wellKnown("openid-configuration", new URL(issuer)));
   // Clients take either document (RFC 8414 §5), and stumble over half of one.
   const isWhole = openid.ok && openid.json?.jwks_uri;
   should(isWhole || openid.status === 404, "metadata", `${openid.status} ${openid.type}, OpenID configuration`);
-  told.server = oauth.ok && oauth.json || isWhole && openid.json || {};
-  need(told.server.issuer, "metadata", `${oauth.status} ${oauth.type}, authorization server`);
-  need(told.server.issuer === issuer, "issuer", told.server.issuer);
-  checkServer(checkup);
-}
-
-function checkServer({ told: { server }, need, must, should }: Checkup): void {
+  const server = told.server = oauth.ok && oauth.json || isWhole && openid.json || {};
+  need(server.issuer, "metadata", `${oauth.status} ${oauth.type}, authorization server`);
+  need(server.issuer === issuer, "issuer", server.issuer);
   const bad = ["authorization_endpoint", "token_endpoint"].find((name) => !isSafe(webUrl(server[name])));
   need(!bad, "https endpoints", bad);
   const takesDocuments = server.client_id_metadata_document_supported === true;
   need(takesDocuments || server.registration_endpoint, "offer", "registration_endpoint");
-  const methods = server.token_endpoint_auth_methods_supported;
   must(lists(server.code_challenge_methods_supported, "S256"), "offer", "S256");
+  const methods = server.token_endpoint_auth_methods_supported;
   (server.registration_endpoint ? should : must)(lists(methods, "none"), "offer", "none");
   if (takesDocuments) should(lists(methods, "private_key_jwt"), "offer", "private_key_jwt, for ChatGPT");
   should(lists(server.scopes_supported, "offline_access"), "offer", "offline_access");
@@ -4986,8 +4978,8 @@ function checkServer({ told: { server }, need, must, should }: Checkup): void {
   must(!emptyMembers(server), "no empty members", emptyMembers(server));
 }
 
-/** Registers as Claude does, unless the server takes metadata documents alone, and signs in up to the password. */
-async function checkSignIn(checkup: Checkup): Promise<void> {
+/** Registers as Claude does, if the server lets clients register, and signs in up to the password. */
+async function checkSignIn(checkup: Checkup) {
   const { told, ask, must } = checkup;
   if (told.server.registration_endpoint) {
     const client = { client_name: "setup check", redirect_uris: [CLAUDE_REDIRECT], token_endpoint_auth_method: "none" };
@@ -5013,30 +5005,29 @@ function authorizationUrl({ resource, told }: Checkup, change = ""): URL {
 }
 
 /** Looks at the page that the owner sees, and presses its button to deny, which needs no password. */
-async function checkConsent(checkup: Checkup): Promise<void> {
+async function checkConsent(checkup: Checkup) {
   const { told: { server }, ask, need, must, should } = checkup;
   const page = authorizationUrl(checkup);
   const { status, headers, location, text } = await ask(page, AS_BROWSER);
   need(!/[?&]code=/.test(location), "owner");
-  // Some servers send the owner to another page to sign in.
-  const isLogin = location && !location.startsWith(CLAUDE_REDIRECT);
+  const isLogin = location && !location.startsWith(CLAUDE_REDIRECT); // the owner signs in on another page
   const title = text.slice(0, MAX_PAGE_LENGTH).match(/<title>([^<]*)/)?.[1] ?? "";
   if (!must(isLogin || status === 200, "consent page", `${status} ${location || title}`) || isLogin) return;
   const policy = headers.get("Content-Security-Policy") ?? "";
-  must(!/form-action/.test(policy), "no form-action");
-  should(/frame-ancestors/.test(policy) || headers.has("X-Frame-Options"), "no frames");
-  const form = readDenial(text);
-  if (!form) return; // a page of its own kind: nothing can be said without its owner
+  must(!policy.includes("form-action"), "no form-action");
+  should(policy.includes("frame-ancestors") || headers.has("X-Frame-Options"), "no frames");
+  const { action, body } = readDenial(text);
+  if (!body) return; // the rest would need the owner
   // A form for elsewhere is not sent: the page could choose any address, with any fields.
-  const action = webUrl(form.action || page.href, page);
-  if (!should(action?.origin === page.origin, "own URLs", form.action)) return;
+  const target = webUrl(action || page.href, page);
+  if (!should(target?.origin === page.origin, "own URLs", action)) return;
   const Cookie = headers.getSetCookie().map((cookie) => cookie.split(";")[0]).join("; ");
-  const answer = await ask(action!, { ...AS_BROWSER, Cookie, Origin: page.origin }, form.body);
-  const query = new URLSearchParams(answer.location.split("?")[1]);
+  const denial = await ask(target!, { ...AS_BROWSER, Cookie, Origin: page.origin }, body);
+  const query = new URLSearchParams(denial.location.split("?")[1]);
   const hasIss = !server.authorization_response_iss_parameter_supported || query.get("iss") === server.issuer;
   const isTold = query.get("error") === "access_denied" && query.get("state") === "setup-check" && hasIss;
-  const isBack = [302, 303].includes(answer.status) && answer.location.startsWith(CLAUDE_REDIRECT);
-  must(isBack && isTold, "denial", `${answer.status} ${answer.location}`);
+  const isBack = [302, 303].includes(denial.status) && denial.location.startsWith(CLAUDE_REDIRECT);
+  must(isBack && isTold, "denial", `${denial.status} ${denial.location}`);
 }
 
 const MAX_PAGE_LENGTH = 64 * 1024;
@@ -5052,17 +5043,18 @@ function readAttributes(tag: string): Record<string, string> {
 }
 
 /** Returns where the form with a button to deny goes, and what a browser posts at a press of that button. */
-function readDenial(page: string): { action: string | undefined; body: URLSearchParams } | undefined {
+function readDenial(page: string): { action?: string; body?: URLSearchParams } {
   for (const form of page.slice(0, MAX_PAGE_LENGTH).split(/<form\b/i).slice(1)) {
-    const [{ action, method } = {}, ...tags] = form.split(/<\/form/i)[0]!.split("<").map(readAttributes);
+    const [{ action = "", method } = {}, ...tags] = form.split(/<\/form/i)[0]!.split("<").map(readAttributes);
     const button = tags.find(({ name, value }) => name && /deny|denied|cancel|reject/i.test(value || name));
     if (!button || method?.toLowerCase() !== "post") continue;
     const fields = tags.filter((tag) => tag === button || tag.type?.toLowerCase() === "hidden");
     return { action, body: new URLSearchParams(fields.map(({ name = "", value = "" }) => [name, value])) };
   }
+  return {};
 }
 
-async function checkRefusals(checkup: Checkup): Promise<void> {
+async function checkRefusals(checkup: Checkup) {
   const { told: { server, client_id }, ask, must } = checkup;
   const pkce = ["code_challenge=&code_challenge_method=", "code_challenge_method=plain"];
   for (const change of [...pkce, "redirect_uri=https://evil.example/"]) {
@@ -5074,7 +5066,7 @@ async function checkRefusals(checkup: Checkup): Promise<void> {
   must(status === 400 && json?.error === "invalid_grant", "dead token", json?.error ?? `${status} ${type}`);
 }
 
-async function checkCors({ url, told, ask, should }: Checkup): Promise<void> {
+async function checkCors({ url, told, ask, should }: Checkup) {
   const headers = { Origin: "https://inspector.example", "Access-Control-Request-Method": "POST" };
   for (const [name, place] of [["MCP", url], ["token", told.server.token_endpoint]]) {
     const answer = await ask(place, headers, undefined, "OPTIONS");
@@ -5100,13 +5092,9 @@ async function setupCheckCommand(): Promise<number> {
   const options = { token: { type: "string" }, ...flags };
   const { values, positionals } = nodeModule("node:util").parseArgs({ options, allowPositionals: true });
   const { token = nodeModule("node:process").env.MCP_TOKEN, json, verbose, help } = values;
-  if (help) {
-    console.log(HELP);
-    return 0;
-  }
-  const report = await checkSetup(positionals[0], { token });
-  console.log(json ? JSON.stringify(report, null, 2) : reportText(report, verbose));
-  return { ready: 0, broken: 1, unreachable: 2 }[report.verdict];
+  const report = help ? undefined : await checkSetup(positionals[0], { token });
+  console.log(!report ? HELP : json ? JSON.stringify(report, null, 2) : reportText(report, verbose));
+  return { ready: 0, broken: 1, unreachable: 2 }[report?.verdict ?? "ready"];
 }
 
 /** Formats a report, with failures last: nobody reads what has scrolled away. */
@@ -5115,15 +5103,15 @@ function reportText({ url, findings, next }: SetupReport, verbose: boolean): str
   for (const [heading] of STAGES) {
     const here = findings.filter((finding) => finding.heading === heading);
     const passed = here.filter(({ result }) => result === "ok").map(({ what }) => what);
-    const worst = here.some(({ result }) => result === "failed") ? "✗" : passed.length < here.length ? "!" : "✓";
+    const mark = here.some(({ result }) => result === "failed") ? "✗" : passed.length < here.length ? "!" : "✓";
     const row = `${heading.padEnd(12)} ${passed.length} of ${here.length} passed`;
-    lines.push(here.length > 0 ? `${worst} ${row}` : `- ${heading.padEnd(12)} not asked yet`);
+    lines.push(here.length > 0 ? `${mark} ${row}` : `- ${heading.padEnd(12)} not asked yet`);
     if (verbose && passed.length > 0) lines.push(`  passed: ${[...new Set(passed)].join(", ")}`);
   }
-  for (const kind of ["warning", "failed"]) {
+  for (const [kind, mark] of [["warning", "!"], ["failed", "✗"]]) {
     for (const { what, fix, withPersonalAuth } of findings.filter(({ result }) => result === kind)) {
       const own = withPersonalAuth ? `    with personalAuth(): ${withPersonalAuth}\n    another server: ` : "    ";
-      lines.push("", `${kind === "failed" ? "✗" : "!"} ${what}`, own + fix);
+      lines.push("", `${mark} ${what}`, own + fix);
     }
   }
   return [...lines, "", ...next].join("\n");
