@@ -3813,15 +3813,15 @@ export const internals: any = { ...grantFunctions, isPublicAddress };
 
 /** One thing that {@linkcode checkSetup} looked at. */
 export interface SetupFinding {
-  /** The part of the setup that the check belongs to. */
+  /** The part of the setup. */
   heading: "Address" | "Guard" | "Discovery" | "Sign-in" | "Browser apps";
-  /** `failed`: some client cannot connect. `warning`: some clients stumble, or something is weaker than it could be. */
+  /** `failed`: some client cannot connect. `warning`: some clients stumble, or something is weaker than need be. */
   result: "ok" | "warning" | "failed";
   /** What was found, or the name of the check that passed. */
   what: string;
   /** What any server should do instead. */
   fix?: string;
-  /** The option or line to change on a server with `personalAuth()`, where it can be named. */
+  /** What to change on a server with `personalAuth()`, where it can be named. */
   withPersonalAuth?: string;
 }
 
@@ -3831,7 +3831,7 @@ export interface SetupReport {
   url: string;
   /** `unreachable`: no answer came at all. */
   verdict: "ready" | "broken" | "unreachable";
-  /** Everything that was looked at, in the order of the checks. */
+  /** Everything that was looked at. */
   findings: SetupFinding[];
   /** What to type into Claude, or the one thing to repair first. */
   next: string[];
@@ -3843,63 +3843,49 @@ export interface SetupOptions {
   onProgress?: (what: string) => void;
   /** Replaces the built-in `fetch`. */
   fetch?: (request: Request) => Response | Promise<Response>;
-  /** An access token. With it, `initialize` and `tools/list` are called as well. */
+  /** An access token, to call `initialize` and `tools/list` as well. */
   token?: string | undefined;
 }
 
-/** What each check says where it fails → the fix → the fix with `personalAuth()`. `{}` is what was found. */
+/** What is said where a check fails → the fix → the fix with `personalAuth()`. `{}` is what was found. */
 const CHECKS = {
   "public address": "{} is this computer → For claude.ai, use the https address of a tunnel.",
   "https": "The address is http → Use https: clients send no token over http.",
   "port 443": "The port is {} → Use 443: claude.ai reaches no other.",
-  "no slash at the end": "The address ends with a slash → Leave it out: clients compare addresses.",
-  "answer": "No answer from {} → Check DNS, the certificate and its chain, the port, and the server.",
-  "proxy": "The proxy answers {}, your server does not → Start the server on the port that the proxy uses.",
+  "no slash at the end": "The address ends with a slash → Leave it out.",
+  "answer": "No answer from {} → Check DNS, the port and the certificate.",
+  "proxy": "The proxy answers {}, your server does not → Start the server on the proxy's port.",
   "own URLs": "The server names {}, which is not asked → Build URLs from the public base URL. → set baseUrl to it",
-  "speed": "It takes {} s → Find out what is slow: Claude gives up after 10 s.",
-  "closed":
-    'Anybody is let in: it answers {} → Check the token before the handler. → app.all("/mcp", auth.guard, handler)',
-  "path":
-    "Nothing is served at {}: it answers 404 → Check the path, and the proxy. → type the path of the option mcpPath",
-  "guard first":
-    "{} comes before the 401 → Check the token before method, Content-Type and Accept. → put auth.guard first",
-  "401": "A request without a token is answered {} → Answer 401: no redirect, no firewall or login in front.",
+  "speed": "It takes {} s → Make it faster: Claude gives up after 10 s.",
+  "closed": 'Anybody is let in: it answers {} → Check the token first. → app.all("/mcp", auth.guard, handler)',
+  "path": "Nothing is served at {}: it answers 404 → Check path and proxy. → type the path of mcpPath",
+  "guard first": "{} comes before the 401 → Check the token before method and Accept. → put auth.guard first",
+  "401": "A request without a token is answered {} → Answer 401, with no redirect or login in front.",
   "challenge": 'The 401 has no Bearer challenge → Send WWW-Authenticate: Bearer resource_metadata="…".',
-  "scope": 'The challenge names no scope → Add scope="…": without it Claude asks for every scope.',
-  "Claude-User": "The user agent Claude-User is answered {} → Allow it in the firewall (Cloudflare: Block AI bots).",
+  "scope": 'The challenge names no scope → Add scope="…": without it Claude asks for all.',
+  "Claude-User": "The user agent Claude-User is answered {} → Allow it (Cloudflare: Block AI bots).",
   "Authorization": "The token did not arrive: the proxy drops Authorization → Pass it on (Apache: CGIPassAuth On).",
-  "invalid token": 'A made-up token is answered {} → Answer 401 with error="invalid_token"; let the proxy pass both.',
-  "calls": "With the token, {} → Use a valid token; if it is valid, see the server's log.",
+  "invalid token": 'A made-up token is answered {} → Send 401 with error="invalid_token"; let the proxy pass both.',
+  "calls": "With the token, {} → Use a valid token, or see the server's log.",
   "tool names": "Claude refuses the tools named {} → Use at most 64 letters, digits, _ and -.",
   "metadata": "Metadata is incomplete: {} → Serve it as application/json (RFC 9728, RFC 8414), or answer 404.",
-  "resource":
-    "resource is {} → Send the typed address byte for byte, without a slash at its end. → set baseUrl to its origin",
-  "issuer": "issuer is {} → Send what authorization_servers has, byte for byte; mind a slash at the end.",
-  "https endpoints": "{} is missing or not https → Build it from the public https address, not from the request.",
-  "offer": "{} is not on offer → Add it to the server's metadata: some clients refuse to go on without it.",
+  "resource": "resource is {} → Send the typed address byte for byte, without a slash at its end. → correct baseUrl",
+  "issuer": "issuer is {} → Repeat authorization_servers byte for byte; mind a slash at the end.",
+  "https endpoints": "{} is missing or not https → Build it from the public https address.",
+  "offer": "{} is not on offer → Add it to the metadata: some clients insist on it.",
   "no empty members": "Members without a value: {} → Leave them out: strict clients refuse the answer.",
-  "registration":
-    "Registration is answered {} → Accept Claude, from any address. → keep claude.ai in allowedRedirectDomains",
-  "owner":
-    "A code is given to anybody → Ask the owner first, whoever the client is. → set password or authenticateOwner",
-  "consent page": "The consent page is answered {} → See the server's log for the reason.",
-  "no form-action": "The page's policy has form-action → Leave it out: Chromium then blocks the way back to the app.",
-  "no frames": "The page can be framed → Send frame-ancestors 'none': another site can lead the owner's click.",
-  "denial": "A denial is answered {} → Redirect by 302 with access_denied, the state as it came, and iss (RFC 9207).",
-  "refusal": "A request with {} is not refused → Require PKCE with S256; compare client and redirect URI exactly.",
-  "dead token": "A dead refresh token is answered {} → Answer 400 invalid_grant in JSON: clients then sign in again.",
+  "registration": "Registration is answered {} → Accept Claude, from any address. → see allowedRedirectDomains",
+  "owner": "A code is given to anybody → Ask the owner first. → set password or authenticateOwner",
+  "consent page": "The consent page is answered {} → See the server's log.",
+  "no form-action": "The page's policy has form-action → Leave it out: Chromium blocks the way back to the app.",
+  "no frames": "The page can be framed → Send frame-ancestors 'none': other sites could lead a click.",
+  "denial": "A denial is answered {} → Send 302 with access_denied, the state as it came, and iss (RFC 9207).",
+  "refusal": "A request with {} is not refused → Require PKCE with S256; compare the redirect URI exactly.",
+  "dead token": "A dead refresh token is answered {} → Answer 400 invalid_grant in JSON.",
   "CORS": "A browser may not use the {} endpoint → Answer OPTIONS first, with Access-Control-Allow-Origin.",
 } satisfies Record<string, `${string} → ${string}`>;
 
-const STAGES: [SetupFinding["heading"], (checkup: Checkup) => unknown][] = [
-  ["Address", checkAddress],
-  ["Guard", checkGuard],
-  ["Discovery", checkDiscovery],
-  ["Sign-in", checkSignIn],
-  ["Browser apps", checkBrowserApps],
-];
-
-/** Ends a check: what comes after would only fail for the same reason. */
+/** Ends the check: the rest would only fail for the same reason. */
 class RootCause extends Error {}
 
 /**
@@ -3912,7 +3898,7 @@ export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Pr
   const url = webUrl(mcpUrl);
   assert(url, `Give the URL that you type into Claude, such as "https://your-domain.com/mcp"`);
   url.hash = "";
-  // RFC 6750 §2.1. fetch() would refuse anything else with a message that holds the token.
+  // RFC 6750 §2.1. The message of fetch() about anything else holds the token.
   assert(/^[\w.~+/-]+=*$/.test(options.token || "x"), "The token holds a character that no token has");
   const checkup = startCheckup(url, options);
   try {
@@ -3923,102 +3909,97 @@ export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Pr
   } catch (error) {
     if (!(error instanceof RootCause)) throw error;
   }
-  const { findings, hasAnswered, next } = checkup;
-  const [failed] = findings.filter(({ result }) => result === "failed");
-  const verdict = !failed ? "ready" : hasAnswered ? "broken" : "unreachable";
-  if (failed) return { url: url.href, verdict, findings, next: [`Repair this first: ${failed.what}`] };
+  const { findings, next } = checkup;
+  const failed = findings.find(({ result }) => result === "failed");
   const quoted = /[^\w:/.~%-]/.test(url.href) ? `'${url.href.replaceAll("'", "%27")}'` : url.href; // for a shell
   next.push(`claude.ai: Customize → Connectors → Add, and type ${url.href}`);
   next.push(`Claude Code: claude mcp add --transport http personal ${quoted}`);
-  return { url: url.href, verdict, findings, next };
+  if (!failed) return { url: url.href, verdict: "ready", findings, next };
+  const verdict = findings.at(-1)!.heading === "Address" ? "unreachable" : "broken";
+  return { url: url.href, verdict, findings, next: [`Repair this first: ${failed.what}`] };
 }
 
-type Checkup = ReturnType<typeof startCheckup>;
-type Judge = (good: unknown, check: keyof typeof CHECKS, found?: unknown) => boolean;
+const STAGES: [SetupFinding["heading"], (checkup: Checkup) => unknown][] = [
+  ["Address", checkAddress],
+  ["Guard", checkGuard],
+  ["Discovery", checkDiscovery],
+  ["Sign-in", checkSignIn],
+  ["Browser apps", checkCors],
+];
 
-/** Returns what the stages share: how to judge, and what was found so far. */
+type Checkup = ReturnType<typeof startCheckup>;
+
+/** Returns what the stages share. */
 function startCheckup(url: URL, options: SetupOptions) {
-  const judge = (failure: "warning" | "failed"): Judge => (good, check, found) => {
+  type Judge = (good: unknown, check: keyof typeof CHECKS, found?: unknown) => boolean;
+  const judge = (result: "warning" | "failed", isRootCause = false): Judge => (good, check, found) => {
     const { heading, findings } = checkup;
-    const text = CHECKS[check].replace("{}", () => show(found, options.token));
-    const [what = "", fix, withPersonalAuth] = text.split(" → ");
-    const advice = defined({ fix, withPersonalAuth });
-    findings.push(good ? { heading, result: "ok", what: check } : { heading, result: failure, what, ...advice });
+    const plain = options.token && isString(found) ? found.replaceAll(options.token, "[token]") : found;
+    // Quoted in ASCII, so that it cannot control a terminal. An object may be too deep for JSON.stringify().
+    const shown = plain instanceof Object ? "an object" : quote(plain);
+    const [what = "", fix, withPersonalAuth] = CHECKS[check].replace("{}", () => shown).split(" → ");
+    const failure = { heading, result, what, ...defined({ fix, withPersonalAuth }) };
+    findings.push(good ? { heading, result: "ok", what: check } : failure);
+    if (!good && isRootCause) throw new RootCause();
     return Boolean(good);
   };
   const checkup = {
     url,
+    resource: url.href.replace(/\/$/, ""),
     options,
     heading: "Address" as SetupFinding["heading"],
     findings: [] as SetupFinding[],
-    /** Without this, some clients stumble. */
-    should: judge("warning"),
-    /** Without this, some client cannot connect. */
-    must: judge("failed"),
-    /** Without this, everything after it would fail as well. */
-    need: (...judged: Parameters<Judge>): void => {
-      if (!checkup.must(...judged)) throw new RootCause();
-    },
-    hasAnswered: false,
-    metadataUrl: "",
-    // deno-lint-ignore no-explicit-any
-    server: {} as any,
-    client_id: "https://claude.ai/oauth/mcp-oauth-client-metadata",
     next: [] as string[],
+    should: judge("warning"), // else some clients stumble
+    must: judge("failed"), // else some client cannot connect
+    need: judge("failed", true), // else everything after it fails as well
+    ask: (...question: Question): Answer => ask(checkup, question),
+    // deno-lint-ignore no-explicit-any
+    told: { metadataUrl: "", server: {} as any, client_id: "https://claude.ai/oauth/mcp-oauth-client-metadata" },
   };
   return checkup;
 }
 
-/** Quotes what a server chose: in ASCII, so that it cannot control a terminal, and without the token it was sent. */
-function show(value: unknown, token?: string): string {
-  if (typeof value === "object" && value !== null) return "an object"; // it may be too deep for JSON.stringify()
-  return quote(token && isString(value) ? value.replaceAll(token, "[token]") : value);
-}
-
-/** Parses an http or https URL without credentials, which fetch() refuses. Returns undefined if it is none. */
+/** Parses an http or https URL without credentials, which fetch() refuses. */
 function webUrl(value: unknown, base?: URL): URL | undefined {
   const url = isString(value) && value.length < 8192 ? URL.parse(value, base?.href) : undefined;
-  return url && /^https?:$/.test(url.protocol) && !url.username && !url.password ? url : undefined;
+  return url && /^https?:\/\/[^/@]+\//.test(url.href) ? url : undefined;
 }
 
-/**
- * Tells whether a URL that the server chose may be asked. A hostile server could name what only this computer can
- * reach. So only the typed origin and public https ones are asked: if a name leads to an inside address after its
- * lookup, the certificate fails before anything is sent. A server on this computer may also name others on it.
- */
+/** Tells whether a URL may be asked: a hostile server could name what only this computer reaches. */
 async function mayAsk({ origin, hostname, protocol }: URL, typed: URL): Promise<boolean> {
   if (origin === typed.origin || isLoopback(hostname) && isLoopback(typed.hostname)) return true;
   if (protocol !== "https:") return false;
-  const name = hostname.replace(/^\[|\]$/g, "");
-  const lookup: Promise<{ address: string }[]> = nodeModule("node:dns").promises.lookup(name, { all: true });
-  const addresses = await lookup.catch(() => []);
+  const lookup: Promise<{ address: string }[]> = nodeModule("node:dns").promises.lookup(hostname, { all: true });
+  const addresses = await lookup.catch(() => []); // if they change after this, the certificate does not fit
   return addresses.length > 0 && addresses.every(({ address }) => isPublicAddress(address));
 }
 
 const MAX_ANSWER_BYTES = 1024 * 1024;
-type Question = { method?: string; headers?: Record<string, string>; body?: string | URLSearchParams };
-type Answer = Awaited<ReturnType<typeof exchange>>;
+type Question = [place: string | URL, headers?: Record<string, string>, body?: object, method?: string];
+type Answer = ReturnType<typeof exchange>;
 
 /** Asks one question, and takes at most 30 seconds and 1 MB. Ends the check if nothing usable answers. */
-async function ask(checkup: Checkup, place: string | URL, question: Question = {}): Promise<Answer> {
-  const { url, options, need } = checkup;
+async function ask(checkup: Checkup, [place, headers, body, method = body ? "POST" : "GET"]: Question): Answer {
+  const { url, options, findings, need } = checkup;
   const target = webUrl(String(place));
-  options.onProgress?.(`${question.method ?? "GET"} ${target?.pathname}`);
+  options.onProgress?.(`${method} ${target?.pathname}`);
   const limit = new AbortController(); // AbortSignal.timeout() with a listener would keep the process alive
   const timer = setTimeout(() => limit.abort(), 30_000);
   try {
     if (!target || !await inTime(mayAsk(target, url), limit.signal)) need(false, "own URLs", String(place));
-    const headers = { "User-Agent": "python-httpx/0.28.1", Accept: "*/*", ...question.headers }; // as hosted Claude
-    // A redirect is not followed: it could lead to an inside address.
-    const request = new Request(target!.href, { ...question, headers, redirect: "manual", signal: limit.signal });
+    const request = new Request(target!.href, {
+      ...{ method, signal: limit.signal, body: body instanceof URLSearchParams ? body : JSON.stringify(body) },
+      headers: { "User-Agent": "python-httpx/0.28.1", Accept: "*/*", ...headers }, // as hosted Claude
+      redirect: "manual", // it could lead to an inside address
+    });
     const answer = await inTime(exchange(request, options.fetch ?? fetch), limit.signal);
-    checkup.hasAnswered = true;
-    // A server that is busy says so in OAuth's own form (RFC 6749 §5.2); a proxy shows a page.
+    // A busy server answers in JSON (RFC 6749 §5.2), a proxy with a page.
     if ([502, 503, 504].includes(answer.status) && !answer.json) need(false, "proxy", answer.status);
     return answer;
   } catch (error) {
     if (error instanceof RootCause) throw error;
-    if (!checkup.hasAnswered) checkup.heading = "Address";
+    if (findings.at(-1)?.heading === "Address") checkup.heading = "Address"; // nothing was ever answered
     const { message, cause } = error as Error;
     need(false, "answer", `${target?.host}: ${message}${cause instanceof Error ? `: ${cause.message}` : ""}`);
     throw error;
@@ -4027,7 +4008,6 @@ async function ask(checkup: Checkup, place: string | URL, question: Question = {
   }
 }
 
-/** Sends a request and reads the answer. */
 async function exchange(request: Request, fetch: NonNullable<SetupOptions["fetch"]>) {
   const start = performance.now();
   const { status, ok, headers, body } = await fetch(request);
@@ -4036,33 +4016,32 @@ async function exchange(request: Request, fetch: NonNullable<SetupOptions["fetch
   if (!type.startsWith("text/event-stream")) text = await readLimited(body, MAX_ANSWER_BYTES);
   else if (ok && request.method === "POST") text = await readMessage(body);
   else body?.cancel().catch(() => {}); // it may stay open for ever
-  const json: unknown = /json|event-stream/i.test(type) && await new Response(text).json().catch(() => {});
+  const parsed: unknown = /json|event-stream/i.test(type) && await new Response(text).json().catch(() => {});
+  const json = isObject(parsed) ? parsed : undefined;
   const seconds = (performance.now() - start) / 1000;
-  const location = headers.get("Location") ?? "";
-  return { status, headers, location, type, text, json: isObject(json) ? json : undefined, seconds };
+  return { status, ok, headers, location: headers.get("Location") ?? "", type, text, json, seconds };
 }
 
-/** Reads an event stream up to the first JSON-RPC response. Each line is searched once, however it was cut up. */
+/** Reads an event stream up to the first JSON-RPC response. Each line is searched once, however it is cut up. */
 async function readMessage(stream: ReadableStream<Uint8Array> | null): Promise<string> {
-  const reader = stream?.getReader();
-  const decoder = new TextDecoder();
-  let [unread, message, length] = ["", "", 0];
+  const [reader, decoder] = [stream?.getReader(), new TextDecoder()];
+  let [line, message, length] = ["", "", 0];
   while (reader && !message && length < MAX_ANSWER_BYTES) {
     const { done, value } = await reader.read();
     if (done) break;
-    const chunk = decoder.decode(value, { stream: true });
-    unread += chunk;
     length += value.length;
-    if (!chunk.includes("\n")) continue;
-    const lines = unread.split("\n");
-    unread = lines.pop()!;
-    message = lines.find((line) => /^data:.*"(result|error)":/.test(line))?.slice("data:".length) ?? "";
+    const [end = "", ...lines] = decoder.decode(value, { stream: true }).split("\n");
+    line += end;
+    for (const next of lines) {
+      if (/^data:.*"(result|error)":/.test(line)) message ||= line.slice("data:".length);
+      line = next;
+    }
   }
   reader?.cancel().catch(() => {});
   return message;
 }
 
-function checkAddress({ url, need, must, should }: Checkup): void {
+function checkAddress({ url, need, must, should }: Checkup) {
   if (should(!isLoopback(url.hostname), "public address", url.host)) {
     need(url.protocol === "https:", "https");
     must(url.port === "", "port 443", Number(url.port));
@@ -4071,171 +4050,150 @@ function checkAddress({ url, need, must, should }: Checkup): void {
 }
 
 const CLAUDE_REDIRECT = "https://claude.ai/api/mcp/auth_callback";
-const AS_CLAUDE = { "User-Agent": "Claude-User", "MCP-Protocol-Version": "2025-11-25" };
+const AS_JSON = { "Content-Type": "application/json" };
+const AS_MCP = { ...AS_JSON, Accept: "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25" };
+const AS_CLAUDE = { ...AS_MCP, "User-Agent": "Claude-User" };
 const AS_BROWSER = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
 const PARAMS = { protocolVersion: "2025-11-25", capabilities: {}, clientInfo: { name: "setup-check", version: "1" } };
-const HAS_CODE = /[?&]code=/;
 const INITIALIZE = { jsonrpc: "2.0", id: 0, method: "initialize", params: PARAMS };
 
-function post(message: object, headers: Record<string, string> = {}): Question {
-  return { method: "POST", headers: { "Content-Type": "application/json", ...headers }, body: JSON.stringify(message) };
-}
-
-/** Words by which a server says that no token came. Where one was sent, something in between dropped it. */
-const NO_TOKEN = /(missing|no) (authorization|access token|token)|token is (needed|required)/i;
-
 /** Asks without a token: from the 401 a client learns that it has to sign in, and where. */
-async function checkGuard(checkup: Checkup): Promise<void> {
-  const { url, options: { token }, need, must, should } = checkup;
-  const initialize = (headers = {}) => ask(checkup, url, post(INITIALIZE, headers));
-  const { status, headers, location, seconds } = await initialize();
-  need(status < 200 || status > 299, "closed", status);
+async function checkGuard(checkup: Checkup) {
+  const { url, options, told, ask, need, must, should } = checkup;
+  const { status, ok, headers, location, seconds } = await ask(url, AS_JSON, INITIALIZE);
+  need(!ok, "closed", status);
   need(status !== 404, "path", url.pathname);
   need(![405, 406, 415].includes(status), "guard first", status);
   need(status === 401, "401", `${status} ${location}`);
-  (seconds < 10 ? should : must)(seconds < 3, "speed", Math.round(seconds));
+  must(seconds < 10, "speed", Math.round(seconds));
   const challenge = headers.get("WWW-Authenticate")?.slice(0, 8192) ?? "";
-  checkup.metadataUrl = challenge.match(/resource_metadata="([^"]+)"/)?.[1] ?? "";
+  told.metadataUrl = challenge.match(/resource_metadata="([^"]+)"/)?.[1] ?? "";
   if (must(/^Bearer\b/i.test(challenge), "challenge")) should(/scope="[^"]+"/.test(challenge), "scope");
-  const get = await ask(checkup, url, { headers: { Accept: "text/event-stream" } });
+  const get = await ask(url, { Accept: "text/event-stream" });
   must(get.status === 401, "guard first", `GET: ${get.status}`);
-  const claude = await initialize(AS_CLAUDE);
+  const claude = await ask(url, AS_CLAUDE, INITIALIZE);
   need(claude.status === 401, "Claude-User", claude.status);
-  const bad = await initialize({ ...AS_CLAUDE, Authorization: "Bearer made-up" });
+  const bad = await ask(url, { ...AS_CLAUDE, Authorization: "Bearer made-up" }, INITIALIZE);
   if (must(bad.status === 401, "invalid token", bad.status)) {
     const said = bad.headers.get("WWW-Authenticate") ?? "";
-    need(!NO_TOKEN.test(`${said} ${bad.text}`.slice(0, 8192)), "Authorization");
+    const noToken = /(missing|no) (authorization|access token|token)|token is (needed|required)/i; // but one was sent
+    need(!noToken.test(`${said} ${bad.text}`.slice(0, 8192)), "Authorization");
     should(!challenge || said.includes("invalid_token"), "invalid token", "401 without invalid_token");
   }
-  if (token) await checkCalls(checkup, { ...AS_CLAUDE, Authorization: `Bearer ${token}` });
+  if (options.token) await checkCalls(checkup);
 }
 
-/** Goes where only a token leads. It is sent to the typed address, and to no other. */
-async function checkCalls(checkup: Checkup, headers: Record<string, string>): Promise<void> {
-  const { url, next, need, should } = checkup;
-  headers.Accept = "application/json, text/event-stream";
-  const call = (message: object) => ask(checkup, url, post(message, headers));
-  const hello = await call(INITIALIZE);
+/** Calls as Claude does. The token is sent to the typed address, and to no other. */
+async function checkCalls({ url, options, next, ask, need, should }: Checkup) {
+  const headers: Record<string, string> = { ...AS_CLAUDE, Authorization: `Bearer ${options.token}` };
+  const hello = await ask(url, headers, INITIALIZE);
   need(hello.json?.result, "calls", `initialize is answered ${hello.status}`);
   const session = hello.headers.get("Mcp-Session-Id");
   if (session) headers["Mcp-Session-Id"] = session;
-  await call({ jsonrpc: "2.0", method: "notifications/initialized" });
-  const list = await call({ jsonrpc: "2.0", id: 1, method: "tools/list" });
+  await ask(url, headers, { jsonrpc: "2.0", method: "notifications/initialized" });
+  const list = await ask(url, headers, { jsonrpc: "2.0", id: 1, method: "tools/list" });
   const tools = list.json?.result?.tools;
   need(Array.isArray(tools), "calls", `tools/list is answered ${list.status}`);
-  if (session) await ask(checkup, url, { method: "DELETE", headers });
-  const names: string[] = tools.map((tool: { name?: unknown } | null) => isString(tool?.name) ? tool.name : "");
-  const refused = names.filter((name) => !/^[a-zA-Z0-9_-]{1,64}$/.test(name));
+  if (session) await ask(url, headers, undefined, "DELETE");
+  const names: string[] = tools.map((tool: unknown) => isObject(tool) && isString(tool.name) ? tool.name : "");
+  const refused = names.filter((name) => !/^[\w-]{1,64}$/.test(name));
   should(refused.length === 0, "tool names", refused.join(", "));
-  should(hello.seconds + list.seconds < 3, "speed", Math.round(hello.seconds + list.seconds));
   const [first, second] = [hello.seconds.toFixed(2), list.seconds.toFixed(2)];
   next.push(`initialize took ${first} s, tools/list ${second} s: ${names.length} tools`);
 }
 
 /** Returns the place of a metadata document (RFC 8414 §3.1, RFC 9728 §3.1). */
-const wellKnown = (name: string, { origin, pathname }: URL): string =>
+const wellKnown = (name: string, { origin, pathname }: URL) =>
   `${origin}/.well-known/${name}${pathname.replace(/\/$/, "")}`;
-/** Tells whether secrets can be sent to a URL: by https, or on this computer. */
-const isSafe = (url: URL | undefined): boolean => url?.protocol === "https:" || isLoopback(url?.hostname ?? "");
-const lists = (list: unknown, value: string): boolean => Array.isArray(list) && list.includes(value);
-const emptyMembers = (json: object): string =>
+const lists = (list: unknown, value: string) => Array.isArray(list) && list.includes(value);
+
+/** Tells whether secrets can be sent there. */
+const isSafe = (url: URL | undefined) => url?.protocol === "https:" || isLoopback(url?.hostname ?? "");
+const emptyMembers = (json: object) =>
   Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name).join(", ");
 
-async function checkDiscovery(checkup: Checkup): Promise<void> {
-  const { url, need, should } = checkup;
-  const guessed = wellKnown("oauth-protected-resource", url);
-  const place = checkup.metadataUrl || guessed;
+async function checkDiscovery({ url, resource, told, ask, need, must, should }: Checkup) {
+  const place = told.metadataUrl || wellKnown("oauth-protected-resource", url);
   need(webUrl(place)?.origin === url.origin, "own URLs", place);
-  const { status, json, type } = await ask(checkup, place);
-  need(status === 200 && json, "metadata", `${status} ${type} at ${place}`);
-  need(json?.resource === url.href.replace(/\/$/, ""), "resource", json?.resource);
-  const issuer = json?.authorization_servers?.[0];
+  const { ok, status, type, json: document } = await ask(place);
+  need(ok && document, "metadata", `${status} ${type} at ${place}`);
+  need(document?.resource === resource, "resource", document?.resource);
+  const issuer = document?.authorization_servers?.[0];
   need(isSafe(webUrl(issuer)), "https endpoints", "authorization_servers");
-  // Some clients look at one of these places only.
-  for (const other of [guessed, wellKnown("oauth-protected-resource", new URL(url.origin))]) {
-    const { status, json } = await ask(checkup, other);
-    should(status === 200 && json, "metadata", `${status} at ${other}`);
-  }
-  await checkServer(checkup, issuer);
-}
-
-async function checkServer(checkup: Checkup, issuer: string): Promise<void> {
-  const { need, must, should } = checkup;
-  const oauth = await ask(checkup, wellKnown("oauth-authorization-server", new URL(issuer)));
-  const openid = await ask(checkup, wellKnown("openid-configuration", new URL(issuer)));
-  const isWhole = openid.status === 200 && openid.json?.jwks_uri;
+  const root = wellKnown("oauth-protected-resource", new URL(url.origin)); // some clients look here only
+  const other = await ask(root);
+  should(other.ok && other.json, "metadata", `${other.status} at ${root}`);
+  const oauth = await ask(wellKnown("oauth-authorization-server", new URL(issuer)));
+  const openid = await ask(wellKnown("openid-configuration", new URL(issuer)));
   // Clients take either document (RFC 8414 §5), and stumble over half of one.
+  const isWhole = openid.ok && openid.json?.jwks_uri;
   should(isWhole || openid.status === 404, "metadata", `${openid.status} ${openid.type}, OpenID configuration`);
-  const json = checkup.server = oauth.status === 200 && oauth.json || isWhole && openid.json || {};
-  need(json.issuer, "metadata", `${oauth.status} ${oauth.type}, authorization server`);
-  need(json.issuer === issuer, "issuer", json.issuer);
-  const endpoints = ["authorization_endpoint", "token_endpoint", "registration_endpoint", "revocation_endpoint"];
-  const bad = endpoints.find((name, index) => (index < 2 || json[name]) && !isSafe(webUrl(json[name])));
+  const server = told.server = oauth.ok && oauth.json || isWhole && openid.json || {};
+  need(server.issuer, "metadata", `${oauth.status} ${oauth.type}, authorization server`);
+  need(server.issuer === issuer, "issuer", server.issuer);
+  const bad = ["authorization_endpoint", "token_endpoint"].find((name) => !isSafe(webUrl(server[name])));
   need(!bad, "https endpoints", bad);
-  const takesDocuments = json.client_id_metadata_document_supported === true;
-  need(takesDocuments || json.registration_endpoint, "offer", "registration_endpoint");
-  const methods = json.token_endpoint_auth_methods_supported;
-  must(lists(json.code_challenge_methods_supported, "S256"), "offer", "S256");
-  must(lists(json.response_types_supported, "code"), "offer", "code");
-  (json.registration_endpoint ? should : must)(lists(methods, "none"), "offer", "none");
+  const takesDocuments = server.client_id_metadata_document_supported === true;
+  need(takesDocuments || server.registration_endpoint, "offer", "registration_endpoint");
+  must(lists(server.code_challenge_methods_supported, "S256"), "offer", "S256");
+  const methods = server.token_endpoint_auth_methods_supported;
+  (server.registration_endpoint ? should : must)(lists(methods, "none"), "offer", "none");
   if (takesDocuments) should(lists(methods, "private_key_jwt"), "offer", "private_key_jwt, for ChatGPT");
-  should(lists(json.scopes_supported, "offline_access"), "offer", "offline_access");
-  should(json.authorization_response_iss_parameter_supported, "offer", "iss (RFC 9207)");
-  must(!emptyMembers(json), "no empty members", emptyMembers(json));
+  should(lists(server.scopes_supported, "offline_access"), "offer", "offline_access");
+  should(server.authorization_response_iss_parameter_supported, "offer", "iss (RFC 9207)");
+  must(!emptyMembers(server), "no empty members", emptyMembers(server));
 }
 
-/** Registers as Claude does, unless the server takes metadata documents alone, and signs in up to the password. */
-async function checkSignIn(checkup: Checkup): Promise<void> {
-  const { server: { registration_endpoint }, must } = checkup;
-  if (registration_endpoint) {
+/** Registers as Claude does, if the server lets clients register, and signs in up to the password. */
+async function checkSignIn(checkup: Checkup) {
+  const { told, ask, must } = checkup;
+  if (told.server.registration_endpoint) {
     const client = { client_name: "setup check", redirect_uris: [CLAUDE_REDIRECT], token_endpoint_auth_method: "none" };
-    const grants = { grant_types: ["authorization_code", "refresh_token"] };
-    const { status, json = {}, text } = await ask(checkup, registration_endpoint, post({ ...client, ...grants }));
+    const asked = { ...client, grant_types: ["authorization_code", "refresh_token"] };
+    const { ok, status, json = {}, text } = await ask(told.server.registration_endpoint, AS_JSON, asked);
     const isWhole = isString(json.client_id) && lists(json.redirect_uris, CLAUDE_REDIRECT);
-    if (!must([200, 201].includes(status) && isWhole, "registration", `${status} ${text}`)) return;
+    if (!must(ok && isWhole, "registration", `${status} ${text}`)) return;
     must(!emptyMembers(json), "no empty members", emptyMembers(json));
-    checkup.client_id = json.client_id;
+    told.client_id = json.client_id;
   }
   await checkConsent(checkup);
   await checkRefusals(checkup);
 }
 
-function authorizationUrl({ url, server, client_id }: Checkup, change: Record<string, string> = {}): URL {
-  const target = new URL(server.authorization_endpoint);
+function authorizationUrl({ resource, told }: Checkup, change = ""): URL {
+  const target = new URL(told.server.authorization_endpoint);
   const code_challenge = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"; // RFC 7636 appendix B; nothing is ever redeemed
-  const pkce = { code_challenge, code_challenge_method: "S256" };
-  const request = { response_type: "code", client_id, redirect_uri: CLAUDE_REDIRECT, state: "setup-check" };
-  const all = { ...request, ...pkce, resource: url.href.replace(/\/$/, ""), ...change };
+  const request = { response_type: "code", client_id: told.client_id, redirect_uri: CLAUDE_REDIRECT, resource };
+  const fixed = { state: "setup-check", code_challenge, code_challenge_method: "S256" };
+  const all = { ...request, ...fixed, ...Object.fromEntries(new URLSearchParams(change)) };
   for (const [name, value] of Object.entries(all)) if (value) target.searchParams.set(name, value);
   return target;
 }
 
 /** Looks at the page that the owner sees, and presses its button to deny, which needs no password. */
-async function checkConsent(checkup: Checkup): Promise<void> {
-  const { server, need, must, should } = checkup;
+async function checkConsent(checkup: Checkup) {
+  const { told: { server }, ask, need, must, should } = checkup;
   const page = authorizationUrl(checkup);
-  const { status, headers, location, text } = await ask(checkup, page, { headers: AS_BROWSER });
-  need(!HAS_CODE.test(location), "owner");
-  // Some servers send the owner to another page to sign in.
-  const isLogin = location && webUrl(location, page) && !location.startsWith(CLAUDE_REDIRECT);
+  const { status, headers, location, text } = await ask(page, AS_BROWSER);
+  need(!/[?&]code=/.test(location), "owner");
+  const isLogin = location && !location.startsWith(CLAUDE_REDIRECT); // the owner signs in on another page
   const title = text.slice(0, MAX_PAGE_LENGTH).match(/<title>([^<]*)/)?.[1] ?? "";
   if (!must(isLogin || status === 200, "consent page", `${status} ${location || title}`) || isLogin) return;
   const policy = headers.get("Content-Security-Policy") ?? "";
-  must(!/form-action/.test(policy), "no form-action");
-  should(/frame-ancestors/.test(policy) || headers.has("X-Frame-Options"), "no frames");
-  const form = readDenial(text);
-  if (!form) return; // a page of its own kind: nothing can be said without its owner
+  must(!policy.includes("form-action"), "no form-action");
+  should(policy.includes("frame-ancestors") || headers.has("X-Frame-Options"), "no frames");
+  const { action, body } = readDenial(text);
+  if (!body) return; // the rest would need the owner
   // A form for elsewhere is not sent: the page could choose any address, with any fields.
-  const action = webUrl(form.action || page.href, page);
-  if (!should(action?.origin === page.origin, "own URLs", form.action)) return;
-  const Cookie = headers.getSetCookie().map((cookie) => cookie.split(";")[0]).join("; ").slice(0, 8192);
-  const sent = { ...AS_BROWSER, Cookie, Origin: page.origin };
-  const answer = await ask(checkup, action!, { method: "POST", headers: sent, body: form.body });
-  const told = new URLSearchParams(answer.location.split("?")[1]);
-  const hasIss = !server.authorization_response_iss_parameter_supported || told.get("iss") === server.issuer;
-  const isTold = told.get("error") === "access_denied" && told.get("state") === "setup-check" && hasIss;
-  const isBack = [302, 303].includes(answer.status) && answer.location.startsWith(CLAUDE_REDIRECT);
-  must(isBack && isTold, "denial", `${answer.status} ${answer.location}`);
+  const target = webUrl(action || page.href, page);
+  if (!should(target?.origin === page.origin, "own URLs", action)) return;
+  const Cookie = headers.getSetCookie().map((cookie) => cookie.split(";")[0]).join("; ");
+  const denial = await ask(target!, { ...AS_BROWSER, Cookie, Origin: page.origin }, body);
+  const query = new URLSearchParams(denial.location.split("?")[1]);
+  const hasIss = !server.authorization_response_iss_parameter_supported || query.get("iss") === server.issuer;
+  const isTold = query.get("error") === "access_denied" && query.get("state") === "setup-check" && hasIss;
+  const isBack = [302, 303].includes(denial.status) && denial.location.startsWith(CLAUDE_REDIRECT);
+  must(isBack && isTold, "denial", `${denial.status} ${denial.location}`);
 }
 
 const MAX_PAGE_LENGTH = 64 * 1024;
@@ -4245,51 +4203,41 @@ const ATTRIBUTE = /([\w-]{1,40})\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))/g;
 function readAttributes(tag: string): Record<string, string> {
   const attributes: Record<string, string> = {};
   for (const [, name = "", ...values] of tag.matchAll(ATTRIBUTE)) {
-    const value = values.find(isString) ?? "";
-    attributes[name.toLowerCase()] ??= value.replaceAll("&quot;", '"').replaceAll("&amp;", "&");
+    attributes[name.toLowerCase()] ??= values.join("").replaceAll("&quot;", '"').replaceAll("&amp;", "&");
   }
   return attributes;
 }
 
 /** Returns where the form with a button to deny goes, and what a browser posts at a press of that button. */
-function readDenial(page: string): { action: string | undefined; body: URLSearchParams } | undefined {
+function readDenial(page: string): { action?: string; body?: URLSearchParams } {
   for (const form of page.slice(0, MAX_PAGE_LENGTH).split(/<form\b/i).slice(1)) {
-    const [{ action, method } = {}, ...tags] = form.split(/<\/form/i)[0]!.split("<").map(readAttributes);
+    const [{ action = "", method } = {}, ...tags] = form.split(/<\/form/i)[0]!.split("<").map(readAttributes);
     const button = tags.find(({ name, value }) => name && /deny|denied|cancel|reject/i.test(value || name));
     if (!button || method?.toLowerCase() !== "post") continue;
     const fields = tags.filter((tag) => tag === button || tag.type?.toLowerCase() === "hidden");
-    const body = new URLSearchParams();
-    for (const { name = "", value = "" } of fields) body.append(name, value);
-    return { action, body };
+    return { action, body: new URLSearchParams(fields.map(({ name = "", value = "" }) => [name, value])) };
   }
+  return {};
 }
 
-/** Asks for what must be refused. */
-async function checkRefusals(checkup: Checkup): Promise<void> {
-  const { server, client_id, must } = checkup;
-  const attempts: [change: Record<string, string>, accepted: RegExp][] = [
-    [{ code_challenge: "", code_challenge_method: "" }, HAS_CODE],
-    [{ code_challenge_method: "plain" }, HAS_CODE],
-    [{ redirect_uri: "https://evil.example/" }, /^https:\/\/evil\.example/],
-    [{ client_id: "nobody" }, /^https:\/\/claude\.ai/],
-  ];
-  for (const [change, accepted] of attempts) {
-    const { location } = await ask(checkup, authorizationUrl(checkup, change), { headers: AS_BROWSER });
-    must(!accepted.test(location), "refusal", String(new URLSearchParams(change)));
+async function checkRefusals(checkup: Checkup) {
+  const { told: { server, client_id }, ask, must } = checkup;
+  const pkce = ["code_challenge=&code_challenge_method=", "code_challenge_method=plain"];
+  for (const change of [...pkce, "redirect_uri=https://evil.example/"]) {
+    const { location } = await ask(authorizationUrl(checkup, change), AS_BROWSER);
+    must(!/[?&]code=|^https:\/\/evil\.example/.test(location), "refusal", change);
   }
   const body = new URLSearchParams({ grant_type: "refresh_token", refresh_token: "made-up", client_id });
-  const { status, type, json } = await ask(checkup, server.token_endpoint, { method: "POST", body });
+  const { status, type, json } = await ask(server.token_endpoint, {}, body);
   must(status === 400 && json?.error === "invalid_grant", "dead token", json?.error ?? `${status} ${type}`);
 }
 
-/** Asks as a browser does for an app within a page. */
-async function checkBrowserApps(checkup: Checkup): Promise<void> {
-  const { url, server, should } = checkup;
+async function checkCors({ url, told, ask, should }: Checkup) {
   const headers = { Origin: "https://inspector.example", "Access-Control-Request-Method": "POST" };
-  for (const [name, place] of [["MCP", url], ["token", server.token_endpoint]]) {
-    const answer = await ask(checkup, place, { method: "OPTIONS", headers });
+  for (const [name, place] of [["MCP", url], ["token", told.server.token_endpoint]]) {
+    const answer = await ask(place, headers, undefined, "OPTIONS");
     const allowed = answer.headers.get("Access-Control-Allow-Origin") ?? "";
-    should(answer.status < 300 && ["*", headers.Origin].includes(allowed), "CORS", name);
+    should(answer.ok && ["*", headers.Origin].includes(allowed), "CORS", name);
   }
 }
 
@@ -4297,50 +4245,39 @@ const HELP = `Asks an MCP server what Claude will ask, and says what to repair. 
 
 Usage: mod.ts [options] https://your-domain.com/mcp
 
-  --token pat_…   also call initialize and tools/list; MCP_TOKEN in the environment does the same
+  --token pat_…   also call initialize and tools/list (or set MCP_TOKEN)
   -v, --verbose   show the checks that passed, too
   --json          print { url, verdict, findings: [{ heading, result, what, fix, withPersonalAuth }], next }
-  -h, --help      show this
 
 Exit status: 0 clients can connect; 1 some clients will fail; 2 no answer, or wrong arguments.`;
 
 /** Runs `deno run -A mod.ts https://your-domain.com/mcp`, and returns the exit status. */
 async function setupCheckCommand(): Promise<number> {
-  const { argv, env } = nodeModule("node:process");
-  const [token, flag] = [{ type: "string" }, { type: "boolean" }];
-  const options = { token, json: flag, verbose: { ...flag, short: "v" }, help: { ...flag, short: "h" } };
-  const args = { args: argv.slice(2), allowPositionals: true, options };
-  try {
-    const { values, positionals } = nodeModule("node:util").parseArgs(args);
-    if (values.help) {
-      console.log(HELP);
-      return 0;
-    }
-    const report = await checkSetup(positionals[0], { token: values.token ?? env.MCP_TOKEN });
-    console.log(values.json ? JSON.stringify(report, null, 2) : reportText(report, values.verbose));
-    return { ready: 0, broken: 1, unreachable: 2 }[report.verdict];
-  } catch (error) {
-    console.error(`${(error as Error).message}\nFor help: mod.ts --help`);
-    return 2;
-  }
+  const flag = { type: "boolean" };
+  const flags = { json: flag, verbose: { ...flag, short: "v" }, help: { ...flag, short: "h" } };
+  const options = { token: { type: "string" }, ...flags };
+  const { values, positionals } = nodeModule("node:util").parseArgs({ options, allowPositionals: true });
+  const { token = nodeModule("node:process").env.MCP_TOKEN, json, verbose, help } = values;
+  const report = help ? undefined : await checkSetup(positionals[0], { token });
+  console.log(!report ? HELP : json ? JSON.stringify(report, null, 2) : reportText(report, verbose));
+  return { ready: 0, broken: 1, unreachable: 2 }[report?.verdict ?? "ready"];
 }
 
-/** Formats a report: a line for each heading, then what is to be repaired, failures last, then the next step. */
+/** Formats a report, with failures last: nobody reads what has scrolled away. */
 function reportText({ url, findings, next }: SetupReport, verbose: boolean): string {
   const lines = [`Setup of ${url}`, ""];
   for (const [heading] of STAGES) {
     const here = findings.filter((finding) => finding.heading === heading);
     const passed = here.filter(({ result }) => result === "ok").map(({ what }) => what);
-    const worst = here.some(({ result }) => result === "failed") ? "✗" : passed.length < here.length ? "!" : "✓";
-    const summary = here.length > 0 ? `${passed.length} of ${here.length} passed` : "not asked yet";
-    lines.push(`${here.length > 0 ? worst : "-"} ${heading.padEnd(12)} ${summary}`);
+    const mark = here.some(({ result }) => result === "failed") ? "✗" : passed.length < here.length ? "!" : "✓";
+    const row = `${heading.padEnd(12)} ${passed.length} of ${here.length} passed`;
+    lines.push(here.length > 0 ? `${mark} ${row}` : `- ${heading.padEnd(12)} not asked yet`);
     if (verbose && passed.length > 0) lines.push(`  passed: ${[...new Set(passed)].join(", ")}`);
   }
-  for (const kind of ["warning", "failed"]) {
+  for (const [kind, mark] of [["warning", "!"], ["failed", "✗"]]) {
     for (const { what, fix, withPersonalAuth } of findings.filter(({ result }) => result === kind)) {
-      lines.push("", `${kind === "failed" ? "✗" : "!"} ${what}`);
-      if (withPersonalAuth) lines.push(`    with personalAuth(): ${withPersonalAuth}`);
-      lines.push(`    ${withPersonalAuth ? "another server: " : ""}${fix}`);
+      const own = withPersonalAuth ? `    with personalAuth(): ${withPersonalAuth}\n    another server: ` : "    ";
+      lines.push("", `${mark} ${what}`, own + fix);
     }
   }
   return [...lines, "", ...next].join("\n");
@@ -4348,5 +4285,9 @@ function reportText({ url, findings, next }: SetupReport, verbose: boolean): str
 
 /** Only where this very file is the program: bundled into another one, it is nobody's command. */
 if ((import.meta as { main?: boolean }).main && /\/mod\.[jt]s$/.test(import.meta.url)) {
-  void setupCheckCommand().then((status) => nodeModule("node:process").exitCode = status);
+  const fail = ({ message }: Error) => {
+    console.error(`${message}\nFor help: mod.ts --help`);
+    return 2;
+  };
+  void setupCheckCommand().catch(fail).then((status) => nodeModule("node:process").exitCode = status);
 }
