@@ -1556,7 +1556,8 @@ function grantedScopes(asked: string | null | undefined, { all, byDefault }: { a
 }
 
 /** Returns the scopes of a refresh: fewer than were granted if it asks for fewer, and never more (RFC 6749 §6). */
-function narrowedScopes(asked: string, granted: string[]): string[] {
+function narrowedScopes(asked: string | null, granted: string[]): string[] {
+  if (asked === null) return granted;
   const all = granted.filter((scope) => scope !== OFFLINE_ACCESS);
   return grantedScopes(asked, { all, byDefault: all }).filter((scope) => granted.includes(scope));
 }
@@ -1881,27 +1882,27 @@ async function refresh(server: Server, form: URLSearchParams, client: Client) {
   const current = await deriveRefresh(server, refresh_token.slice(4, -CHECK_DIGITS));
   // Only a token that this server made may end a connection, or whoever learns a connection's id could.
   if (!equal(refresh_token, current.token)) throw invalidGrant("this server did not make the refresh token");
-  const granted = (await readGrant(server, id))?.scopes;
-  if (!granted) throw invalidGrant("the connection has ended");
   const asked = form.get("scope");
-  const scopes = asked === null ? granted : narrowedScopes(asked, granted);
-  const narrower = scopes.length < granted.length && { scopes: scopes.map((scope) => granted.indexOf(scope)) };
-  const access_token = `pat_${id}${await server.mac("access", refresh_token, scopes.join(" "))}`;
+  const access_token = `pat_${id}${await server.mac("access", refresh_token, asked ?? "")}`;
   const request = { hash: current.hash, client_id: client.id, resource: server.resource };
   const successor = await deriveRefresh(server, current.successor);
-  const tokens = { access_token, successor, ...narrower };
-  return await issueTokens(server, id, tokens, (grant, issue, now) => refreshGrant(grant, request, issue, now));
+  return await issueTokens(server, id, { access_token, successor }, (grant, issue, now) => {
+    const { scopes: granted } = grant;
+    const scopes = narrowedScopes(asked, granted);
+    if (scopes.length < granted.length) issue.access.scopes = scopes.map((scope) => granted.indexOf(scope));
+    return refreshGrant(grant, request, issue, now);
+  });
 }
 
-type Tokens = { access_token: string; successor: { token: string; hash: string }; scopes?: number[] };
+type Tokens = { access_token: string; successor: { token: string; hash: string } };
 type Step = (grant: Grant, issue: Issue, now: number) => Transition;
 
 /** Issues tokens by an atomic transition, and raises its event. Returns the token response (OAuth 2.1 §3.2.3). */
-async function issueTokens(server: Server, id: string, { access_token, successor, scopes }: Tokens, step: Step) {
+async function issueTokens(server: Server, id: string, { access_token, successor }: Tokens, step: Step) {
   const { accessTokenTtl, refreshTokenTtl } = server;
   const [hash, now] = [await hashToken(access_token), seconds()];
-  const access = { hash, ...defined({ scopes }), expires: now + accessTokenTtl };
-  const issue = { access, refresh: successor.hash, expires: now + Math.max(refreshTokenTtl, accessTokenTtl) };
+  const access = { hash, expires: now + accessTokenTtl };
+  const issue: Issue = { access, refresh: successor.hash, expires: now + Math.max(refreshTokenTtl, accessTokenTtl) };
   let result = undefined as Transition | undefined;
   const grant = await updateGrant(server, id, (grant) => {
     result = step(grant, issue, seconds());
@@ -4065,7 +4066,7 @@ async function checkGuard(checkup: Checkup) {
   need(status !== 404, "path", url.pathname);
   need(![405, 406, 415].includes(status), "guard first", status);
   need(status === 401, "401", `${status} ${location}`);
-  must(seconds < 10, "speed", Math.round(seconds));
+  (seconds < 10 ? should : must)(seconds < 3, "speed", Math.round(seconds));
   const challenge = headers.get("WWW-Authenticate")?.slice(0, 8192) ?? "";
   told.metadataUrl = challenge.match(/resource_metadata="([^"]+)"/)?.[1] ?? "";
   if (must(/^Bearer\b/i.test(challenge), "challenge")) should(/scope="[^"]+"/.test(challenge), "scope");
@@ -4120,9 +4121,11 @@ async function checkDiscovery({ url, resource, told, ask, need, must, should }: 
   need(document?.resource === resource, "resource", document?.resource);
   const issuer = document?.authorization_servers?.[0];
   need(isSafe(webUrl(issuer)), "https endpoints", "authorization_servers");
-  const root = wellKnown("oauth-protected-resource", new URL(url.origin)); // some clients look here only
-  const other = await ask(root);
-  should(other.ok && other.json, "metadata", `${other.status} at ${root}`);
+  for (const base of [url, new URL(url.origin)]) { // some clients look at one of these only
+    const other = wellKnown("oauth-protected-resource", base);
+    const { ok, status, json } = await ask(other);
+    should(ok && json, "metadata", `${status} at ${other}`);
+  }
   const oauth = await ask(wellKnown("oauth-authorization-server", new URL(issuer)));
   const openid = await ask(wellKnown("openid-configuration", new URL(issuer)));
   // Clients take either document (RFC 8414 §5), and stumble over half of one.
@@ -4222,10 +4225,15 @@ function readDenial(page: string): { action?: string; body?: URLSearchParams } {
 
 async function checkRefusals(checkup: Checkup) {
   const { told: { server, client_id }, ask, must } = checkup;
-  const pkce = ["code_challenge=&code_challenge_method=", "code_challenge_method=plain"];
-  for (const change of [...pkce, "redirect_uri=https://evil.example/"]) {
+  const attempts: [change: string, accepted: RegExp][] = [
+    ["code_challenge=&code_challenge_method=", /[?&]code=/],
+    ["code_challenge_method=plain", /[?&]code=/],
+    ["redirect_uri=https://evil.example/", /^https:\/\/evil\.example/],
+    ["client_id=nobody", /^https:\/\/claude\.ai/],
+  ];
+  for (const [change, accepted] of attempts) {
     const { location } = await ask(authorizationUrl(checkup, change), AS_BROWSER);
-    must(!/[?&]code=|^https:\/\/evil\.example/.test(location), "refusal", change);
+    must(!accepted.test(location), "refusal", change);
   }
   const body = new URLSearchParams({ grant_type: "refresh_token", refresh_token: "made-up", client_id });
   const { status, type, json } = await ask(server.token_endpoint, {}, body);
@@ -4257,8 +4265,11 @@ async function setupCheckCommand(): Promise<number> {
   const flags = { json: flag, verbose: { ...flag, short: "v" }, help: { ...flag, short: "h" } };
   const options = { token: { type: "string" }, ...flags };
   const { values, positionals } = nodeModule("node:util").parseArgs({ options, allowPositionals: true });
-  const { token = nodeModule("node:process").env.MCP_TOKEN, json, verbose, help } = values;
-  const report = help ? undefined : await checkSetup(positionals[0], { token });
+  const { env, stderr } = nodeModule("node:process");
+  const { token = env.MCP_TOKEN, json, verbose, help } = values;
+  const onProgress = (what: string) => stderr.isTTY && stderr.write(`\r\x1b[K${what}`);
+  const report = help ? undefined : await checkSetup(positionals[0], { token, onProgress });
+  onProgress("");
   console.log(!report ? HELP : json ? JSON.stringify(report, null, 2) : reportText(report, verbose));
   return { ready: 0, broken: 1, unreachable: 2 }[report?.verdict ?? "ready"];
 }
