@@ -297,26 +297,17 @@ const OPTIONS: Record<keyof PersonalAuthOptions, [isGood: (it: any) => unknown, 
     (it) => it === false || (isString(it) && normalizePassword(it) !== ""),
     "must be a non-empty string; leave it out to have one generated",
   ],
-  allowedRedirectDomains: [
-    (it) => it === null || isStringList(it),
-    `must be a list of domains such as ["example.com"], or null to allow all`,
-  ],
+  allowedRedirectDomains: [(it) => it === null || isStringList(it), `must be a list such as ["example.com"], or null`],
   accessTokenTtl: [isLifetime, LIFETIME],
   refreshTokenTtl: [isLifetime, LIFETIME],
-  store: [
-    (it) => [it?.get, it?.update, it?.list].every(isFunction),
-    `must be a store, such as fileStore(".oauth-state")`,
-  ],
+  store: [(it) => [it?.get, it?.update, it?.list].every(isFunction), `must be a store: fileStore(".oauth-state")`],
   registration: [(it) => typeof it === "boolean", "must be true or false"],
   mcpPath: [
-    (it) => isString(it) && PATH.test(it) && !["/connections", ...Object.keys(ENDPOINTS)].includes(it),
+    (it) => isString(it) && PATH.test(it) && ![...Object.keys(ENDPOINTS), ...Object.keys(OWNER_PAGES)].includes(it),
     `must be a path of its own without a trailing slash, such as "/mcp"`,
   ],
   scopes: [(it) => isStringList(it) || isObject(it), `must be a list of names, or an object from name to description`],
-  clients: [
-    (it) => Array.isArray(it) && it.every(isObject),
-    "must be a list of { client_id, client_secret?, redirect_uris }",
-  ],
+  clients: [(it) => Array.isArray(it) && it.every(isObject), "must be a list of { client_id, redirect_uris }"],
   authenticateOwner: [isFunction, "must be a function (c) => boolean"],
   fetchClientMetadata: [isFunction, "must be a function (url, signal) => Promise<Response>"],
   pages: [isObject, `must be an object, such as { title: "My notes" }`],
@@ -330,22 +321,15 @@ type Emit = (type: AuthEvent["type"], message: string, more?: Partial<AuthEvent>
 /** Everything the endpoints share: the checked options, and what the server keeps besides. */
 interface Server extends Settings {
   emit: Emit;
-  /** The store, with failures reported as events and answered as 503. */
-  store: Store;
-  /** HMAC under the server's key, as 64 hex digits, and its long form of 128. */
-  mac: Mac;
+  store: Store; // its failures are reported, and answered with 503
+  mac: Mac; // the first 64 hex digits of longMac
   longMac: Mac;
   events: EventLog;
   documents: DocumentCache;
-  /** Access tokens that the store confirmed, by the Authorization header they came in. */
-  verified: Map<string, VerifiedToken>;
-  /** Under this key a Hono context keeps the AuthInfo of a token that was checked: a second guard does no more. */
-  passed: symbol;
-  /** Attempts to connect that are not approved yet, by client_id, the latest last. */
-  attempts: Map<string, Attempt>;
-  /** When somebody last called without a token: how a client finds the server. */
-  found: { at?: number };
-  /** Resolves when the owner's password is in the store. */
+  verified: Map<string, VerifiedToken>; // by Authorization header
+  passed: symbol; // where a Hono context holds what a guard has found: the next guard does no more
+  attempts: Map<string, Attempt>; // to connect, not approved yet, by client_id, the latest last
+  found: { at?: number }; // when somebody last called without a token: how a client finds the server
   passwordReady: () => Promise<OwnerRecord>;
 }
 
@@ -384,14 +368,10 @@ function readOptions(options: PersonalAuthOptions) {
     issuer: baseUrl,
     origin,
     secure: protocol === "https:",
-    /** The path of `baseUrl`, or "". */
-    basePath,
-    /** The path of the MCP endpoint, with the path of `baseUrl`. */
+    basePath, // or ""
     mcpPath: basePath + mcpPath,
-    /** The one resource identifier that tokens are issued for (RFC 8707). */
-    resource: baseUrl + mcpPath,
-    /** What clients may ask for instead. */
-    resourceNames: [baseUrl + mcpPath, baseUrl].map(normalizeResource),
+    resource: baseUrl + mcpPath, // the one that tokens are issued for (RFC 8707)
+    resourceNames: [baseUrl + mcpPath, baseUrl].map(normalizeResource), // what clients may ask for
     resourceMetadataUrl: `${origin}/.well-known/oauth-protected-resource${basePath}${mcpPath}`,
     scopes: readScopes(options.scopes ?? { mcp: "use every tool of this server" }),
     allowed: readAllowed(options.allowedRedirectDomains),
@@ -457,9 +437,7 @@ function readScopes(scopes: string[] | Record<string, string | ScopeOption>) {
   }
   return {
     all,
-    /** What a client gets that asks for nothing, or for nothing that is known here. */
-    byDefault,
-    /** Describes a scope in words. */
+    byDefault, // for a client that asks for nothing, or for nothing that is known here
     words: (scope: string): string => options.get(scope)?.description || scope,
     withIncluded(scopes: string[]): string[] {
       const reached = new Set(scopes);
@@ -510,10 +488,9 @@ function readClients(clients: PreregisteredClient[]): PreregisteredClient[] {
 
 // --- The server -----------------------------------------------------------------------------------------------------
 
-/** An endpoint. */
 type Handler = (server: Server, c: Context) => Response | Promise<Response>;
 
-/** What programs post to. They never read a cookie. */
+/** What programs post to. None of them reads a cookie. */
 const ENDPOINTS: Record<string, Handler> = {
   "/register": registerClient,
   "/token": tokenEndpoint,
@@ -521,7 +498,6 @@ const ENDPOINTS: Record<string, Handler> = {
   "/introspect": introspectionEndpoint,
 };
 
-/** What the owner opens, and what its forms post. */
 const OWNER_PAGES: Record<string, [show: Handler, change: Handler]> = {
   "/authorize": [showConsent, decideConsent],
   "/connections": [showConnections, changeConnections],
@@ -1307,17 +1283,15 @@ function sameRedirect(registered: string, requested: string): boolean {
 
 // --- Authorization endpoint -----------------------------------------------------------------------------------------
 
-/** Where an answer may be sent. Only what has passed `authorizationTarget` is ever redirected to. */
+/** Only what has passed `authorizationTarget` is ever redirected to. */
 type Target = { client: Client; redirect_uri: string; state: string | null };
-
-/** What the owner is asked to approve; `encoded` is the query, word for word. */
+/** `encoded`: the query, word for word. */
 type AuthorizationRequest = Target & { encoded: string; scopes: string[]; code_challenge: string };
 
 const MAX_REQUEST_LENGTH = 16 * 1024;
 
 /**
  * Shows the consent page and changes nothing, so that a prefetch, a preview or a crawler does no harm.
- *
  * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1 | OAuth 2.1 §4.1}
  */
 async function showConsent(server: Server, c: Context): Promise<Response> {
@@ -1328,7 +1302,7 @@ async function showConsent(server: Server, c: Context): Promise<Response> {
   if (session.answer) return session.answer;
   if (session.who === "stranger") return strangerPage(server, c);
   noteAttempt(server, request.client, { shown: seconds() });
-  return await askOwner(server, c, request, session);
+  return await consentPage(server, c, request, session);
 }
 
 /** Carries out the owner's decision. The form holds the request word for word, and it is checked again. */
@@ -1341,7 +1315,7 @@ async function decideConsent(server: Server, c: Context): Promise<Response> {
   const elsewhere = decision === "approve_elsewhere";
   const isKnown = elsewhere || decision === "approve" || decision === "deny";
   if (!isKnown || !await checkCsrf(server, session.browser, encoded, csrf)) {
-    return await askAgain(server, c, encoded, csrf, session, elsewhere);
+    return await askAgain(server, c, form, session);
   }
   const request = await readRequest(server, c, encoded);
   if (request instanceof Response) return request;
@@ -1356,7 +1330,7 @@ async function decideConsent(server: Server, c: Context): Promise<Response> {
     return redirectBack(server, c, request, answer);
   }
   const problem = await signIn(server, c, session, form.get("password") ?? "");
-  if (problem) return await askOwner(server, c, request, session, { csrf, problem });
+  if (problem) return await consentPage(server, c, request, session, csrf, problem);
   const approval = await approve(server, csrf, request);
   if (!approval) throw invalidRequest("The app has changed its redirect_uri since the page was shown: connect again");
   const { code, repeated } = approval;
@@ -1381,30 +1355,9 @@ async function readRequest(server: Server, c: Context, encoded: string): Promise
   }
 }
 
-async function askOwner(
-  server: Server,
-  c: Context,
-  request: AuthorizationRequest,
-  { browser, who }: Session,
-  again?: { csrf: string; problem: Problem },
-): Promise<Response> {
-  const { client, redirect_uri, encoded } = request;
-  // Whether the owner's list names this site itself, and not just some program on some computer.
-  const site = new URL(client.source === "document" ? client.id : redirect_uri);
-  const vouched = site.protocol === "https:" && !isLocal(site) && isListed(server.allowed, site);
-  const csrf = again?.csrf ?? await createCsrf(server, browser, encoded);
-  return consentPage(server, c, request, { who, encoded, vouched, ...again, csrf });
-}
-
 /** Answers a form that does not belong to this browser and request, or is too old. */
-async function askAgain(
-  server: Server,
-  c: Context,
-  encoded: string,
-  csrf: string,
-  session: Session,
-  elsewhere: boolean,
-): Promise<Response> {
+async function askAgain(server: Server, c: Context, form: URLSearchParams, session: Session): Promise<Response> {
+  const [encoded, csrf] = [form.get("request") ?? "", form.get("csrf") ?? ""];
   if (encoded === "" || !session.known) return expiredPage(server, c);
   // A stranger must not get a form that is good: each time it is sent, an event is written to the store.
   if (session.who === "stranger") return strangerPage(server, c);
@@ -1413,10 +1366,10 @@ async function askAgain(
   // The first of two clicks may have signed the owner in and replaced the browser's secret. The form proves nothing
   // then, but the session does: only the owner is told what came of the first click.
   const earlier = session.who === "owner" ? await approve(server, csrf, request, true) : undefined;
+  const elsewhere = form.get("decision") === "approve_elsewhere";
   if (earlier) return approvedPage(server, c, request, earlier.code, elsewhere);
   // The form was open too long, or in a second tab while the first one signed in: ask again, and lose nothing.
-  const fresh = await createCsrf(server, session.browser, encoded);
-  return await askOwner(server, c, request, session, { csrf: fresh, problem: OPEN_TOO_LONG });
+  return await consentPage(server, c, request, session, undefined, OPEN_TOO_LONG);
 }
 
 /** Answers with the code on a page: to be carried to another computer, or because the form was sent before. */
@@ -1428,7 +1381,6 @@ function approvedPage(server: Server, c: Context, request: AuthorizationRequest,
 
 /**
  * Returns the redirect URI with the answer and `iss`, so that a client of several servers knows which one answered.
- *
  * @see {@link https://www.rfc-editor.org/rfc/rfc9207#section-2 | RFC 9207 §2}
  */
 function answerUri({ issuer }: Server, { redirect_uri, state }: Target, answer: Record<string, string>): string {
@@ -1496,31 +1448,21 @@ function faultPage(server: Server, c: Context, error: unknown): Response | Promi
   const accept = c.req.header("Accept") ?? "";
   // mcp-remote asks for JSON before it opens the browser, and registers again if it reads invalid_client.
   if (accept.includes("application/json") && !accept.includes("text/html")) return errorResponse(server, c, error);
-  const [title, advice] = FAULTS[event ?? code] ?? FAULTS.invalid_request!;
-  return messagePage(server, c, 400, title, `${message}.`, advice);
+  const [title = "", advice] = (FAULTS[event ?? code] ?? FAULTS.invalid_request!).split(" → ");
+  return messagePage(server, c, 400, title, `${message}.`, advice!);
 }
 
-/** Title and advice for the faults that a person sees, by event or error code. */
-const FAULTS: Record<string, [title: string, advice: string]> = {
-  invalid_client: [
-    "This server does not know the app",
-    "Remove this server from the app and add it again. The app then registers anew.",
-  ],
-  client_document_refused: [
-    "This app cannot be checked",
-    "The app describes itself at an address of its own, which this server must be able to read. Try again later.",
-  ],
-  redirect_refused: ["This app is not allowed here", "Nothing was shared. If you did not start this, close the page."],
-  invalid_request: [
-    "That request cannot be answered",
-    "Nothing was shared. If you started this, go back to the app and connect again.",
-  ],
+/** Title → advice for what a person sees, by event or error code. */
+const FAULTS: Record<string, string> = {
+  invalid_client: "This server does not know the app → Remove this server from the app and add it again.",
+  client_document_refused: "This app cannot be checked → This server must be able to read its address. Try later.",
+  redirect_refused: "This app is not allowed here → Nothing was shared. If you did not start this, close the page.",
+  invalid_request: "That request cannot be answered → Nothing was shared. If you started this, connect again.",
 };
 
 /**
  * Requires that every `resource` is this one. Clients differ in slashes, case and default ports, and some send the base
  * URL; the audience that is stored and checked is always the canonical URL.
- *
  * @see {@link https://www.rfc-editor.org/rfc/rfc8707#section-2 | RFC 8707 §2}
  */
 function checkResource({ resource, resourceNames }: Server, params: URLSearchParams): void {
@@ -1546,7 +1488,6 @@ function normalizeResource(resource: string): string | undefined {
 /**
  * Returns the scopes that are asked for and on offer, or the default if there are none, because clients ask for scopes
  * they know from other servers. `offline_access` is granted if asked.
- *
  * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-3.3 | RFC 6749 §3.3}
  */
 function grantedScopes(asked: string | null | undefined, { all, byDefault }: { all: string[]; byDefault: string[] }) {
@@ -1592,7 +1533,6 @@ async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
 /**
  * Ends the connection that a token belongs to, and answers 200 for an unknown one too. The client stays registered:
  * Claude Code signs out and comes back with the same client_id.
- *
  * @see {@link https://www.rfc-editor.org/rfc/rfc7009#section-2.1 | RFC 7009 §2.1}
  */
 async function revocationEndpoint(server: Server, c: Context): Promise<Response> {
@@ -1605,7 +1545,6 @@ async function revocationEndpoint(server: Server, c: Context): Promise<Response>
 /**
  * Describes a token to a resource server that runs elsewhere. Only clients that the owner registered with a secret may
  * ask: anybody else could learn whether a token found somewhere is alive.
- *
  * @see {@link https://www.rfc-editor.org/rfc/rfc7662#section-2 | RFC 7662 §2}
  */
 async function introspectionEndpoint(server: Server, c: Context): Promise<Response> {
@@ -2799,17 +2738,21 @@ function passwordField(who: Session["who"], problem?: Problem, ready = problem !
 }
 
 /** Asks the owner, and for the password if nobody is signed in. */
-function consentPage(
+async function consentPage(
   server: Server,
   c: Context,
-  { client, redirect_uri, scopes }: AuthorizationRequest,
-  form: { who: Session["who"]; encoded: string; csrf: string; vouched: boolean; problem?: Problem },
+  { client, redirect_uri, scopes, encoded }: AuthorizationRequest,
+  { browser, who }: Session,
+  csrf?: string,
+  problem?: Problem,
 ) {
   const { issuer, basePath } = server;
   const target = new URL(redirect_uri);
-  // It stands beside what is on the list: the site of the document, or else of the answer; never beside a mere name.
-  const chip = form.vouched && html`<span class="chip">on your list</span>`;
+  // Beside what is on the list: the site of the document, or else of the answer; never a mere name, or any program.
   const isDocument = client.source === "document";
+  const site = isDocument ? new URL(client.id) : target;
+  const isListedSite = site.protocol === "https:" && !isLocal(site) && isListed(server.allowed, site);
+  const chip = isListedSite && html`<span class="chip">on your list</span>`;
   const own = client.source === "registered" ? "The app chose this name; it is not verified" : "You registered it";
   const origin = isDocument ? html`Described by ${new URL(client.id).host} ${chip}` : own;
   const isWeb = /^https?:$/.test(target.protocol);
@@ -2829,9 +2772,9 @@ function consentPage(
     ${scopeList(server, scopes)}
     <p class="warn">Approve only if you just started this.</p>
     <form method="post" action="${basePath}/authorize">
-      <input type="hidden" name="request" value="${form.encoded}">
-      <input type="hidden" name="csrf" value="${form.csrf}">
-      ${passwordField(form.who, form.problem)}
+      <input type="hidden" name="request" value="${encoded}">
+      <input type="hidden" name="csrf" value="${csrf ?? await createCsrf(server, browser, encoded)}">
+      ${passwordField(who, problem)}
       <div class="pair">
         <button class="approve" name="decision" value="approve">Approve</button>
         <button name="decision" value="deny" formnovalidate>Deny</button>
@@ -2840,7 +2783,7 @@ function consentPage(
     </form>
     <p class="soft">Stays connected until you revoke it at <a href="${issuer}/connections">/connections</a>.</p>
   `;
-  return page(server, c, `Connect ${client.name || UNNAMED}?`, body, { status: form.problem?.status });
+  return page(server, c, `Connect ${client.name || UNNAMED}?`, body, { status: problem?.status });
 }
 
 /** Leads to a private-use scheme. A redirect would leave the form on the screen, as if nothing had happened. */
