@@ -56,7 +56,7 @@ const PROGRAMS: Program[] = [
 const NODE = "node@24";
 
 const INSTALL_SECONDS = 240;
-const CHECK_SECONDS = 90;
+const CHECK_SECONDS = 150;
 
 const root = await Deno.makeTempDir({ prefix: "zoo-" });
 const pens = new Set<Pen>();

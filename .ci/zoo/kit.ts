@@ -260,7 +260,7 @@ export class Pen {
 
   /** The address that the owner, at another computer, is shown for the request that a program has printed. */
   async approvePrinted(program: Running): Promise<string> {
-    const printed = () => program.output.match(/\bhttp:\S+\/authorize\?[\w%&=.~+-]+(?=[^\w%&=.~+-])/)?.[0];
+    const printed = () => program.output.match(/\bhttp:[\w:./-]+\/authorize\?[\w%&=.~+-]+(?=[^\w%&=.~+-])/)?.[0];
     const page = await program.until(printed, "printing where to sign in");
     return (await this.owner.approve(page, "approve_elsewhere")).href;
   }
