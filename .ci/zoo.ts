@@ -199,7 +199,7 @@ try {
     if (row) rows.push(row);
   }
   if (table) await writeRows(rows);
-  else if (!interrupted) compareWithTable(rows);
+  else if (!interrupted && rows.length > 0) compareWithTable(rows);
 } finally {
   await leave();
 }
