@@ -124,8 +124,10 @@ async function visit(
     const name = `${program.name}: ${what}`;
     try {
       if (failed) throw new NotRun(`not after what came before it (${failed})`);
+      const start = performance.now();
       await within(CHECK_SECONDS, run());
-      if (!interrupted) report("ok", `${name} [${pen!.server.runtime.name}]`);
+      const seconds = ((performance.now() - start) / 1000).toFixed(1);
+      if (!interrupted) report("ok", `${name} [${pen!.server.runtime.name}, ${seconds} s]`);
       Object.assign(cells, shows);
     } catch (error) {
       fault(name, error);

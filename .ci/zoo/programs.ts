@@ -433,7 +433,8 @@ async function conform(pen: Pen, version: string, more: Record<string, string> =
   };
   const args = Object.entries(settings).flatMap(([name, value]) => [`--${name}`, String(value)]);
   const suite = pen.start(pen.bin("conformance"), ["authorization", ...args]);
-  const question = () => suite.stdout.match(/^http\S+\/authorize\?\S+$/m)?.[0];
+  // It prints where to go before it listens for the answer.
+  const question = () => suite.stdout.match(/^(http\S+\/authorize\?\S+)$[^]*^Callback server started/m)?.[1];
   await pen.approve(await suite.until(question, "an authorization request"));
   await suite.exit;
   const statuses = [];
