@@ -1,15 +1,18 @@
 /**
- * Holds README.md to its word: every block of code type-checks and runs, its first program serves from an empty folder on
- * each runtime, every option is in the type and the other way round, every test, file and picture that is named exists,
- * and the first command works as pasted. Run with `deno test -A .ci/readme.ts`.
+ * Holds README.md to its word: every block of code type-checks and runs, its programs serve from an empty folder on
+ * each runtime, a client that may only read asks for more and gets it, every option is in the type and the other way
+ * round, every test, file and picture that is named exists, and the first command works as pasted. Run with
+ * `deno test -A .ci/readme.ts`.
  */
 
-import { deepStrictEqual as equal, ok } from "node:assert/strict";
+import { deepStrictEqual as equal, match, ok } from "node:assert/strict";
 import { test, type TestContext } from "node:test";
 import { Client as McpClient } from "@modelcontextprotocol/sdk/client/index.js";
 import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/streamableHttp.js";
 import { type Carrier, Client, overHttp } from "./lib/client.ts";
 import { runtimes } from "./lib/runtimes.ts";
+import { Owner } from "./zoo/kit.ts";
+import { App, loadSdk1, loadSdk2, type Sdk } from "./zoo/libraries.ts";
 
 const root = new URL("../", import.meta.url);
 const read = (path: string) => Deno.readTextFileSync(new URL(path, root));
@@ -103,13 +106,13 @@ test("every ts block of the README type-checks and runs", async (t) => {
   const checked = await run([Deno.execPath(), "check", ...files], dir, 120);
   equal(checked.code, 0, checked.output);
   for (const [index, file] of files.entries()) {
-    if (index === 0) continue; // the program, which serves until it is stopped: the next test runs it
+    if (codes[index]!.includes("\nserve({")) continue; // it serves until it is stopped: the next test runs it
     const { code, output, late } = await run([Deno.execPath(), "run", "-A", file], dir, 30);
     ok(code === 0 && !late, `${file}: ${output}\n${codes[index]}`);
   }
 });
 
-test("the README's program serves its tool on each runtime, from an empty folder and with its commands", async (t) => {
+test("the README's programs serve their tools on each runtime, from an empty folder and with its commands", async (t) => {
   const table = readme.match(/^\|\s*\| install[^]*?\n\n/m)![0];
   const rows = [...table.matchAll(/^\| (\w+)\s*\| `([^`]*)`\s*\| `([^`]*)`/gm)].map(([, ...cells]) => cells);
   equal(rows.map(([name]) => name), ["Deno", "Bun", "Node"]);
@@ -124,16 +127,72 @@ test("the README's program serves its tool on each runtime, from an empty folder
       const installed = await run(["env", `PATH=${env.PATH}`, "bash", "-ec", install!], dir, 120);
       equal(installed.code, 0, installed.output);
       Deno.copyFileSync(new URL("mod.ts", root), `${dir}/mod.ts`);
-      const port = freePort();
-      Deno.writeTextFileSync(`${dir}/server.ts`, blocks("ts")[0]!.replaceAll("8050", String(port)));
-      const output = start(t, serve!, dir, env);
-      equal(await until(() => statusOf(port), output), 401);
-      const password = await until(() => output().match(/[a-z1-9]{5}(-[a-z1-9]{5}){3}/)?.[0], output);
-      const { access_token } = await new Client(ownerKnows(password, overHttp(port))).connect();
-      equal(await addByTool(port, access_token), "3");
+      const programs = blocks("ts").filter((block) => block.includes("\nserve({"));
+      equal(programs.length, 2);
+      const [first, notes] = await Promise.all(programs.map(async (program, index) => {
+        const folder = `${dir}/${index}`; // what was installed above is found from here, too
+        Deno.mkdirSync(folder);
+        Deno.copyFileSync(new URL("mod.ts", root), `${folder}/mod.ts`);
+        const port = freePort();
+        Deno.writeTextFileSync(`${folder}/server.ts`, program.replaceAll("8050", String(port)));
+        const output = start(t, serve!, folder, env);
+        equal(await until(() => statusOf(port), output), 401);
+        return { port, password: await until(() => output().match(/[a-z1-9]{5}(-[a-z1-9]{5}){3}/)?.[0], output) };
+      }));
+      const { access_token } = await new Client(ownerKnows(first!.password, overHttp(first!.port))).connect();
+      equal(await addByTool(first!.port, access_token), "3");
+      const owner = new Owner({ url: `http://localhost:${notes!.port}`, password: notes!.password, state: 1 });
+      for (const load of [loadSdk1, loadSdk2]) await asksForMore(t, owner, notes!.port, await load());
     });
   }
 });
+
+/** A client reads, is refused when it writes, asks, the owner approves, and it goes on. */
+async function asksForMore(t: TestContext, owner: Owner, port: number, sdk: Sdk): Promise<void> {
+  const url = new URL(`http://localhost:${port}/mcp`);
+  let page = "";
+  const app = new App({
+    atClose: (close) => t.after(async () => void await close()),
+    open: (url) => page = url,
+    approveFor: async () => void await (await fetch(await owner.approve(page))).body?.cancel(),
+  });
+  const read = async () => {
+    const session = await sdk.connect(url, app);
+    const result = await session.callTool({ name: "read_notes", arguments: {} });
+    await session.close();
+    return JSON.stringify(result);
+  };
+  const note = crypto.randomUUID();
+  const write = { name: "write_note", arguments: { note } };
+  const before = owner.approvals;
+
+  ok(!(await read()).includes(note));
+  equal([app.kept.tokens?.scope, owner.approvals - before], ["notes:read", 1]);
+  ok(owner.asked.includes("read your notes") && !owner.asked.includes("change your notes"), owner.asked);
+
+  const call = { jsonrpc: "2.0", id: 1, method: "tools/call", params: write };
+  for (const body of [call, [call]]) {
+    const refused = await fetch(url, {
+      method: "POST",
+      headers: {
+        "Content-Type": "application/json",
+        "Accept": "application/json, text/event-stream",
+        "Authorization": `Bearer ${app.kept.tokens!.access_token}`,
+      },
+      body: JSON.stringify(body),
+    });
+    await refused.body?.cancel();
+    equal(refused.status, 403);
+    match(refused.headers.get("WWW-Authenticate")!, /error="insufficient_scope".*scope="notes:read notes:write"/);
+  }
+
+  match(JSON.stringify(await sdk.callWithMore(url, app, write)), /Written/);
+  equal(owner.approvals - before, 2);
+  ok(owner.asked.includes("change your notes"), owner.asked);
+  ok(app.kept.tokens?.scope?.split(" ").includes("notes:write"), app.kept.tokens?.scope);
+  ok((await read()).includes(note));
+  equal(owner.approvals - before, 2); // it goes on without being asked again
+}
 
 /** Types the password wherever the page is sent. */
 function ownerKnows(password: string, carry: Carrier): Carrier {

@@ -5,7 +5,9 @@
  * @module
  */
 
+import { fileURLToPath } from "node:url";
 import { NotRun, oneLine, pause, within } from "../lib/limits.ts";
+import type { Runtime } from "../lib/runtimes.ts";
 
 /** The sum that only the server's `add` tool can come to: no model and no client is told it. */
 export const TERMS = { a: 400_000, b: 4_142 };
@@ -169,15 +171,18 @@ export class Pen {
   readonly #environment: Record<string, string>;
   readonly #running: Running[] = [];
   readonly #closers: (() => unknown)[] = [];
+  /** The owner's browser is on another computer than the program, whose loopback addresses it cannot reach. */
+  elsewhere = false;
   #seen = 0;
   #closed = false;
 
   /**
    * @param root the folder for everything that is left behind
+   * @param site the server that the program meets
    * @param installed where npm has put the program, if it is one of npm's
    * @param node the folder with the `node` that runs it
    */
-  constructor(root: string, installed?: string, node?: string) {
+  constructor(root: string, site: Site, installed?: string, node?: string) {
     this.#installed = installed ?? "";
     this.home = `${root}/home`;
     this.#opened = `${root}/opened`;
@@ -204,7 +209,7 @@ export class Pen {
       NO_PROXY: "localhost,127.0.0.1,::1",
       ZOO_PEN: root,
     };
-    this.server = new Server(this, root);
+    this.server = new Server(this, root, site);
     this.owner = new Owner(this.server);
   }
 
@@ -241,7 +246,23 @@ export class Pen {
     const page = program ? await program.until(next, "opening a browser") : next();
     if (page === undefined) throw new Error("no browser was opened");
     this.#seen++;
-    await this.owner.approve(page);
+    await this.approve(page);
+  }
+
+  /** The owner approves what a page asks; the answer arrives at the program. */
+  async approve(page: string): Promise<void> {
+    const address = await this.owner.approve(page, this.elsewhere ? "approve_elsewhere" : "approve");
+    // An address that was only shown is opened on the program's computer, with curl for example.
+    const response = await fetch(address);
+    const answer = textOf(await response.text());
+    if (!response.ok) throw new Error(`the client did not like the answer: ${response.status} ${lastWords(answer)}`);
+  }
+
+  /** The address that the owner, at another computer, is shown for the request that a program has printed. */
+  async approvePrinted(program: Running): Promise<string> {
+    const printed = () => program.output.match(/\bhttp:[\w:./-]+\/authorize\?[\w%&=.~+-]+(?=[^\w%&=.~+-])/)?.[0];
+    const page = await program.until(printed, "printing where to sign in");
+    return (await this.owner.approve(page, "approve_elsewhere")).href;
   }
 
   /** What a program does that must ask the owner. */
@@ -299,35 +320,57 @@ export async function finished(running: Running): Promise<Running> {
 // The server
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** `example.ts`, as its own header says to run it. */
+/** What serves, and on what. */
+export interface Site {
+  /** The server's runtime changes at each start: what one has written, the next one has to read. */
+  runtimes: Runtime[];
+  /** A program beside this file, in place of `example.ts`. */
+  script?: string | undefined;
+  env?: Record<string, string> | undefined;
+}
+
+/** `example.ts`, as its own header says to run it, or another program that takes the same environment. */
 export class Server {
   readonly password: string = crypto.randomUUID();
   readonly url: string;
   readonly mcpUrl: string;
   readonly #pen: Pen;
   readonly #root: string;
+  readonly #site: Site;
   readonly #port = freePort();
+  #starts = 0;
   /** Which of its memories it has. */
   state = 1;
   #running: Running | undefined;
 
-  constructor(pen: Pen, root: string) {
+  constructor(pen: Pen, root: string, site: Site) {
     this.#pen = pen;
     this.#root = root;
+    this.#site = site;
     this.url = `http://localhost:${this.#port}`;
     this.mcpUrl = `${this.url}/mcp`;
   }
 
+  /** What it runs on. */
+  get runtime(): Runtime {
+    const { runtimes } = this.#site;
+    return runtimes[Math.max(0, this.#starts - 1) % runtimes.length]!;
+  }
+
   async start(): Promise<void> {
-    const example = new URL("../../example.ts", import.meta.url).href;
+    this.#starts++;
+    const { command: [executable, ...before], env: extra } = this.runtime;
+    const script = fileURLToPath(new URL(this.#site.script ?? "../../example.ts", import.meta.url));
     const env = {
       ...Deno.env.toObject(),
+      ...extra,
+      ...this.#site.env,
       PORT: String(this.#port),
       BASE_URL: this.url,
       OWNER_PASSWORD: this.password,
       STATE_DIR: `${this.#root}/state-${this.state}`,
     };
-    const running = this.#pen.add(new Running(Deno.execPath(), ["run", "-A", example], { env }));
+    const running = this.#pen.add(new Running(executable!, [...before, script], { env }));
     this.#running = running;
     await running.until(() => this.#answers(), "answering");
   }
@@ -366,40 +409,52 @@ export class Server {
 
 /** The owner at a browser: cookies, forms and redirects, but no script, which the pages have to do without. */
 export class Owner {
-  readonly #server: Server;
+  readonly #server: Pick<Server, "url" | "password" | "state">;
   /** By host name alone: ports do not keep cookies apart. */
   readonly #cookies = new Map<string, Map<string, string>>();
   approvals = 0;
+  /** What the last page that asked has said. */
+  asked = "";
   /** Which of the server's memories holds this browser's session. */
   #session = 0;
 
-  constructor(server: Server) {
+  constructor(server: Pick<Server, "url" | "password" | "state">) {
     this.#server = server;
   }
 
-  /** Opens what a client wants approved, signs in if asked, approves, and follows the way back to the client. */
-  async approve(url: string): Promise<void> {
+  /**
+   * Opens what a client wants approved, signs in if asked, and approves.
+   *
+   * @param decision `approve_elsewhere` if the client is on another computer
+   * @returns where the answer goes: the browser would follow a redirect or a link there, or shows it
+   */
+  async approve(url: string, decision: "approve" | "approve_elsewhere" = "approve"): Promise<URL> {
     let at = new URL(url);
     let response = await this.#request(at);
     let forms = 0;
     while (true) {
       const location = response.headers.get("Location");
+      const page = await response.text();
+      const seen = `${response.status} ${oneLine(textOf(page)).slice(0, 300)}`;
       if (location !== null && response.status >= 300 && response.status < 400) {
-        await response.body?.cancel();
+        if (decision === "approve_elsewhere" && forms > 0) throw new Error("the owner was sent to the own computer");
         at = new URL(location, at);
+      } else if (forms > 0) {
+        at = new URL(shownAddress(page) ?? at);
+      }
+      if (at.origin !== this.#server.url) {
+        if (forms === 0) throw new Error(`the owner was sent back without a question, to ${at.href}`);
+        if (at.searchParams.has("error")) throw new Error(`the client is told of an error: ${at.href}`);
+        this.approvals++;
+        return at;
+      }
+      if (location !== null) {
         response = await this.#request(at);
         continue;
       }
-      const page = await response.text();
-      const seen = `${response.status} ${oneLine(textOf(page)).slice(0, 300)}`;
-      if (at.origin !== this.#server.url) {
-        if (!response.ok) throw new Error(`the client did not like the answer: ${seen}`);
-        if (forms === 0) throw new Error(`the owner was sent back without a question, to ${at.href}`);
-        this.approvals++;
-        return;
-      }
-      const form = approvalForm(page, at);
+      const form = approvalForm(page, at, decision);
       if (!form || ++forms > 1) throw new Error(`the owner cannot approve this: ${seen}`);
+      this.asked = oneLine(textOf(page));
       const signedIn = this.#session === this.#server.state;
       if (form.password && signedIn) throw new Error(`the owner was asked for the password again: ${seen}`);
       if (!form.password && !signedIn) throw new Error(`the owner was not asked for the password: ${seen}`);
@@ -441,12 +496,12 @@ interface Form {
 }
 
 /** The form that has a button to approve with, filled in as a browser would send it when that button is pressed. */
-function approvalForm(page: string, at: URL): Form | undefined {
+function approvalForm(page: string, at: URL, decision: string): Form | undefined {
   for (const [, head = "", body = ""] of page.matchAll(new RegExp(`<form\\b(${INSIDE})>(.*?)</form>`, "gis"))) {
     const tags = [...body.matchAll(new RegExp(`<(?:input|button)\\b(${INSIDE})>`, "gi"))].map(([, text = ""]) =>
       attributes(text)
     );
-    const approve = tags.find((tag) => tag.get("name") === "decision" && tag.get("value") === "approve");
+    const approve = tags.find((tag) => tag.get("name") === "decision" && tag.get("value") === decision);
     if (!approve) continue;
     const sent = tags.filter((tag) =>
       tag.get("type") === "hidden" || (/^(checkbox|radio)$/.test(tag.get("type") ?? "") && tag.has("checked"))
@@ -458,6 +513,12 @@ function approvalForm(page: string, at: URL): Form | undefined {
       password: tags.find((tag) => tag.get("type") === "password")?.get("name"),
     };
   }
+}
+
+/** An answer that the page holds: a link into an app, or an address to be copied. */
+function shownAddress(page: string): string | undefined {
+  const address = page.match(/(?:href="|<code[^>]*>)([^"<]*[?&](?:amp;)?code=[^"<]*)/)?.[1];
+  return address && unescapeHtml(address);
 }
 
 /** What may stand between the angle brackets of a tag. */

@@ -9,7 +9,7 @@
 import type { OAuthClientProvider, OAuthDiscoveryState } from "npm:@modelcontextprotocol/client@2.4.0";
 import { NotRun } from "../lib/limits.ts";
 import { mustShow, type Pen, SUM, TERMS } from "./kit.ts";
-import { type Check, life, type Program } from "./programs.ts";
+import { type Check, life, type Program, TRIED } from "./programs.ts";
 
 /** Loads a library, which may have to be fetched first. */
 async function load<T>(library: Promise<T>): Promise<T> {
@@ -25,7 +25,7 @@ class Callback {
   readonly url: string;
   #arrived = Promise.withResolvers<URL>();
 
-  constructor(pen: Pen) {
+  constructor(pen: Pick<Pen, "atClose">) {
     const server = Deno.serve({ hostname: "127.0.0.1", port: 0, onListen: () => {} }, ({ url }) => {
       this.#arrived.resolve(new URL(url));
       return new Response("You can close this page.");
@@ -47,20 +47,23 @@ class Callback {
 
 type Kept<T> = Exclude<T, Promise<unknown> | undefined>;
 
+/** What an app needs of a pen. */
+export type Browser = Pick<Pen, "atClose" | "open" | "approveFor">;
+
 /** An app on an MCP SDK, as far as the SDKs leave it to the app: what is kept, and how the owner is asked. */
-class App implements OAuthClientProvider {
+export class App implements OAuthClientProvider {
   readonly redirectUrl: string;
   kept: {
     client?: Kept<ReturnType<OAuthClientProvider["clientInformation"]>>;
     tokens?: Kept<ReturnType<OAuthClientProvider["tokens"]>>;
     discovery?: OAuthDiscoveryState;
   } = {};
-  readonly #pen: Pen;
+  readonly #pen: Browser;
   readonly #callback: Callback;
   #verifier = "";
   #state = "";
 
-  constructor(pen: Pen) {
+  constructor(pen: Browser) {
     this.#pen = pen;
     this.#callback = new Callback(pen);
     this.redirectUrl = this.#callback.url;
@@ -115,14 +118,23 @@ interface Session {
   close(): Promise<void>;
 }
 
-/** Connects an app, with the owner's help where it is needed. */
-type Connect = (url: URL, app: App) => Promise<Session>;
+type Call = { name: string; arguments: Record<string, unknown> };
 
-function sdk(name: string, connecting: () => Promise<Connect>): Program {
+/** One generation of the SDK, as an app uses it. */
+export interface Sdk {
+  /** Connects an app, with the owner's help where it is needed. */
+  connect(url: URL, app: App): Promise<Session>;
+  /** Calls a tool that wants another scope than the app has: the owner is asked, and the call is made again. */
+  callWithMore(url: URL, app: App, call: Call): Promise<unknown>;
+}
+
+function sdk(name: string, version: string, loading: () => Promise<Sdk>): Program {
+  const client = `MCP SDK, \`${name}\``;
   return {
     name,
+    row: { client, tried: TRIED.library, version },
     async checks(pen) {
-      const connect = await connecting();
+      const { connect } = await loading();
       const app = new App(pen);
       const url = new URL(pen.server.mcpUrl);
       async function use(): Promise<void> {
@@ -143,40 +155,68 @@ function sdk(name: string, connecting: () => Promise<Connect>): Program {
 
 const IMPLEMENTATION = { name: "zoo", version: "1.0.0" };
 
-/** As both generations have it, but for the form in which they take the answer. */
+/**
+ * As both generations have it.
+ *
+ * @param taken the form in which it takes the owner's answer
+ * @param refreshesFirst whether it answers a demand for another scope by its refresh token, which brings no scope
+ */
 // deno-lint-ignore no-explicit-any
-function connector(classes: any, taken: (answer: URLSearchParams) => unknown): Connect {
+function generation(classes: any, taken: (answer: URLSearchParams) => unknown, refreshesFirst: boolean): Sdk {
   const { Client, StreamableHTTPClientTransport, UnauthorizedError } = classes;
-  return async (url, authProvider) => {
-    const client = new Client(IMPLEMENTATION);
-    const transport = new StreamableHTTPClientTransport(url, { authProvider });
+  const open = (url: URL, authProvider: App) => ({
+    client: new Client(IMPLEMENTATION),
+    transport: new StreamableHTTPClientTransport(url, { authProvider }),
+  });
+
+  /** Does what may need the owner, who is asked at most once. */
+  async function asking<T>(app: App, { transport }: ReturnType<typeof open>, act: () => Promise<T>) {
     try {
-      await client.connect(transport);
-      return client;
+      return await act();
     } catch (error) {
       if (!(error instanceof UnauthorizedError)) throw error;
     }
-    await transport.finishAuth(taken(await authProvider.answer()));
-    const authorized = new Client(IMPLEMENTATION);
-    await authorized.connect(new StreamableHTTPClientTransport(url, { authProvider }));
-    return authorized;
+    await transport.finishAuth(taken(await app.answer()));
+  }
+
+  return {
+    async connect(url, app) {
+      const first = open(url, app);
+      if (await asking(app, first, () => first.client.connect(first.transport).then(() => true))) return first.client;
+      const authorized = open(url, app);
+      await authorized.client.connect(authorized.transport);
+      return authorized.client;
+    },
+    async callWithMore(url, app, call) {
+      if (refreshesFirst) app.kept.tokens = { ...app.kept.tokens!, refresh_token: undefined };
+      const session = open(url, app);
+      await session.client.connect(session.transport);
+      const before = await asking(app, session, () => session.client.callTool(call));
+      if (before) throw new Error(`it was not refused: ${JSON.stringify(before)}`);
+      const result = await session.client.callTool(call);
+      await session.client.close();
+      return result;
+    },
   };
 }
 
-export const sdk2: Program = sdk("@modelcontextprotocol/client", async () => {
+export async function loadSdk2(): Promise<Sdk> {
   const classes = await load(import("npm:@modelcontextprotocol/client@2.4.0"));
-  return connector(classes, (answer) => answer);
-});
+  return generation(classes, (answer) => answer, false);
+}
 
-export const sdk1: Program = sdk("@modelcontextprotocol/sdk", async () => {
+export async function loadSdk1(): Promise<Sdk> {
   const { Client } = await load(import("npm:@modelcontextprotocol/sdk@1.32.2/client/index.js"));
   const { StreamableHTTPClientTransport } = await load(
     import("npm:@modelcontextprotocol/sdk@1.32.2/client/streamableHttp.js"),
   );
   const { UnauthorizedError } = await load(import("npm:@modelcontextprotocol/sdk@1.32.2/client/auth.js"));
   const classes = { Client, StreamableHTTPClientTransport, UnauthorizedError };
-  return connector(classes, (answer) => answer.get("code") ?? "");
-});
+  return generation(classes, (answer) => answer.get("code") ?? "", true);
+}
+
+export const sdk2: Program = sdk("@modelcontextprotocol/client", "2.4.0", loadSdk2);
+export const sdk1: Program = sdk("@modelcontextprotocol/sdk", "1.32.2", loadSdk1);
 
 // ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // oauth4webapi
@@ -185,6 +225,7 @@ export const sdk1: Program = sdk("@modelcontextprotocol/sdk", async () => {
 /** A library that takes the RFCs by the letter: whatever it takes amiss is a fault of the server. */
 export const oauth4webapi: Program = {
   name: "oauth4webapi",
+  row: { client: "oauth4webapi", tried: TRIED.library, version: "3.8.8" },
   independent: true,
   async checks(pen) {
     const oauth = await load(import("npm:oauth4webapi@3.8.8"));
@@ -256,7 +297,7 @@ export const oauth4webapi: Program = {
           resource: resource.href,
         }),
       );
-      await pen.owner.approve(request.href);
+      await pen.approve(request.href);
       const answer = oauth.validateAuthResponse(server, client, await callback.next(), state); // with iss
       const asked = await oauth.authorizationCodeGrantRequest(
         server,
@@ -292,6 +333,7 @@ export const oauth4webapi: Program = {
     return ["none", "client_secret_post", "client_secret_basic"].map((method): Check => [
       `discovery, registration, code, iss, refresh after a restart, and revocation with ${method}`,
       () => grant(method),
+      { "signs in": "yes", "calls a tool": "yes", "refreshes": "yes", "after a restart": "yes" },
     ]);
   },
 };

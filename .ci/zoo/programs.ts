@@ -5,20 +5,31 @@
  */
 
 import { NotRun } from "../lib/limits.ts";
-import { finished, freePort, mustShow, type Pen, type Running, SUM, TERMS } from "./kit.ts";
+import { finished, freePort, mustShow, type Pen, type Running, type Site, SUM, TERMS } from "./kit.ts";
 import { startModel } from "./model.ts";
 
-export type Check = [what: string, run: () => Promise<void>];
+/** What the table of clients in README.md says, column by column. */
+export const COLUMNS = ["signs in", "calls a tool", "refreshes", "after a restart", "from another computer"] as const;
+export type Cells = Partial<Record<(typeof COLUMNS)[number], string>>;
+
+/** `shows`: the cells of the table that this check fills in, if it succeeds. */
+export type Check = [what: string, run: () => Promise<void>, shows?: Cells];
 
 /** One kind of client. */
 export interface Program {
   name: string;
+  /** Its row in the table of clients: what it is called there, and how it was tried. Without one, it has no row. */
+  row?: { client: string; tried: string; version?: string };
   /** The npm package it comes in, with its version. Without one, it is a library that is loaded when it is needed. */
   npm?: string;
   /** Its checks do not build on each other: a failed one says nothing of those that follow. */
   independent?: true;
+  /** What it meets in place of `example.ts`. */
+  site?: () => Pick<Site, "script" | "env">;
   checks(pen: Pen): Check[] | Promise<Check[]>;
 }
+
+export const TRIED = { program: "the program itself", library: "the library itself" };
 
 /** What can be asked of every client. */
 export interface Habits {
@@ -28,29 +39,46 @@ export interface Habits {
   use(): Promise<void>;
   /** Puts something else in the place of the access token that it keeps. */
   spoilToken?(): void;
+  /**
+   * How it gets the answer of an owner whose browser is on another computer, for which it may look at `pen.elsewhere`;
+   * or what the table says of one that takes no answer at a port of its own.
+   */
+  elsewhere?: string | { without: string };
 }
 
 /** What every client has to live through. */
-export function life(pen: Pen, { signIn, use, spoilToken = () => spoilTokens(pen.home) }: Habits): Check[] {
-  return [
-    ["signs in", () => pen.asking(signIn)],
-    ["lists and calls a tool", () => pen.unasked(use)],
+export function life(pen: Pen, habits: Habits): Check[] {
+  const { signIn, use, spoilToken = () => spoilTokens(pen.home), elsewhere = "by `curl`" } = habits;
+  const without = typeof elsewhere === "object" && { "from another computer": elsewhere.without };
+  const checks: Check[] = [
+    ["signs in", () => pen.asking(signIn), { "signs in": "yes", ...without }],
+    ["lists and calls a tool", () => pen.unasked(use), { "calls a tool": "yes" }],
     ["lists and calls a tool after a restart of the server", async () => {
       await pen.server.restart();
       await pen.unasked(use);
-    }],
+    }, { "after a restart": "yes" }],
     ["renews its access by its refresh token, twice at the same time", async () => {
       spoilToken();
       await pen.unasked(async () => {
         await Promise.all([use(), use()]);
       });
-    }],
+    }, { "refreshes": "yes" }],
     ["signs in to a server that has forgotten it", async () => {
       await pen.server.forget();
       await pen.asking(signIn);
       await pen.unasked(use);
     }],
   ];
+  if (typeof elsewhere === "string") {
+    checks.push(["signs in with a browser on another computer", async () => {
+      await pen.server.forget();
+      pen.elsewhere = true;
+      await pen.asking(signIn);
+      pen.elsewhere = false;
+      await pen.unasked(use);
+    }, { "from another computer": elsewhere }]);
+  }
+  return checks;
 }
 
 /** Makes all access tokens in a program's files such as the server would not know: the same as if they had expired. */
@@ -82,6 +110,7 @@ function* files(folder: string): Generator<string> {
 /** What stands in Claude Desktop's configuration file for servers it cannot reach by itself: a proxy to stdio. */
 export const mcpRemote: Program = {
   name: "mcp-remote",
+  row: { client: "mcp-remote", tried: TRIED.program },
   npm: "mcp-remote@0.15.1",
   checks(pen) {
     const start = () => new Stdio(pen.start(pen.bin("mcp-remote"), [pen.server.mcpUrl], { input: true }));
@@ -189,6 +218,7 @@ class Stdio {
 
 export const inspector: Program = {
   name: "inspector",
+  row: { client: "MCP Inspector, `--cli`", tried: TRIED.program },
   npm: "@modelcontextprotocol/inspector@2.12.0",
   checks(pen) {
     const env = {
@@ -228,7 +258,8 @@ function mustConclude({ output }: Running): void {
 
 export const claudeCode: Program = {
   name: "claude-code",
-  npm: "@anthropic-ai/claude-code@2.1.329",
+  row: { client: "Claude Code", tried: TRIED.program },
+  npm: "@anthropic-ai/claude-code@2.1.330",
   checks(pen) {
     if (Deno.build.os !== "linux") throw new NotRun("it would keep its tokens in this machine's key chain");
     const model = startModel(pen);
@@ -243,9 +274,10 @@ export const claudeCode: Program = {
 
     async function signIn(): Promise<void> {
       // It signs in at a terminal only.
-      const command = `'${pen.bin("claude")}' mcp login zoo`;
+      const command = `'${pen.bin("claude")}' mcp login ${pen.elsewhere ? "--no-browser " : ""}zoo`;
       const program = pen.start("script", ["-qefc", command, "/dev/null"], { env, input: true });
-      await pen.approveFor(program);
+      if (!pen.elsewhere) await pen.approveFor(program);
+      else await program.write(await pen.approvePrinted(program));
       await finished(program);
       mustShow(program.output, "Authenticated");
     }
@@ -260,7 +292,7 @@ export const claudeCode: Program = {
         await claude("mcp", "add", "--transport", "http", "zoo", pen.server.mcpUrl);
         mustShow((await claude("mcp", "list")).output, "Needs authentication");
       }],
-      ...life(pen, { signIn, use }),
+      ...life(pen, { signIn, use, elsewhere: "pasted" }),
       ["signs out, and in again", async () => {
         await claude("mcp", "logout", "zoo");
         mustShow((await claude("mcp", "list")).output, "Needs authentication");
@@ -273,6 +305,7 @@ export const claudeCode: Program = {
 
 export const codex: Program = {
   name: "codex",
+  row: { client: "Codex CLI", tried: TRIED.program },
   npm: "@openai/codex@0.169.0",
   checks(pen) {
     const model = startModel(pen);
@@ -289,8 +322,9 @@ export const codex: Program = {
       `,
     );
     async function login(...args: string[]): Promise<void> {
-      const program = pen.start(pen.bin("codex"), ["mcp", ...args]);
-      await pen.approveFor(program);
+      const program = pen.start(pen.bin("codex"), ["mcp", ...args], { input: pen.elsewhere });
+      if (!pen.elsewhere) await pen.approveFor(program);
+      else await program.write(await pen.approvePrinted(program));
       await finished(program);
       mustShow(program.output, "Successfully logged in");
     }
@@ -304,12 +338,13 @@ export const codex: Program = {
 
     let added = false;
     async function signIn(): Promise<void> {
-      await (added ? login("login", "zoo") : login("add", "zoo", "--url", pen.server.mcpUrl));
+      const again = ["login", "zoo", ...(pen.elsewhere ? ["--no-browser"] : [])];
+      await login(...(added ? again : ["add", "zoo", "--url", pen.server.mcpUrl]));
       added = true;
     }
 
     return [
-      ...life(pen, { signIn, use }),
+      ...life(pen, { signIn, use, elsewhere: "pasted" }),
       ["signs out, and in again with a dynamic registration", async () => {
         await pen.run(pen.bin("codex"), ["mcp", "logout", "zoo"]);
         await pen.asking(() => login("login", "zoo", "--oauth-client-registration", "dcr"));
@@ -321,6 +356,7 @@ export const codex: Program = {
 
 export const opencode: Program = {
   name: "opencode",
+  row: { client: "opencode", tried: TRIED.program },
   npm: "opencode-ai@1.18.33",
   checks(pen) {
     const model = startModel(pen);
@@ -366,11 +402,18 @@ export const conformance: Program = {
     const { stdout } = await pen.run(pen.bin("conformance"), ["list", "--authorization"]);
     const versions = new Set(stdout.match(/\b\d{4}-\d{2}-\d{2}\b/g));
     if (versions.size === 0) throw new Error(`it lists no version of the specification: ${stdout}`);
-    return [...versions].map((version): Check => [`specification ${version}`, () => conform(pen, version)]);
+    // Naming the resource is new in alpha.12; clients of before it do without.
+    return [...versions].flatMap((version): Check[] => [
+      [`specification ${version}`, async () => {
+        await pen.server.restart();
+        await conform(pen, version);
+      }],
+      [`specification ${version}, with a resource`, () => conform(pen, version, { resource: pen.server.mcpUrl })],
+    ]);
   },
 };
 
-async function conform(pen: Pen, version: string): Promise<void> {
+async function conform(pen: Pen, version: string, more: Record<string, string> = {}): Promise<void> {
   const port = freePort();
   const registration = await fetch(`${pen.server.url}/register`, {
     method: "POST",
@@ -379,18 +422,20 @@ async function conform(pen: Pen, version: string): Promise<void> {
   });
   if (!registration.ok) throw new Error(`registration: ${registration.status} ${await registration.text()}`);
   const { client_id } = await registration.json();
-  const results = `${pen.home}/results-${version}`;
+  const results = `${pen.home}/results-${port}`;
   const settings = {
     url: pen.server.url,
     "client-id": client_id,
     port,
     "output-dir": results,
     "spec-version": version,
+    ...more,
   };
   const args = Object.entries(settings).flatMap(([name, value]) => [`--${name}`, String(value)]);
   const suite = pen.start(pen.bin("conformance"), ["authorization", ...args]);
-  const question = () => suite.stdout.match(/^http\S+\/authorize\?\S+$/m)?.[0];
-  await pen.owner.approve(await suite.until(question, "an authorization request"));
+  // It prints where to go before it listens for the answer.
+  const question = () => suite.stdout.match(/^(http\S+\/authorize\?\S+)$[^]*^Callback server started/m)?.[1];
+  await pen.approve(await suite.until(question, "an authorization request"));
   await suite.exit;
   const statuses = [];
   for (const file of files(results)) {
