@@ -219,7 +219,7 @@ test("the permissions that the README lists are enough for its example", async (
 test("the README names every option, and no other", () => {
   const options = read("mod.ts").match(/export interface PersonalAuthOptions \{\n([^]*?)\n\}\n/)![1]!;
   const declared = [...options.matchAll(/^ {2}(\w+)\??:/gm)].map(([, name]) => name!);
-  const table = readme.match(/^## Options\n\n([^]*?)\n\n/m)![1]!;
+  const table = readme.match(/^## Options\n\n([^]*?)\n## /m)![1]!;
   const described = [...table.matchAll(/^\| `(\w+)`/gm)].map(([, name]) => name!);
   equal(described.toSorted(), declared.toSorted());
 });
