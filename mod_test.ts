@@ -24,7 +24,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { PassThrough } from "node:stream";
 import process from "node:process";
-import { test, type TestContext } from "node:test";
+import { test as nodeTest, type TestContext } from "node:test";
 import { fileURLToPath } from "node:url";
 import { serve } from "@hono/node-server";
 import type { OAuthClientProvider } from "@modelcontextprotocol/sdk/client/auth.js";
@@ -90,6 +90,12 @@ const oracle: (text: string) => Promise<string> = await import("@std/crypto").th
     return (text: string) => Promise.resolve(createHash("sha256").update(text).digest("base64url"));
   },
 );
+
+/** Gives each test a minute: Bun's own five seconds are too few for some, and for all of them on a busy machine. */
+function test(name: string, options: { skip?: string | boolean } | Body, body = options as Body): void {
+  void nodeTest(name, { timeout: 60_000, ...(typeof options === "object" && options) }, body);
+}
+type Body = (t: TestContext) => void | Promise<void>;
 
 // ─── Helpers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
