@@ -91,6 +91,28 @@ const oracle: (text: string) => Promise<string> = await import("@std/crypto").th
   },
 );
 
+// Bun's own limit of five seconds is too short for some tests, and for all of them on a busy machine.
+const bunTest = "bun:test";
+if ("Bun" in globalThis) (await import(bunTest)).setDefaultTimeout(60_000);
+
+/**
+ * Fails if `read` takes more than twice its share of time for eight times the length. A quadratic reader takes up to 64
+ * times as long; a busy machine gets several tries.
+ */
+async function assertLinear(what: string, length: number, read: (length: number) => unknown): Promise<void> {
+  const time = async (length: number): Promise<number> => {
+    const start = performance.now();
+    await read(length);
+    return performance.now() - start;
+  };
+  let [short, long] = [Infinity, Infinity];
+  for (let tries = 0; tries < 8 && (tries === 0 || long > 16 * short); tries++) {
+    long = Math.min(long, await time(length));
+    short = Math.min(short, await time(Math.ceil(length / 8)));
+  }
+  assert(long <= 16 * short, `${what}: ${short} ms became ${long} ms`);
+}
+
 // ─── Helpers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const BASE = "https://mcp.example.com";
@@ -98,6 +120,25 @@ const CLAUDE = "https://claude.ai/api/mcp/auth_callback";
 const PASSWORD = "correct horse battery staple";
 const VERIFIER = "a-verifier.with_every~kind-of-character.0123456789";
 const CHALLENGE = await oracle(VERIFIER);
+
+/** Makes timers of a second or more due fifty times as soon, until the test ends. Returns what all of them are set to. */
+function fastTimers(t: TestContext): number[] {
+  const { setTimeout } = globalThis;
+  const { timeout } = AbortSignal;
+  const set: number[] = [];
+  const soon = (milliseconds = 0): number => {
+    set.push(milliseconds);
+    return milliseconds < 1000 ? milliseconds : milliseconds / 50;
+  };
+  t.after(() => {
+    globalThis.setTimeout = setTimeout;
+    AbortSignal.timeout = timeout;
+  });
+  AbortSignal.timeout = (milliseconds) => timeout.call(AbortSignal, soon(milliseconds));
+  globalThis.setTimeout =
+    ((call: () => void, milliseconds?: number) => setTimeout(call, soon(milliseconds))) as typeof setTimeout;
+  return set;
+}
 
 interface World {
   app: Hono<AuthEnv>;
@@ -944,14 +985,14 @@ test("a host that fails is asked sixty times a minute at the most", async (t) =>
   assertEquals(await visit(DOCUMENT), 400);
 });
 
-test("a document that never comes is given up, and holds up nobody", async () => {
+test("a document that never comes is given up, and holds up nobody", async (t) => {
+  const waits = fastTimers(t);
   const { app } = world({ fetchClientMetadata: () => new Promise(() => {}) });
-  const start = performance.now();
   const waiting = browse(app).open(authorizeUrl(DOCUMENT));
   const { client_id } = await register(app);
   assertEquals((await browse(app).open(authorizeUrl(client_id))).status, 200);
   assertEquals((await waiting).status, 400);
-  assert(performance.now() - start < 9000);
+  assert(waits.length > 0 && waits.every((milliseconds) => milliseconds < 9000), `waits of ${waits} ms`);
 });
 
 test("the clients that most people use need no document to be reachable", async () => {
@@ -1269,12 +1310,17 @@ test("hostile assertions are refused in the standard's form, in bounded time", a
   const records = async () => JSON.stringify([await all(store.list("grant/")), await all(store.list("assertion/"))]);
   const before = await records();
   const refused = async (what: string, assertion: string) => {
-    const start = performance.now();
     const answer = await refreshing(app, DOCUMENT, body.refresh_token, asserting(assertion));
     assertEquals([answer.status, answer.body.error], [401, "invalid_client"], what);
     assert(answer.headers.get("WWW-Authenticate"));
-    assert(performance.now() - start < 1000, what);
   };
+  const [whole, begun] = [await sign(), (await sign()).slice(0, -1)];
+  for (
+    const [before, run] of [[whole, "A"], [begun, "_"], ["", "."], ["", "a."], [`${whole}.`, "x"]] as const
+  ) {
+    const long = (length: number) => before + run.repeat(length / run.length);
+    await assertLinear(JSON.stringify(run), 50_000, (length) => refused(run, long(length)));
+  }
   for (const [what, assertion] of Object.entries(hostile)) await refused(what, assertion);
   const mistyped = {
     ...asserting(await sign()),
@@ -1289,8 +1335,16 @@ test("hostile assertions are refused in the standard's form, in bounded time", a
   assertEquals((await refreshing(app, DOCUMENT, body.refresh_token, asserting(await sign()))).status, 200);
 });
 
-test("hostile keys are refused in the standard's form, in bounded time", async () => {
+test("hostile keys are refused in the standard's form, in bounded time", async (t) => {
   const { jwk, sign } = await signer("RS256");
+  const imported: JsonWebKey[] = [];
+  const { importKey } = SubtleCrypto.prototype;
+  t.after(() => Object.assign(SubtleCrypto.prototype, { importKey }));
+  // deno-lint-ignore no-explicit-any
+  SubtleCrypto.prototype.importKey = function (this: SubtleCrypto, ...args: any[]) {
+    if (args[0] === "jwk") imported.push(args[1]);
+    return Reflect.apply(importKey, this, args);
+  };
   const large = Buffer.alloc(9000, 0xff).toString("base64url");
   const sets: Record<string, { document?: Json; keys?: Json[] }> = {
     "keys of 1 MB": { keys: [{ ...jwk, x5c: ["A".repeat(1_000_000)] }] },
@@ -1315,11 +1369,20 @@ test("hostile keys are refused in the standard's form, in bounded time", async (
     const { app } = world({ fetchClientMetadata });
     const code = await approvedCode(app, DOCUMENT);
     published.keys = keys ?? [];
-    const start = performance.now();
+    imported.length = 0;
     const answer = await post(app, "/token", { ...redeeming(code), ...asserting(await sign()) });
     assertEquals([answer.status, answer.body.error], [401, "invalid_client"], what);
-    assert(performance.now() - start < 1000, what);
+    // A key costs nothing before it is imported; what is imported has a size for which that takes no time.
+    assert(imported.length <= 1, `${what}: ${imported.length} keys are imported`);
+    for (const { n = "", e = "" } of imported) {
+      assert(n.length <= 1024 && e.length <= 6, `${what}: ${n.length}, ${e.length}`);
+    }
   }
+  const { app } = world({ fetchClientMetadata: site(asserted(), [jwk]).fetchClientMetadata });
+  const code = await approvedCode(app, DOCUMENT);
+  imported.length = 0;
+  assertEquals((await post(app, "/token", { ...redeeming(code), ...asserting(await sign()) })).status, 200);
+  assertEquals(imported.map(({ n }) => n), [jwk.n]); // a good key is imported, so the counts above count something
 });
 
 test("keys are fetched from public addresses only", async (t) => {
@@ -1809,28 +1872,25 @@ test("a redirect URI that was not registered is told to the owner, with those th
 test("a redirect URI is read in a time that grows with its length", async () => {
   const { app } = world({ allowedRedirectDomains: null });
   const { client_id } = await register(app);
-  const start = performance.now();
   for (const unit of ["/", "a", "@", ":", ".", "?", "%41", "xn--a", "[", "\\", "-", "+", " "]) {
     for (const prefix of ["", "https://", "http://localhost:", "x:", "https://xn--"]) {
-      const uri = (prefix + unit.repeat(30_000)).slice(0, 30_000);
-      assertEquals((await app.request(`${BASE}/register`, json({ redirect_uris: [uri] }))).status, 400);
-      await browse(app).open(authorizeUrl(client_id, { redirect_uri: uri.slice(0, 15_000) }));
+      await assertLinear(prefix + unit, 30_000, async (length) => {
+        const uri = (prefix + unit.repeat(length)).slice(0, length);
+        const { status } = await app.request(`${BASE}/register`, json({ redirect_uris: [uri] }));
+        if (length === 30_000) assertEquals(status, 400);
+        await browse(app).open(authorizeUrl(client_id, { redirect_uri: uri.slice(0, length / 2) }));
+      });
     }
   }
-  assert(performance.now() - start < 5000, `${performance.now() - start} ms`);
 });
 
 test("whatever a client sends about itself is read in a time that grows with its length", async () => {
   let control = "";
+  let visits = 0;
   const fetchClientMetadata: MetadataFetcher = (url) =>
     Promise.resolve(Response.json(document({ client_id: url }), { headers: { "Cache-Control": control } }));
   const { app } = world({ fetchClientMetadata });
-  const start = performance.now();
-  for (
-    const [i, unit] of ["a", "/", " ", "=", "+", ".", ":", "%41", "-", "max-age=", "no-", "\u0301", "\u3000", "A"]
-      .entries()
-  ) {
-    const long = unit.repeat(60_000).slice(0, 20_000);
+  const send = async (long: string): Promise<void> => {
     for (const name of ["client_name", "client_uri", "scope", "software_id", "token_endpoint_auth_method"]) {
       await app.request(`${BASE}/register`, json({ redirect_uris: [CLAUDE], [name]: `https://${long}` }));
     }
@@ -1846,9 +1906,13 @@ test("whatever a client sends about itself is read in a time that grows with its
       await browse(app).open(authorizeUrl(client_id.slice(0, 10_000)));
     }
     control = ascii;
-    await browse(app).open(authorizeUrl(`${DOCUMENT}?${i}`));
+    await browse(app).open(authorizeUrl(`https://host${++visits}.example/client.json`)); // not one from the cache
+  };
+  for (
+    const unit of ["a", "/", " ", "=", "+", ".", ":", "%41", "-", "max-age=", "no-", "\u0301", "\u3000", "A"]
+  ) {
+    await assertLinear(JSON.stringify(unit), 20_000, (length) => send(unit.repeat(length).slice(0, length)));
   }
-  assert(performance.now() - start < 5000, `${performance.now() - start} ms`);
 });
 
 test("a shorter allow-list holds for clients that registered before", async () => {
@@ -4389,12 +4453,13 @@ test("fileStore() does not take a fault of a file for a lock, whatever its path 
   t.after(() => store.close!());
   rmSync(join(dir, "oauth.sqlite-wal"));
   await pause(15);
-  const start = performance.now();
+  const waits = fastTimers(t);
   for (const call of [() => store.get("x"), () => store.update("x", () => 1)]) {
     const { message } = await call().then(() => new Error("it was answered"), (error: Error) => error);
     assertMatch(message, /busybox.* was removed or replaced/);
   }
-  assert(performance.now() - start < 2000); // a lock is waited for 5 seconds
+  // A locked file is asked for again and again, for five seconds, with short waits in between.
+  assertEquals(waits.filter((milliseconds) => milliseconds < 1000), []);
 });
 
 test("fileStore() starts without hard links, and under a virus scanner that holds what it wants to remove", async (t) => {
@@ -5131,10 +5196,8 @@ test("a name that nobody can see is no name, and none is cut in the middle of a 
   assertEquals(await name("a\u0301\u200d\u0301\ufe0f\u0301b"), "a\u0301\u0301b"); // nothing invisible in between helps
   assertEquals(await name("a\u3000\u2003\u00a0 \u1680b"), "a b");
   assertEquals(await name("👨\u200d👩\u200d👧".repeat(300)), "👨👩👧".repeat(66) + "👨👩");
-  const start = performance.now();
-  await name("\u0301".repeat(30_000));
-  await name("\u3000 ".repeat(15_000) + "x");
-  assert(performance.now() - start < 1000);
+  await assertLinear("marks", 30_000, (length) => name("\u0301".repeat(length)));
+  await assertLinear("spaces", 30_000, (length) => name("\u3000 ".repeat(length / 2) + "x"));
 });
 
 test("fileStore() leaves the write-ahead log of a damaged file alone, so that nothing is lost with it", async (t) => {
@@ -6306,29 +6369,19 @@ test("checkSetup() reads answers in time that grows with their length alone", as
         ? new Response(run, { headers: { "Content-Type": "text/event-stream" } })
         : undefined,
   ];
-  const time = async (answer: (typeof places)[number], run: string) => {
+  const check = async (answer: (typeof places)[number], run: string): Promise<void> => {
     const fetch = (request: Request) => answer(request, run) ?? app.request(request);
-    const start = performance.now();
     const { findings } = await checkSetup(`${BASE}/mcp`, { fetch, ...(answer === places[4] && { token }) });
     if (answer === places[0]) assert(findings.some(({ heading }) => heading === "Browser apps")); // it read the page
-    return performance.now() - start;
   };
   for (const [index, place] of places.entries()) {
     for (const kind of kinds) {
-      const run = (length: number) => kind.repeat(Math.ceil(length / kind.length));
-      // A linear reader takes at most 8 times as long, a quadratic one up to 64. A busy machine gets several tries.
-      let [short, long] = [Infinity, Infinity];
-      for (let tries = 0; tries < 8 && (tries === 0 || long > 16 * short); tries++) {
-        short = Math.min(short, await time(place, run(8 * 1024)));
-        long = Math.min(long, await time(place, run(64 * 1024)));
-      }
-      assert(long <= 16 * short, `place ${index}, ${JSON.stringify(kind)}: ${short} ms became ${long} ms`);
+      const read = (length: number) => check(place, kind.repeat(Math.ceil(length / kind.length)));
+      await assertLinear(`place ${index}, ${JSON.stringify(kind)}`, 64 * 1024, read);
     }
   }
   // What is longer is cut, and costs no more than its transport.
-  const page = places[0]!;
-  const [bounded, megabyte] = [await time(page, "<form ".repeat(11_000)), await time(page, "<form ".repeat(170_000))];
-  assert(megabyte < 64 * bounded, `${bounded} ms became ${megabyte} ms`);
+  await assertLinear("a page of 1 MB", 1024 * 1024, (length) => check(places[0]!, "<form ".repeat(length / 6)));
 });
 
 test("mod.ts is a command that checks a server, with its verdict as exit status", async (t) => {

@@ -3,11 +3,12 @@
  * files and wrong clocks, and run side by side; whatever they had answered before has to hold afterwards.
  *
  *     npx -y deno run -A .ci/faults.ts [--cycles N] [--registrations N] [--runtime deno|bun|node] [--only TEXT]
- *     npx -y deno run -A .ci/faults.ts --figure [--cycles N] [--only file|redis|postgres|kv|durable-object]
+ *     npx -y deno run -A .ci/faults.ts --figure [--write] [--cycles N] [--only file|redis|postgres|kv|durable-object]
  *
  * `--cycles` (300) is how often each runtime is killed, `--registrations` (20000) the size of the flood, `--only` runs the
- * checks with that text in their names. `--figure` prints one table instead, for every store and runtime. A line for each check on the standard output, and the sum at the end. Disks are
- * small ones of their own, which only root can mount, and one kind needs ext4 on a loop device: else they are `not run`.
+ * checks with that text in their names. `--figure` makes one table instead, for every store and runtime; `--write` puts
+ * it into README.md. A line for each check on the standard output, and the sum at the end. Disks are small ones of their
+ * own, which only root can mount, and one kind needs ext4 on a loop device: else they are `not run`.
  *
  * @module
  */
@@ -30,7 +31,7 @@ import {
 } from "./lib/checks.ts";
 import { oneLine, pause } from "./lib/limits.ts";
 import type { Answer, Client, Tokens } from "./lib/client.ts";
-import { circumstances, figure } from "./lib/figure.ts";
+import { circumstances, figure, markdown, writeToReadme } from "./lib/figure.ts";
 import { Ledger } from "./lib/ledger.ts";
 import { ROOT, type Runtime } from "./lib/runtimes.ts";
 import { agree, distinct, expect, shuffled, timed } from "./lib/together.ts";
@@ -755,8 +756,12 @@ function measure(dir: string): { entries: number; bytes: number } {
 const all = await wantedRuntimes(textArgument("runtime"));
 
 if (Deno.args.includes("--figure")) {
-  console.log(`${await circumstances(all, CYCLES)}\n`);
-  await check("the figure", 300 + CYCLES * 120, () => figure(all, CYCLES, ONLY, console.log));
+  const write = Deno.args.includes("--write");
+  demand(!write || (ONLY === "" && all.length === 3), "--write is for the whole table: without --only and --runtime");
+  const table = await figure(all, CYCLES, ONLY);
+  const about = circumstances(all, CYCLES);
+  console.log(`\n${about}\n\n${markdown(table)}\n`);
+  if (write) await writeToReadme(table, about);
   await finish();
 }
 

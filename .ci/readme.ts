@@ -1,8 +1,8 @@
 /**
  * Holds README.md to its word: every block of code type-checks and runs, its programs serve from an empty folder on
  * each runtime, a client that may only read asks for more and gets it, every option is in the type and the other way
- * round, every test, file and picture that is named exists, and the first command works as pasted. Run with
- * `deno test -A .ci/readme.ts`.
+ * round, the stores are those of `.ci/stores/`, every test, file and picture that is named exists, what is not folded is
+ * no longer than 240 lines, and the first command works as pasted. Run with `deno test -A .ci/readme.ts`.
  */
 
 import { deepStrictEqual as equal, match, ok } from "node:assert/strict";
@@ -98,6 +98,10 @@ test("every ts block of the README type-checks and runs", async (t) => {
   };
   Deno.writeTextFileSync(`${dir}/deno.json`, JSON.stringify({ imports: all, compilerOptions, unstable, lock: false }));
   Deno.copyFileSync(new URL("mod.ts", root), `${dir}/mod.ts`);
+  Deno.writeTextFileSync(
+    `${dir}/durable-object.ts`,
+    codes.find((code) => code.includes("function durableObjectStore"))!,
+  );
   const files = codes.map((code, index) => {
     const file = `block-${index + 1}.ts`;
     Deno.writeTextFileSync(`${dir}/${file}`, code);
@@ -212,6 +216,51 @@ async function addByTool(port: number, token: string): Promise<string> {
   }
 }
 
+test("the README shows the stores as they are in .ci/stores/", () => {
+  for (const name of ["redis.ts", "postgres.ts", "durable-object.ts"]) {
+    const [, ...rest] = read(`.ci/stores/${name}`).split("\n");
+    ok(rest.length <= 41, `${name} has more than 40 lines`);
+    const shown = ['import type { Store } from "@personal-auth/mcp";', ...rest].join("\n");
+    ok(blocks("ts").includes(shown), `copy .ci/stores/${name} into README.md, with this first line:\n${shown}`);
+  }
+});
+
+test("the README's line for kvStore type-checks and works on each runtime", async (t) => {
+  const lines = [...readme.matchAll(/^- \*\*Deno KV, from (\w+)\*\*: `([^`]*)`/gm)].map(([, ...found]) => found);
+  equal(lines.map(([name]) => name), ["Deno", "Node", "Bun"]);
+  const { found } = await runtimes();
+  const dir = temporaryFolder(t);
+  Deno.copyFileSync(new URL("mod.ts", root), `${dir}/mod.ts`);
+  Deno.writeTextFileSync(`${dir}/deno.json`, '{ "unstable": ["kv"], "nodeModulesDir": "manual", "lock": false }');
+  Deno.writeTextFileSync(`${dir}/package.json`, '{ "type": "module" }');
+  const installed = await run(["npm", "install", "--no-audit", "--no-fund", "hono@4", "@deno/kv@0.14"], dir, 120);
+  equal(installed.code, 0, installed.output);
+  for (const [name, code] of lines) {
+    const runtime = found.find((runtime) => runtime.name === name);
+    await t.test(name!, { skip: runtime ? false : "not on this machine" }, async () => {
+      const program = [
+        'import { kvStore } from "./mod.ts";',
+        ...(name === "Deno" ? [] : ['import { openKv } from "@deno/kv";']),
+        "const url = import.meta.dirname + `/${crypto.randomUUID()}`;",
+        "async function work(open: () => Promise<ReturnType<typeof kvStore>>) {",
+        "  const store = await open();",
+        '  await store.update("key", () => ({ text: "漢" }));',
+        '  console.log(JSON.stringify(await store.get("key")));',
+        "  store.close!();",
+        "}",
+        `await work(async () => ${code!.replace("openKv()", "openKv(url)")});`,
+      ];
+      const file = `${name}.ts`;
+      Deno.writeTextFileSync(`${dir}/${file}`, program.join("\n"));
+      const checked = await run([Deno.execPath(), "check", file], dir, 120);
+      equal(checked.code, 0, checked.output);
+      const [executable, ...before] = runtime!.command;
+      const { code: status, output } = await run([executable!, ...before, file], dir, 60);
+      ok(status === 0 && output.includes('{"text":"漢"}'), output);
+    });
+  }
+});
+
 test("the permissions that the README lists are enough for its example", async (t) => {
   const [command] = blocks("sh").flatMap((block) => block.split("\n")).filter((line) => line.includes("--allow-net"));
   const dir = temporaryFolder(t);
@@ -228,7 +277,7 @@ test("the permissions that the README lists are enough for its example", async (
 test("the README names every option, and no other", () => {
   const options = read("mod.ts").match(/export interface PersonalAuthOptions \{\n([^]*?)\n\}\n/)![1]!;
   const declared = [...options.matchAll(/^ {2}(\w+)\??:/gm)].map(([, name]) => name!);
-  const table = readme.match(/^## Options\n\n([^]*?)\n\n/m)![1]!;
+  const table = readme.match(/^## Options\n\n([^]*?)\n## /m)![1]!;
   const described = [...table.matchAll(/^\| `(\w+)`/gm)].map(([, name]) => name!);
   equal(described.toSorted(), declared.toSorted());
 });
@@ -239,6 +288,11 @@ test("the README names tests that exist", () => {
   const named = [...table.matchAll(/"([^"]+)"/g)].map(([, name]) => name!);
   ok(named.length >= 13 && tests.length > 100);
   for (const name of named) ok(tests.some((test) => test.includes(name)), `no test begins with "${name}"`);
+});
+
+test("the README shows at most 240 lines", () => {
+  const shown = readme.replaceAll(/^<details>\n(<summary>.*<\/summary>\n)[^]*?^<\/details>\n/gm, "$1");
+  ok(!shown.includes("details>") && shown.split("\n").length <= 241, `${shown.split("\n").length - 1} lines`);
 });
 
 test("what the README links to is there", () => {

@@ -3,33 +3,38 @@
  * one run, of rounds that alternate, as the median with the middle half of the rounds in brackets.
  *
  *     --quick           a smaller version, in under 90 seconds, without the peers
- *     --only PART,…     some of guard, journeys, growth, start, peers
- *     --readme          puts what matters most of it into .ci/bench/README.md, in place of what stands there
+ *     --only PART,…     some of process, guard, journeys, growth, start, peers
+ *     --readme          puts what matters most of it into .ci/bench/README.md, in place of what stands there, and the
+ *                       small table into README.md
  *
  * @module
  */
 
-import { writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { availableParallelism, cpus, totalmem } from "node:os";
 import process from "node:process";
 import { parseArgs } from "node:util";
 import { begin } from "./begin.ts";
 import { growth } from "./growth.ts";
 import { guard } from "./guard.ts";
+import { inProcess } from "./process.ts";
 import { journeys } from "./journeys.ts";
 import { cleanUp, firstLine, markdown, startCommand, type Table } from "./kit.ts";
 import { peers } from "./peers.ts";
 import { ROOT, type Runtime, runtimes } from "../lib/runtimes.ts";
 
 const { values: { quick, only, readme } } = parseArgs({
+  args: process.argv.slice(2).filter((argument) => argument !== "--"), // which `deno task` hands on
   options: { quick: { type: "boolean" }, only: { type: "string" }, readme: { type: "boolean" } },
 });
 
 type Part = (found: Runtime[], node: Runtime) => Promise<Table>;
 
 const parts: Record<string, Part> = {
+  process: (found) =>
+    inProcess(found, quick ? { launches: 1, rounds: 10, count: 1000 } : { launches: 3, rounds: 20, count: 5000 }),
   guard: (found, node) =>
-    guard(found, node, quick ? { launches: 1, rounds: 15, seconds: 0.1 } : { launches: 5, rounds: 30, seconds: 0.1 }),
+    guard(found, node, quick ? { launches: 1, rounds: 15, seconds: 0.1 } : { launches: 4, rounds: 25, seconds: 0.1 }),
   journeys: (found) => journeys(found, quick ? { rounds: 3, count: 30 } : { rounds: 9, count: 100 }),
   growth: (found) =>
     growth(
@@ -66,13 +71,35 @@ async function main(): Promise<void> {
     tables.push(table);
     console.log(`${markdown(table)}\n`);
   }
-  if (readme) await rewriteReadme(section(about, tables));
+  if (readme) await rewrite(`${ROOT}.ci/bench/README.md`, section(about, tables));
+  if (readme && !only && !quick) await rewrite(`${ROOT}README.md`, withSummary(tables));
 }
 
-async function rewriteReadme(text: string): Promise<void> {
-  const file = `${ROOT}.ci/bench/README.md`;
+async function rewrite(file: string, text: string): Promise<void> {
   writeFileSync(file, text);
   await startCommand(["npx", "-y", "deno", "fmt", file], { cwd: ROOT }).ended;
+}
+
+/** README.md with its small table: a row for each runtime, of what the larger tables say first. */
+function withSummary(tables: Table[]): string {
+  const text = readFileSync(`${ROOT}README.md`, "utf8");
+  const cell = (title: string, row: string, column: string): string => {
+    const { head, rows } = tables.find((table) => table.title === title)!;
+    return rows.find(([name]) => name === row)![head.indexOf(column)]!;
+  };
+  const percent = (ratio: string) => `${Math.round(Number.parseFloat(ratio) * 100)} %`;
+  const rows = ["Deno", "Bun", "Node"].map((name) => [
+    name,
+    percent(cell("The guard over HTTP", `${name}, trivial, guarded`, "ratio")),
+    percent(cell("The guard over HTTP", `${name}, tools/list, guarded`, "ratio")),
+    `${
+      (Number.parseFloat(cell("A connection's life", `${name}, refresh`, "µs durable").replaceAll(",", "")) / 1000)
+        .toFixed(2)
+    } ms`,
+  ]);
+  const head = ["", "handler that does nothing", "MCP `tools/list`", "a refresh"];
+  const lines = [head, head.map(() => "---"), ...rows].map((line) => `| ${line.join(" | ")} |`).join("\n");
+  return text.replace(/(?<=<!-- speed -->\n)[^]*(?=<!-- \/speed -->)/, () => `\n${lines}\n\n`);
 }
 
 function section(about: string, tables: Table[]): string {

@@ -57,6 +57,7 @@ export async function growth(runtimes: Runtime[], { rounds, sizes, registrations
   return {
     title: "Growth",
     note: "The same request as the store fills: its time at ten connections, and the multiple of it at more.",
+    limit: "the same request at ten connections; 1.00 is no growth",
     essential: /verify|refresh|register|memory|disk/,
     head: ["", ...sizes.map((size, i) => `${i ? "× " : ""}at ${size.toLocaleString("en-US")}`)],
     rows,

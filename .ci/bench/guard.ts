@@ -1,4 +1,4 @@
-/** What the guard costs: the same handler on the same server, with and without it, in alternating rounds. */
+/** What the guard costs: the same handler on the same server, with and without it, in alternating rounds, on fileStore. */
 
 import { type Child, discard, figure, type Json, median, ratio, shown, start, type Table, temporary } from "./kit.ts";
 import type { Runtime } from "../lib/runtimes.ts";
@@ -38,21 +38,20 @@ export async function guard(runtimes: Runtime[], node: Runtime, options: GuardOp
   try {
     for (const runtime of runtimes) {
       for (const kind of ["hono", "mcp"]) {
-        for (const store of ["fileStore", "memoryStore"]) {
-          rows.push(...await compare(runtime, kind, store, load, options));
-        }
+        rows.push(...await compare(runtime, kind, load, options));
       }
     }
   } finally {
     await load.stop();
   }
   return {
-    title: "The guard",
+    title: "The guard over HTTP",
     note:
       "Requests through the guard against those to the same handler in the same server without it, ten connections at " +
       "a time. *Middleware* is any Hono middleware that reads the Authorization header and does nothing else: the least " +
       "that a guard can cost. The last row of each four compares the two of them.",
-    essential: /, fileStore, (guarded|middleware|guarded ÷ middleware)$/,
+    limit: "the same handler without any middleware, and with the least middleware",
+    essential: /(guarded|middleware|guarded ÷ middleware)$/,
     head: ["", "requests/s", "ratio", "ratio by processor time", "µs of processor", "p50 ms", "p99 ms"],
     rows,
   };
@@ -71,7 +70,6 @@ interface Side {
 async function compare(
   runtime: Runtime,
   kind: string,
-  store: string,
   load: Child,
   options: GuardOptions,
 ): Promise<string[][]> {
@@ -81,7 +79,7 @@ async function compare(
   const dir = temporary();
   try {
     for (let launch = 0; launch < options.launches; launch++) {
-      const server = start(runtime, "server.ts", kind, store === "fileStore" ? dir : "memory");
+      const server = start(runtime, "server.ts", kind, dir);
       try {
         await alternate(sides, server, kind, load, options);
       } finally {
@@ -92,7 +90,7 @@ async function compare(
     discard(dir);
   }
   const [guarded, middleware, bare] = sides as [Side, Side, Side];
-  const name = `${runtime.name}, ${kind === "mcp" ? "tools/list" : "trivial"}, ${store}`;
+  const name = `${runtime.name}, ${kind === "mcp" ? "tools/list" : "trivial"}`;
   const rows = sides.map((side) => [
     `${name}, ${side.name}`,
     figure(median(side.rates)),

@@ -37,6 +37,7 @@ export async function journeys(runtimes: Runtime[], { rounds, count }: JourneyOp
     note:
       "Ten requests at a time in one process, durable on fileStore: how many there are for each bare commit to the " +
       "same disk, and for each one in memory. The times are medians, for one of the ten.",
+    limit: "one bare commit of SQLite to the same disk for each change, and the same server without a disk",
     essential: /code exchange|refresh|later use|revoke/,
     head: ["", "per commit", "per one in memory", "µs durable", "µs in memory", "µs commit"],
     rows,

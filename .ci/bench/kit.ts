@@ -154,17 +154,21 @@ export interface Table {
   title: string;
   /** What is measured, in a sentence or two. */
   note: string;
+  /** What the figures are compared with: the best that they could be. */
+  limit: string;
   head: string[];
   rows: string[][];
   /** The rows that README.md has room for, by their first cells; without it, all. */
   essential?: RegExp;
 }
 
-export function markdown({ title, note, head, rows }: Table): string {
+export function markdown({ title, note, limit, head, rows }: Table): string {
   const width = head.map((name, i) =>
     Math.max(...[name, ...rows.map((row) => row[i] ?? "")].map((cell) => cell.length))
   );
   const line = (cells: string[]) => `| ${width.map((w, i) => (cells[i] ?? "").padEnd(w)).join(" | ")} |`;
   const rule = `| ${width.map((w) => "-".repeat(w)).join(" | ")} |`;
-  return [`## ${title}`, "", note, "", line(head), rule, ...rows.map(line)].join("\n");
+  return [`## ${title}`, "", note, "", `**Measured against**: ${limit}.`, "", line(head), rule, ...rows.map(line)].join(
+    "\n",
+  );
 }

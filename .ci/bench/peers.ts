@@ -37,19 +37,20 @@ const PACKAGES = [
   "zod@4",
 ];
 
-const NAMES: Record<string, string> = {
-  "ours-durable": "mod.ts, durable on fileStore",
-  "ours-memory": "mod.ts, memoryStore",
-  sdk: "@modelcontextprotocol/sdk on Express, in memory",
-  "hono-mcp": "@hono/mcp, in memory",
-  "mcp-oauth-server": "mcp-oauth-server on Express, in memory",
-  "oidc-provider": "oidc-provider, in memory",
-  "workers-oauth-provider": "@cloudflare/workers-oauth-provider on workerd",
-  fastmcp: "fastmcp InMemoryOAuthProvider on Python",
+/** What each does for an answer: whether it is durable, whether tokens are stored as hashes, what a theft leads to. */
+const PEERS: Record<string, [name: string, durable: string, hashed: string, theft: string]> = {
+  "ours-durable": ["mod.ts, fileStore", "yes", "yes", "yes"],
+  "ours-memory": ["mod.ts, memoryStore", "no", "yes", "yes"],
+  sdk: ["@modelcontextprotocol/sdk on Express", "no", "no", "no"],
+  "hono-mcp": ["@hono/mcp", "no", "no", "no"],
+  "mcp-oauth-server": ["mcp-oauth-server on Express", "no", "no", "no"],
+  "oidc-provider": ["oidc-provider", "no", "no", "yes"],
+  "workers-oauth-provider": ["@cloudflare/workers-oauth-provider on workerd", "no", "yes", "no"],
+  fastmcp: ["fastmcp InMemoryOAuthProvider on Python", "no", "no", "no"],
 };
 
 interface Peer {
-  name: string;
+  kind: string;
   server: Child;
   port: number;
   /** Requests per second in each round. */
@@ -76,9 +77,9 @@ export async function peers(node: Runtime, options: PeerOptions): Promise<Table>
     copyFileSync(fileURLToPath(new URL("peer_server.ts", import.meta.url)), join(dir, "peer_server.ts"));
     const python = await fastmcp(dir).catch((error) => error);
 
-    for (const [kind, name] of Object.entries(NAMES)) {
+    for (const [kind, [name]] of Object.entries(PEERS)) {
       try {
-        running.push(await ready(kind, name, node, { dir, state, python }, load));
+        running.push(await ready(kind, node, { dir, state, python }, load));
       } catch (error) {
         absent.push([name, `not run: ${firstLine(error)}`]);
       }
@@ -88,7 +89,7 @@ export async function peers(node: Runtime, options: PeerOptions): Promise<Table>
         try {
           await measure(peer, load, options, round > 0);
         } catch (error) {
-          absent.push([peer.name, `not run: ${firstLine(error)}`]);
+          absent.push([PEERS[peer.kind]![0], `not run: ${firstLine(error)}`]);
           running.splice(running.indexOf(peer), 1);
           await peer.server.stop();
         }
@@ -100,7 +101,7 @@ export async function peers(node: Runtime, options: PeerOptions): Promise<Table>
     discard(dir);
     discard(state);
   }
-  const ours = running.find(({ name }) => name === NAMES["ours-durable"]);
+  const ours = running.find(({ kind }) => kind === "ours-durable");
   if (!ours) throw new Error(`our own server does not run: ${absent.map((row) => row.join(" ")).join("; ")}`);
   const cell = (peer: Peer, what: keyof Peer["rates"]) =>
     figure(median(peer.rates[what])) +
@@ -108,11 +109,17 @@ export async function peers(node: Runtime, options: PeerOptions): Promise<Table>
   return {
     title: "Peers",
     note:
-      "Requests per second over HTTP on Node, ten connections at a time · how many times as many mod.ts does, which " +
-      "has each change on the disk before it answers. The peers keep their tokens in memory and lose them at a restart.",
-    head: ["", "check of a token", "code exchange", "refresh"],
+      "Requests per second over HTTP on Node, ten connections at a time · how many times as many mod.ts on fileStore " +
+      "does. *Durable*: an answer is on the disk before it is sent; the others lose their tokens at a restart. *Hashed*: " +
+      "the store holds no token that works. *Theft ends*: a refresh token that was replaced and comes back ends the " +
+      "connection, instead of being refused or taken.",
+    limit: "mod.ts on memoryStore for what the disk costs, and the router of the MCP SDK with maps of tokens in memory",
+    head: ["", "check of a token", "code exchange", "refresh", "durable", "hashed", "theft ends"],
     rows: [
-      ...running.map((peer) => [peer.name, cell(peer, "check"), cell(peer, "exchange"), cell(peer, "refresh")]),
+      ...running.map((peer) => {
+        const [name, ...traits] = PEERS[peer.kind]!;
+        return [name, cell(peer, "check"), cell(peer, "exchange"), cell(peer, "refresh"), ...traits];
+      }),
       ...absent,
     ],
   };
@@ -125,11 +132,11 @@ interface Places {
 }
 
 /** Started, and known to answer all that will be asked. */
-async function ready(kind: string, name: string, node: Runtime, places: Places, load: Child): Promise<Peer> {
+async function ready(kind: string, node: Runtime, places: Places, load: Child): Promise<Peer> {
   const server = begun(kind, node, places);
   try {
     const { port } = await server.next();
-    const peer: Peer = { name, server, port, rates: { check: [], exchange: [], refresh: [] } };
+    const peer: Peer = { kind, server, port, rates: { check: [], exchange: [], refresh: [] } };
     await measure(peer, load, { rounds: 0, seconds: 0.1, count: 2 }, false);
     return peer;
   } catch (error) {

@@ -8,10 +8,9 @@
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { afterwards, run, Running, temporaryFolder, until } from "./checks.ts";
-import { NotRun, pause } from "./limits.ts";
+import { NotRun, oneLine, pause } from "./limits.ts";
 
 export interface Engine {
-  name: string;
   /** For `open()` of stores.ts. */
   url: string;
   /** All of its processes stand still until `thaw`. Absent: it is no process. */
@@ -20,6 +19,8 @@ export interface Engine {
   /** `kill -9`; `start` brings it back with what it had on its disk. */
   kill?(): Promise<unknown>;
   start?(): Promise<unknown>;
+  /** The end of its log, if it is a process. */
+  log?(): string;
 }
 
 export async function freePort(): Promise<number> {
@@ -70,11 +71,22 @@ export class Process {
     const running = new Running("setpriv", ["--pdeathsig", "KILL", ...this.#command], this.#env);
     this.#running = running;
     afterwards(() => this.kill()); // before Running ends it, which knows nothing of its children
-    await until(this.#command[0]!, 30, async () => {
-      if (running.ended) throw new Error(`${this.#command[0]} ended: ${running.output}`);
-      return await this.#answers();
-    });
+    try {
+      await until("it answers", 60, async () => running.ended || await this.#answers());
+    } catch (error) {
+      throw new Error(`${this.#command[0]}: ${(error as Error).message}; it said: ${this.output}`);
+    }
+    if (running.ended) throw new Error(`${this.#command[0]} ended: ${this.output}`);
   };
+
+  get ended(): boolean {
+    return this.#running?.ended ?? true;
+  }
+
+  /** The end of what it has printed. */
+  get output(): string {
+    return oneLine(this.#running?.output.slice(-1000) ?? "");
+  }
 
   async #signal(signal: string): Promise<void> {
     if (!this.#running || this.#running.ended) return;
@@ -103,7 +115,7 @@ async function redis(): Promise<Engine> {
   const ping = async () => (await run("redis-cli", "-p", `${port}`, "PING").catch(() => "")) === "PONG";
   const process = new Process(["redis-server", ...options, ...durable], ping);
   await process.start();
-  return { name: "Redis", url, ...methods(process) };
+  return { url, ...methods(process) };
 }
 
 async function postgres(): Promise<Engine> {
@@ -119,7 +131,9 @@ async function postgres(): Promise<Engine> {
   await run(...as(program("initdb"), "-D", dir, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C"));
   const url = `postgres://postgres@127.0.0.1:${port}/postgres`;
   const answers = () => succeeds(run("psql", "-q", url, "-c", "SELECT 1"));
-  const options = ["-D", dir, "-p", `${port}`, "-h", "127.0.0.1", "-c", "unix_socket_directories="];
+  // After a kill it would sync each of a thousand files by itself, which takes long on a busy disk.
+  const settings = ["-c", "unix_socket_directories=", "-c", "recovery_init_sync_method=syncfs"];
+  const options = ["-D", dir, "-p", `${port}`, "-h", "127.0.0.1", ...settings];
   const process = new Process(as(program("postgres"), ...options), answers);
   const start = async () => {
     // After a kill its children may hold on to their memory for a moment, and then it does not start.
@@ -127,7 +141,7 @@ async function postgres(): Promise<Engine> {
       try {
         return await process.start();
       } catch (error) {
-        if (attempt > 20) throw error;
+        if (!process.ended || attempt > 20) throw error;
         await pause(100);
       }
     }
@@ -135,16 +149,21 @@ async function postgres(): Promise<Engine> {
   await start();
   const { TABLE } = await import("../stores/postgres.ts");
   await run("psql", "-q", url, "-c", TABLE);
-  return { name: "Postgres", url, ...methods(process), start };
+  return { url, ...methods(process), start };
 }
 
-function methods({ freeze, thaw, kill, start }: Process): Required<Omit<Engine, "name" | "url">> {
-  return { freeze, thaw, kill, start };
+function methods(process: Process): Required<Omit<Engine, "url">> {
+  const { freeze, thaw, kill, start } = process;
+  return { freeze, thaw, kill, start, log: () => process.output };
 }
 
 /** Deno's local KV: a file, which every runtime opens by itself. */
 function kvFile(): Promise<Engine> {
-  return Promise.resolve({ name: "Deno KV", url: join(temporaryFolder(), "kv") });
+  return Promise.resolve({ url: join(temporaryFolder(), "kv") });
 }
 
-export const ENGINES: Record<string, () => Promise<Engine>> = { redis, postgres, kv: kvFile };
+export const ENGINES: Record<string, { title: string; start(): Promise<Engine> }> = {
+  redis: { title: "Redis", start: redis },
+  postgres: { title: "Postgres", start: postgres },
+  kv: { title: "Deno KV file", start: kvFile },
+};

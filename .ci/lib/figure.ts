@@ -1,16 +1,16 @@
 /**
  * One table of how reliable the server is, for each store and each runtime: everything that was done to it, and everything
- * that was lost by it. `faults.ts --figure` prints it.
+ * that was lost by it. `faults.ts --figure` prints it, and puts it into README.md with `--write`.
  *
  * @module
  */
 
 import { join } from "node:path";
-import { demand, run, Running, temporaryFolder, until } from "./checks.ts";
+import { check, demand, run, Running, temporaryFolder, until } from "./checks.ts";
 import { askingAgain, type Client, overHttp } from "./client.ts";
 import { type Engine, ENGINES, freePort, installClients, Process } from "./engines.ts";
 import { Ledger } from "./ledger.ts";
-import { NotRun, oneLine, pause } from "./limits.ts";
+import { oneLine, pause } from "./limits.ts";
 import { ROOT, type Runtime } from "./runtimes.ts";
 import { PACKAGES } from "./stores.ts";
 import { distinct, expect, shuffled } from "./together.ts";
@@ -24,8 +24,6 @@ interface Victim {
 }
 
 interface Row {
-  store: string;
-  runtimes: string;
   victims: Victim[];
   engine?: Engine;
 }
@@ -43,69 +41,105 @@ const STORM = 100;
 /** Seconds: more than the time for which a rotated token is still taken. */
 const LATER = 150;
 
-const HEAD = [
-  "store",
-  "runtime",
-  "kills",
-  "storms of parallel refreshes",
-  "lost answers",
-  "acknowledged changes",
-  "lost tokens",
-  "false logouts",
-  "thefts",
-  "undetected",
-];
+/** What is counted, in the order of the columns. A lost token may also be a revocation that did not hold. */
+const COLUMNS = {
+  kills: "kills",
+  storms: "storms",
+  unanswered: "lost answers",
+  acknowledged: "acknowledged changes",
+  lost: "lost tokens",
+  logouts: "false logouts",
+  thefts: "thefts",
+  undetected: "undetected",
+};
+type Column = keyof typeof COLUMNS;
 
-/** Measures the stores that are wanted, in so many cycles each; `report` is told each row as soon as it is there. */
-export async function figure(all: Runtime[], cycles: number, wanted: string, report: (line: string) => void) {
-  const STORE_PACKAGES = await installClients(...PACKAGES, "miniflare@4", "esbuild@0");
-  const line = (cells: unknown[]) => report(`| ${cells.join(" | ")} |`);
-  line(HEAD);
-  line(HEAD.map(() => "---"));
-  for (const [name, open] of rows(all, STORE_PACKAGES)) {
-    if (!name.includes(wanted)) continue;
-    let row: Row;
-    try {
-      row = await open();
-    } catch (error) {
-      if (!(error instanceof NotRun)) throw error;
-      report(`not run: ${oneLine(error.message)}`);
-      continue;
-    }
-    const { kills, storms, thefts, undetected, ledger } = await measure(row, cycles);
-    const logouts = ledger.lost.filter((what) => /refresh/.test(what)).length;
-    const { acknowledged, unanswered, lost, alive, wrong } = ledger;
-    const tokens = lost.length - logouts;
-    line([row.store, row.runtimes, kills, storms, unanswered, acknowledged, tokens, logouts, thefts, undetected]);
-    const said = row.victims.map(({ output }) => oneLine(output().slice(-500))).join(" / ");
-    demand(lost.length + alive.length + wrong.length === 0, `${ledger.faults}; the servers said: ${said}`);
-    demand(undetected === 0, "a theft went unseen");
-    for (const { kill } of row.victims) await kill();
-    await row.engine?.kill?.();
-  }
+/** Markers in README.md. */
+const [BEGIN, END] = ["<!-- reliability -->", "<!-- /reliability -->"];
+
+export interface Figure {
+  rows: { name: string; counts: Record<Column, number> }[];
+  /** Rows that could not be measured. */
+  missing: string[];
 }
 
-function rows(all: Runtime[], STORE_PACKAGES: string): [name: string, open: () => Promise<Row>][] {
-  const names = all.map(({ name }) => name).join(" + ");
+/** Measures each of the wanted stores, in so many cycles each. One that fails does not stop the others. */
+export async function figure(all: Runtime[], cycles: number, wanted: string): Promise<Figure> {
+  const result: Figure = { rows: [], missing: [] };
+  const STORE_PACKAGES = await installClients(...PACKAGES, "miniflare@4", "esbuild@0");
+  for (const [name, title, open] of rows(all, STORE_PACKAGES)) {
+    if (!name.includes(wanted)) continue;
+    await check(title, 300 + cycles * 60, async () => await measureRow(title, await open(), cycles, result));
+    if (result.rows.at(-1)?.name !== title) result.missing.push(title);
+  }
+  return result;
+}
+
+/** Adds a row to the table before anything in it fails the check, so that a fault is shown and not left out. */
+async function measureRow(name: string, row: Row, cycles: number, { rows }: Figure): Promise<string> {
+  const { kills, storms, thefts, undetected, ledger } = await measure(row, cycles);
+  const { acknowledged, unanswered, lost, alive, wrong } = ledger;
+  const logouts = lost.filter((what) => /refresh/.test(what)).length;
+  const tokens = lost.length - logouts + alive.length;
+  rows.push({ name, counts: { kills, storms, unanswered, acknowledged, lost: tokens, logouts, thefts, undetected } });
+  const said = row.victims.map(({ output }) => oneLine(output().slice(-500))).join(" / ");
+  demand(lost.length + alive.length + wrong.length === 0, `${ledger.faults}; the servers said: ${said}`);
+  demand(undetected === 0, `${undetected} of ${thefts} thefts were not detected`);
+  return `${kills} kills, ${thefts} thefts, ${acknowledged} acknowledged changes`;
+}
+
+export function markdown({ rows }: Figure): string {
+  const columns = Object.keys(COLUMNS) as Column[];
+  const sum = (column: Column) => rows.reduce((total, { counts }) => total + counts[column], 0);
+  const cells = (counts: (column: Column) => number) => columns.map((column) => counts(column).toLocaleString("en-US"));
+  const lines = [
+    ["", ...Object.values(COLUMNS)],
+    ["---", ...columns.map(() => "--:")],
+    ...rows.map(({ name, counts }) => [name, ...cells((column) => counts[column])]),
+    ["**together**", ...cells(sum)],
+  ];
+  return lines.map((line) => `| ${line.join(" | ")} |`).join("\n");
+}
+
+/** Puts the table between its markers in README.md. */
+export async function writeToReadme(figure: Figure, about: string): Promise<void> {
+  const file = join(ROOT, "README.md");
+  const readme = Deno.readTextFileSync(file);
+  const [from, to] = [readme.indexOf(BEGIN), readme.indexOf(END)];
+  demand(from >= 0 && to > from, `README.md has no ${BEGIN} … ${END}`);
+  const missing = figure.missing.length > 0 ? [`Not measured: ${figure.missing.join(", ")}.`, ""] : [];
+  const section = [BEGIN, "", markdown(figure), "", ...missing, about, "", ""].join("\n");
+  Deno.writeTextFileSync(file, readme.slice(0, from) + section + readme.slice(to));
+  await run("npx", "-y", "deno", "fmt", file);
+}
+
+function rows(all: Runtime[], STORE_PACKAGES: string): [name: string, title: string, open: () => Promise<Row>][] {
+  const names = (runtimes: Runtime[]) =>
+    runtimes.length === 3 ? "all three" : runtimes.map(({ name }) => name).join("+");
   const onFile = (runtimes: Runtime[]) => async (): Promise<Row> => {
     const dir = join(temporaryFolder(), "state");
     const victims = await Promise.all(runtimes.map((runtime) => victim(runtime, dir, {})));
-    return { store: "SQLite file", runtimes: runtimes.map(({ name }) => name).join(" + "), victims };
+    return { victims };
   };
   const onEngine = (start: () => Promise<Engine>) => async (): Promise<Row> => {
     const engine = await start();
     const env = { STORE_MODULE: join(ROOT, ".ci", "lib", "stores.ts"), STORE_URL: engine.url, STORE_PACKAGES };
     const victims = await Promise.all(all.map((runtime) => victim(runtime, "-", env)));
-    return { store: engine.name, runtimes: names, victims, engine };
+    return { victims, engine };
   };
   const node = all.find(({ name }) => name === "Node");
-  return [
-    ...[...all.map((runtime) => [runtime]), ...(all.length > 1 ? [all] : [])].map((runtimes) =>
-      ["file", onFile(runtimes)] satisfies [string, unknown]
-    ),
-    ...Object.entries(ENGINES).map(([name, start]) => [name, onEngine(start)] satisfies [string, unknown]),
-    ...(node ? [["durable-object", () => durableObject(node, STORE_PACKAGES)] satisfies [string, unknown]] : []),
-  ];
+  const together = all.length > 1 ? [all] : [];
+  const found: ReturnType<typeof rows> = [];
+  for (const runtimes of [...all.map((runtime) => [runtime]), ...together]) {
+    found.push(["file", `SQLite file on ${names(runtimes)}`, onFile(runtimes)]);
+  }
+  for (const [name, { title, start }] of Object.entries(ENGINES)) {
+    found.push([name, `${title} on ${names(all)}`, onEngine(start)]);
+  }
+  if (node) {
+    found.push(["durable-object", "Durable Object on workerd", () => durableObject(node, STORE_PACKAGES)]);
+  }
+  return found;
 }
 
 async function victim({ command, name }: Runtime, dir: string, env: Record<string, string>): Promise<Victim> {
@@ -135,7 +169,7 @@ async function durableObject(node: Runtime, STORE_PACKAGES: string): Promise<Row
   const process = new Process([node.command[0]!, host, port, dir], answers, env);
   await process.start();
   const victims = [{ port, kill: process.kill, start: process.start, output: () => "" }];
-  return { store: "Durable Object", runtimes: "workerd", victims };
+  return { victims };
 }
 
 async function measure({ victims, engine }: Row, cycles: number): Promise<Counts> {
@@ -145,7 +179,11 @@ async function measure({ victims, engine }: Row, cycles: number): Promise<Counts
   const clients = async (): Promise<Client[]> => {
     const all = await Promise.all(victims.map(({ port }) => ledger.client(port, askingAgain(overHttp(port)))));
     for (const client of all) {
-      await until("the server serves", 30, async () => (await client.json("/test/clock", { ahead })).status === 200);
+      try {
+        await until("the server serves", 60, async () => (await client.json("/test/clock", { ahead })).status === 200);
+      } catch (error) {
+        throw new Error(`${(error as Error).message}; the engine's log: ${engine?.log?.()}`);
+      }
     }
     return all;
   };
@@ -206,11 +244,10 @@ async function theft(clients: Client[], counts: Counts, ahead: number): Promise<
   return ahead + LATER;
 }
 
-/** What the table was made by: the date, the machine, the versions. */
-export async function circumstances(all: Runtime[], cycles: number): Promise<string> {
-  const commit = await run("git", "rev-parse", "--short", "HEAD").catch(() => "no commit");
+/** The sentence below the table: the date, the versions, the command. */
+export function circumstances(all: Runtime[], cycles: number): string {
   const versions = all.map(({ name, version }) => `${name} ${version}`).join(", ");
   const date = new Date().toISOString().slice(0, 10);
-  return `${date}, ${commit}, ${versions}, ${navigator.hardwareConcurrency} cores: ` +
-    `npx -y deno run -A .ci/faults.ts --figure --cycles ${cycles}`;
+  return `${date}, ${versions}, ${navigator.hardwareConcurrency} cores: ` +
+    `\`npx -y deno run -A .ci/faults.ts --figure --cycles ${cycles}\``;
 }

@@ -28,7 +28,8 @@ export async function open(url: string): Promise<Store> {
   }
   if (url.startsWith("postgres:")) {
     const { default: postgres = load("postgres") } = load("postgres");
-    const sql = postgres(url, { onnotice: () => {}, backoff: () => 0.1 });
+    // Half a minute, the default of connect_timeout, is longer than a request waits.
+    const sql = postgres(url, { onnotice: () => {}, backoff: () => 0.1, connect_timeout: 5 });
     return { ...postgresStore(sql), close: () => sql.end({ timeout: 1 }) };
   }
   return kvStore(await kvOpener(STORE_PACKAGES)(url));

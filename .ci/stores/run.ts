@@ -86,7 +86,7 @@ async function killed(engine: Engine): Promise<string> {
     await Promise.all(loads.map(({ done }) => done));
     for (const { process, runtime, client } of servers) {
       demand(!process.ended, `the server on ${runtime.name} ended: ${oneLine(process.output, 600)}`);
-      await serves(client, runtime);
+      await serves(client, runtime, engine);
     }
     demand(ledger.faults === "", `after kill ${kill}: ${ledger.faults}`);
     await ledger.audit(shuffled(servers)[0]!.patient);
@@ -99,10 +99,14 @@ async function killed(engine: Engine): Promise<string> {
 }
 
 /** Waits until the server reaches its store again, by every connection that it has to it. */
-async function serves(client: Client, { name }: Runtime): Promise<void> {
-  await until(`the server on ${name} serves again`, 20, async () => {
-    return (await client.json("/test/count", { key: "alive", times: 30 })).status === 200;
-  });
+async function serves(client: Client, { name }: Runtime, engine: Engine): Promise<void> {
+  try {
+    await until(`the server on ${name} serves again`, 20, async () => {
+      return (await client.json("/test/count", { key: "alive", times: 30 })).status === 200;
+    });
+  } catch (error) {
+    throw new Error(`${(error as Error).message}; the engine's log: ${engine.log?.()}`);
+  }
 }
 
 /** Everything is refused in time while the engine does not answer, and served at once when it does. */
@@ -136,7 +140,7 @@ async function unreachable(engine: Engine, leave: () => Promise<unknown>, come: 
   demand(slowest < Math.min(DEADLINE + 1, CLAUDE_WAITS), `an answer took ${slowest.toFixed(1)} s`);
   for (const { process } of servers) demand(/server_error/.test(process.output), "nobody was told");
   const back = performance.now();
-  for (const { client, runtime } of servers) await serves(client, runtime);
+  for (const { client, runtime } of servers) await serves(client, runtime, engine);
   const again = (performance.now() - back) / 1000;
   for (const { client, tokens, ended, code } of connected) {
     expect(await client.call(tokens.access_token), 200, "the call, later");
@@ -153,7 +157,7 @@ async function unreachable(engine: Engine, leave: () => Promise<unknown>, come: 
 const all = await wantedRuntimes();
 const STORE_PACKAGES = await installClients(...PACKAGES);
 
-for (const [id, start] of Object.entries(ENGINES)) {
+for (const [id, { start }] of Object.entries(ENGINES)) {
   const perform = async (name: string, seconds: number, body: (engine: Engine) => Promise<string | void>) => {
     if (!`${name}, ${id}`.includes(ONLY)) return;
     await check(`${name}, ${id}`, seconds, async () => await body(await start()));

@@ -12,7 +12,7 @@ import { Client as McpClient } from "@modelcontextprotocol/sdk/client/index.js";
 import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/streamableHttp.js";
 import { join } from "node:path";
 import { check, demand, finish, numberArgument, temporaryFolder, wantedRuntimes } from "../lib/checks.ts";
-import type { Client, Json } from "../lib/client.ts";
+import { Client, type Json, overHttp } from "../lib/client.ts";
 import { freePort, installClients, Process } from "../lib/engines.ts";
 import { Ledger } from "../lib/ledger.ts";
 import { pause } from "../lib/limits.ts";
@@ -121,6 +121,29 @@ async function approve(page: URL): Promise<string> {
   return new URL(answer.headers.get("Location")!).searchParams.get("code")!;
 }
 
+/** The Worker of README.md, as somebody copies it. */
+async function readme(): Promise<string> {
+  const text = Deno.readTextFileSync(join(ROOT, "README.md"));
+  const [worker] = text.match(/(?<=```ts\n)[^`]*export class Vault [^`]*(?=```)/)!;
+  const settings = JSON.parse(text.match(/(?<=```json\n)[^`]*"durable_objects"[^`]*(?=```)/)![0]);
+  demand(settings.migrations[0].new_sqlite_classes[0] === "Vault", "the class is not declared");
+  const folder = temporaryFolder();
+  Deno.writeTextFileSync(join(folder, "worker.ts"), worker);
+  Deno.copyFileSync(join(ROOT, ".ci", "stores", "durable-object.ts"), join(folder, "durable-object.ts"));
+  const env = { OWNER_PASSWORD: PASSWORD, WORKER: join(folder, "worker.ts"), PLAIN: "1" };
+  const { port } = await work(join(temporaryFolder(), "state"), env);
+  const carry = overHttp(port);
+  const client = new Client((path, init) => {
+    const body = path === "/authorize" ? { body: `${init?.body}&password=${encodeURIComponent(PASSWORD)}` } : {};
+    return carry(path, { ...init, ...body });
+  });
+  const { access_token, refresh_token } = await client.connect();
+  expect(await client.call(access_token), 200, "a call");
+  expect(await client.refresh(refresh_token), 200, "a refresh");
+  expect(await client.call("x"), 401, "a call with a wrong token");
+  return "approve, token, call, refresh";
+}
+
 async function contract(): Promise<void> {
   const { url } = await work(join(temporaryFolder(), "state"), { CHECKS: "1" });
   const verdict = await (await fetch(`${url}/test/contract`)).text();
@@ -157,6 +180,7 @@ async function killed(): Promise<string> {
 
 await check("workerd: the SDK's journey", 120, () => journey({}));
 await check("workerd without nodejs_compat: the SDK's journey", 120, () => journey({ PLAIN: "1" }));
+await check("workerd: the Worker of README.md", 120, readme);
 await check("workerd: the contract", 120, contract);
 await check("workerd: parallel refreshes", 120, agreement);
 await check("workerd: kills", 60 + KILLS * 10, killed);

@@ -3,7 +3,7 @@
  * and ends with its standard input.
  *
  * Environment: `STORE_PACKAGES`, where miniflare and esbuild are; `BASE_URL`, `OWNER_PASSWORD`, `CHECKS` for the worker;
- * `PLAIN`, for a worker without `nodejs_compat`.
+ * `PLAIN`, for a worker without `nodejs_compat`; `WORKER`, another file in place of `worker.ts`.
  *
  * @module
  */
@@ -14,13 +14,17 @@ import process from "node:process";
 import { fileURLToPath } from "node:url";
 
 const [port, dir] = process.argv.slice(2);
-const { STORE_PACKAGES = "", BASE_URL = "", OWNER_PASSWORD = "", CHECKS = "", PLAIN } = process.env;
+const { STORE_PACKAGES = "", BASE_URL = "", OWNER_PASSWORD = "", CHECKS = "", PLAIN, WORKER } = process.env;
 const load = createRequire(join(STORE_PACKAGES, "x.js"));
 const { build } = load("esbuild");
 const { Miniflare } = load("miniflare");
 
+const path = (relative: string) => fileURLToPath(new URL(relative, import.meta.url));
+
 const { outputFiles } = await build({
-  entryPoints: [fileURLToPath(new URL("worker.ts", import.meta.url))],
+  entryPoints: [WORKER ?? path("worker.ts")],
+  alias: { "@personal-auth/mcp": path("../../mod.ts") },
+  nodePaths: [path("../../node_modules")],
   bundle: true,
   write: false,
   format: "esm",
