@@ -44,10 +44,7 @@ import { html, raw } from "hono/html";
 
 /** Options of {@linkcode personalAuth}. Only `baseUrl` is required. */
 export interface PersonalAuthOptions {
-  /**
-   * The public URL of the server, without a slash at the end: `https`, or `http` on loopback. It is the issuer (RFC 8414
-   * §2). With a path (`https://host/vault`), the endpoints are below it.
-   */
+  /** The public URL, without a slash at the end: `https`, or `http` on loopback. It is the issuer (RFC 8414 §2). */
   baseUrl: string;
   /** The owner's password. Default: one is generated, and printed until it is used. `false`: **anybody gets in**. */
   password?: string | false | undefined;
@@ -71,10 +68,7 @@ export interface PersonalAuthOptions {
   scopes?: string[] | Record<string, string | ScopeOption> | undefined;
   /** Clients registered by hand, for apps where a person types in an id and a secret. */
   clients?: PreregisteredClient[] | undefined;
-  /**
-   * Replaces the password: returns `true` if the request comes from the owner, for example by a header that a proxy
-   * sets. A `Response`, such as a redirect to a login, is sent in place of the page.
-   */
+  /** Replaces the password: `true` if the owner sent the request. A `Response` is sent in place of the page. */
   authenticateOwner?: ((c: Context) => boolean | Response | Promise<boolean | Response>) | undefined;
   /**
    * Fetches a client's metadata document or keys, where the built-in function cannot: it needs `node:https`, and
@@ -243,9 +237,7 @@ export interface Store {
   /**
    * Changes one key, atomically against every other process, and durably before it resolves. `change` must be pure: it
    * is called again after a lost race. If it returns `undefined` the key is deleted; if it returns `current` itself
-   * nothing is written. Without `expiresAt` a key keeps its expiry.
-   *
-   * @returns what `change` returned.
+   * nothing is written. Without `expiresAt` a key keeps its expiry. Returns what `change` returned.
    */
   update(key: string, change: (current: unknown) => unknown, options?: { expiresAt?: number }): Promise<unknown>;
   /** Yields all live entries whose keys start with `prefix`, in the order of their keys. */
@@ -784,9 +776,7 @@ async function resolveClient(server: Server, client_id: string, isConnected = fa
   return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, source: "registered" };
 }
 
-function preregistered({ clients }: Server, id: string): PreregisteredClient | undefined {
-  return clients.find(({ client_id }) => client_id === id);
-}
+const preregistered = ({ clients }: Server, id: string) => clients.find(({ client_id }) => client_id === id);
 
 /** @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-2.3 | RFC 6749 §2.3} */
 async function authenticateClient(server: Server, c: Context, form: URLSearchParams): Promise<Client> {
@@ -801,9 +791,7 @@ async function authenticateClient(server: Server, c: Context, form: URLSearchPar
   throw unauthenticated("The client_secret is missing or wrong");
 }
 
-function unauthenticated(description: string): OAuthError {
-  return new OAuthError("invalid_client", description, { status: 401 });
-}
+const unauthenticated = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
 
 function clientCredentials(server: Server, authorization: string | undefined, form: URLSearchParams) {
   const assertion = form.get("client_assertion");
@@ -954,9 +942,7 @@ interface DocumentCache {
   own: Set<string>;
 }
 
-/**
- * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-client-id-metadata-document#section-3 | CIMD §3}
- */
+/** @see {@link https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document | CIMD §3} */
 function isDocumentUrl(client_id: string): boolean {
   if (!client_id.startsWith("https://") || client_id.length > MAX_CLIENT_ID_LENGTH) return false;
   const url = URL.parse(client_id);
@@ -964,9 +950,9 @@ function isDocumentUrl(client_id: string): boolean {
   return url?.href === client_id && url.pathname !== "/" && !client_id.includes("#") && !url.username && !url.password;
 }
 
-function publicClient(id: string, more: Partial<Client> = {}): Client {
-  return { id, name: new URL(id).host, redirect_uris: [], refreshes: true, source: "document", ...more };
-}
+const publicClient = (id: string, more: Partial<Client> = {}): Client => (
+  { id, name: new URL(id).host, redirect_uris: [], refreshes: true, source: "document", ...more }
+);
 
 async function documentClient(server: Server, client_id: string): Promise<Client> {
   try {
@@ -1046,14 +1032,10 @@ async function fetchCached<T>(server: Server, id: string, url: string, parse: (b
 class Unreached extends Error {}
 /** What a stranger wants fetched is inside: that is no outage. */
 class InsideAddress extends Error {}
-
-function isTemporary(error: unknown): boolean {
-  return error instanceof Unreached || (error instanceof OAuthError && error.status === 503);
-}
-
-function tryLater(description: string): OAuthError {
-  return new OAuthError("temporarily_unavailable", description, { status: 503, headers: { "Retry-After": "5" } });
-}
+const isTemporary = (error: unknown) =>
+  error instanceof Unreached || (error instanceof OAuthError && error.status === 503);
+const tryLater = (description: string) =>
+  new OAuthError("temporarily_unavailable", description, { status: 503, headers: { "Retry-After": "5" } });
 
 /** Sets an entry of a map that forgets its oldest ones, kept ones last. */
 function remember<T>(map: Map<string, T>, key: string, value: T, isKept = (_: T) => false): void {
@@ -1267,9 +1249,7 @@ function unsafeRedirect(uri: unknown): string | undefined {
   return taken && `must not carry the parameter ${taken}`;
 }
 
-function isLoopback(hostname: string): boolean {
-  return ["localhost", "127.0.0.1", "[::1]"].includes(hostname);
-}
+const isLoopback = (hostname: string) => ["localhost", "127.0.0.1", "[::1]"].includes(hostname);
 
 /**
  * Compares exactly (OAuth 2.1 §4.1.1), but lets a native app listen on any port of loopback (RFC 8252 §7.3). The three
@@ -1287,7 +1267,6 @@ function sameRedirect(registered: string, requested: string): boolean {
 type Target = { client: Client; redirect_uri: string; state: string | null };
 /** `encoded`: the query, word for word. */
 type AuthorizationRequest = Target & { encoded: string; scopes: string[]; code_challenge: string };
-
 const MAX_REQUEST_LENGTH = 16 * 1024;
 
 /**
@@ -1397,9 +1376,8 @@ function redirectBack(server: Server, c: Context, target: Target, answer: Record
   return c.redirect(uri, 302); // never 307: the browser would post the owner's password on to the client
 }
 
-function invalidRequest(description: string, options?: OAuthErrorDetails): OAuthError {
-  return new OAuthError("invalid_request", description, options);
-}
+const invalidRequest = (description: string, details?: OAuthErrorDetails) =>
+  new OAuthError("invalid_request", description, details);
 
 /** Finds client and redirect URI. Until both are known good, nothing may be redirected (OAuth 2.1 §4.1.2.1). */
 async function authorizationTarget(server: Server, params: URLSearchParams): Promise<Target> {
@@ -1605,7 +1583,6 @@ interface RefreshState {
 
 type Presented = { hash: string; client_id: string; resource: string };
 type PresentedCode = Presented & { challenge: string; redirect_uri?: string | undefined; arrived: number };
-
 type Issue = { access: Omit<AccessToken, "n">; refresh: string; expires: number };
 
 /** `grant`: the record to keep, the same object if nothing changed. */
@@ -1617,7 +1594,6 @@ const EVENTS = {
   reused: ["refresh_token_reused", "a refresh token was used again: the connection is ended"],
   repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
 } as const;
-
 const CODE_TTL = 5 * MINUTE;
 /** For clients that refresh in parallel on several machines. */
 const REFRESH_GRACE = 2 * MINUTE;
@@ -1723,9 +1699,8 @@ function verifyGrant(grant: Grant, hash: string, resource: string, now: number):
   return isLive && grant.resource === resource ? token : undefined;
 }
 
-function scopesOf(grant: Grant, { scopes }: AccessToken): string[] {
-  return scopes ? grant.scopes.filter((_, position) => scopes.includes(position)) : grant.scopes;
-}
+const scopesOf = (grant: Grant, { scopes }: AccessToken) =>
+  scopes ? grant.scopes.filter((_, position) => scopes.includes(position)) : grant.scopes;
 
 /** Returns the grant after use of an access token, the same object if there is nothing new. */
 function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
@@ -1768,9 +1743,8 @@ function invalidGrant(reason?: string, event?: AuthEvent["type"]): OAuthError {
   return new OAuthError("invalid_grant", description, { reason, ...defined({ event }) });
 }
 
-function emitFor(server: Server, type: AuthEvent["type"], message: string, connection: string, grant: Grant) {
+const emitFor = (server: Server, type: AuthEvent["type"], message: string, connection: string, grant: Grant) =>
   server.emit(type, message, { connection, clientName: grant.client.name });
-}
 
 /** An id that comes from the form, so that sending it twice finds the first grant. */
 const formId = async ({ mac }: Server, ...form: string[]) => (await mac("grant", ...form)).slice(0, 32);
@@ -1977,7 +1951,6 @@ async function createToken(server: Server, request: TokenRequest, form = random(
 
 /** `version`: the store's stamp before the token was read. */
 type VerifiedToken = { info: AuthInfo; version: number; until: number };
-
 const MAX_VERIFIED = 1000;
 const MARK_PATIENCE = 200; // ms
 /** Never read from query or body: URLs are logged (RFC 6750 §2.1). */
@@ -2139,7 +2112,6 @@ const MAX_ATTEMPTS = 10;
 const ATTEMPT_INTERVAL = MINUTE;
 const MAX_PRINTED_PASSWORDS = 10;
 const NOT_OWNER = "You are not signed in as the owner of this server.";
-
 const browserKey = async (browser: string) => `browser/${await hashToken(browser)}`;
 const ownerKey = ({ issuer }: Server) => `owner/${issuer}`;
 
@@ -2326,9 +2298,7 @@ function generatePassword(): string {
 }
 
 /** Phones add a space, and one character can be typed in two ways. */
-function normalizePassword(password: string): string {
-  return password.normalize("NFKC").trim();
-}
+const normalizePassword = (password: string) => password.normalize("NFKC").trim();
 
 async function matchingHash(typed: string, record: OwnerRecord) {
   const hash = await stretch(normalizePassword(typed), record);
@@ -2434,7 +2404,6 @@ type Attempt = { name: string; refused?: Refusal } & { [step in "found" | "intro
 type Refusal = { at: number; reason: string };
 type Timeline = ReturnType<typeof timeline>;
 type TimelineStep = [at: number | undefined, text: string, ok?: boolean];
-
 const MAX_KEPT_ATTEMPTS = 50;
 const MAX_SHOWN_TIMELINES = 15;
 /** How long an approval that was never redeemed is kept, to be shown. */
@@ -2562,7 +2531,6 @@ const hint = ({ resource }: Server) => `to see what a client meets, run: npx -y 
 type EventRecord = Record<string, { count: number; latest: Omit<AuthEvent, "type" | "cause">[] }>;
 /** Where events are kept, and those that are not written yet. */
 type EventLog = { store: Store; key: string; waiting: EventRecord; writing: Promise<unknown> };
-
 const MAX_EVENTS_PER_TYPE = 5;
 /** Events that strangers can cause at will: they wait in memory for one that is worth a write. */
 const CHEAP_EVENTS = /^(\w+_refused|connection_denied|sign_in_throttled|owner_unprotected|password_weak|server_error)$/;
@@ -2675,20 +2643,11 @@ code{display:block;margin:.5rem 0;padding:.8rem;background:var(--paper);white-sp
 font-size:.875rem}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 `;
 
-function serverName({ pages, issuer }: Server): string {
-  return pages.title || issuer.replace("https://", "");
-}
-
+const serverName = ({ pages, issuer }: Server) => pages.title || issuer.replace("https://", "");
 /** Where an answer goes: a web site by its host, anything else with its scheme. Never shortened: the end counts. */
-function hostOf({ protocol, host }: URL): string {
-  return protocol === "https:" ? host : `${protocol}//${host}`;
-}
-
+const hostOf = ({ protocol, host }: URL) => protocol === "https:" ? host : `${protocol}//${host}`;
 /** Whether an app on the browser's own computer listens there. A private-use scheme may have a host `localhost` too. */
-function isLocal({ protocol, hostname }: URL): boolean {
-  return /^https?:$/.test(protocol) && isLoopback(hostname);
-}
-
+const isLocal = ({ protocol, hostname }: URL) => /^https?:$/.test(protocol) && isLoopback(hostname);
 const nameOf = (name: string) => html`<bdi class="name">${name || UNNAMED}</bdi>`;
 const link = (uri: string, text: string) => html`<a class="button approve" href="${uri}">${nameOf(text)}</a>`;
 const copyable = (text: string) => html`<code tabindex="0">${text}</code>`;
@@ -2713,9 +2672,7 @@ function timeOf(at: number): Html {
   return html`<time datetime="${new Date(at * 1000).toISOString()}" title="${formatTime(at)}">${text}</time>`;
 }
 
-function formatTime(at: number): string {
-  return `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
-}
+const formatTime = (at: number) => `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
 
 /** Says what a connection may do; what is granted on request only is marked. */
 function scopeList({ scopes }: Server, granted: string[]): Html {
@@ -2938,7 +2895,6 @@ function messagePage(server: Server, c: Context, status: PageStatus, title: stri
 }
 
 const strangerPage: Handler = (server, c) => messagePage(server, c, 403, "For the owner only", NOT_OWNER);
-
 const expiredPage: Handler = (server, c) => {
   const advice = "Go back to the app and connect again. If that does not help, allow cookies for this site.";
   return messagePage(server, c, 403, "This page has expired", advice);
@@ -3449,7 +3405,6 @@ function guardStore(store: Store, emit: Emit): Store {
 // --- Primitives -----------------------------------------------------------------------------------------------------
 
 const utf8 = new TextEncoder();
-
 const promiseTry = <T>(call: () => T | Promise<T>) => new Promise<T>((resolve) => resolve(call()));
 const delay = (milliseconds: number) => new Promise<void>((resolve) => setTimeout(resolve, milliseconds));
 
@@ -3498,9 +3453,7 @@ async function sha256(text: string): Promise<Uint8Array<ArrayBuffer>> {
 }
 
 /** Makes a code_challenge ({@link https://www.rfc-editor.org/rfc/rfc7636#section-4.2 | RFC 7636 §4.2}). */
-async function s256(code_verifier: string): Promise<string> {
-  return base64url(await sha256(code_verifier));
-}
+const s256 = async (code_verifier: string) => base64url(await sha256(code_verifier));
 
 /** Hashes a secret for the store. Secrets are random, so they need no slow hash. */
 async function hashToken(token: string): Promise<string> {
@@ -3563,7 +3516,6 @@ function isObject(value: unknown): value is Record<string, any> {
 }
 
 const isStringList = (value: unknown): value is string[] => Array.isArray(value) && value.every(isString);
-
 type Defined<T> = { [K in keyof T]?: Exclude<T[K], undefined> };
 
 /** Drops the members that are undefined. */
@@ -3706,9 +3658,8 @@ export class OAuthError extends Error {
 }
 
 /** Replaces what RFC 6749 §5.2 does not allow in an error_description. */
-function errorDescription(message: string): string {
-  return message.replaceAll('"', "'").replace(/[^\x20-\x21\x23-\x5b\x5d-\x7e]/g, "?");
-}
+const errorDescription = (message: string) =>
+  message.replaceAll('"', "'").replace(/[^\x20-\x21\x23-\x5b\x5d-\x7e]/g, "?");
 
 function methodNotAllowed(allow: string): never {
   const headers = { Allow: allow };
