@@ -46,7 +46,7 @@ const COLUMNS = {
   kills: "kills",
   storms: "storms",
   unanswered: "lost answers",
-  acknowledged: "acknowledged changes",
+  acknowledged: "acknowledged",
   lost: "lost tokens",
   logouts: "false logouts",
   thefts: "thefts",
