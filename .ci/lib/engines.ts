@@ -165,5 +165,5 @@ function kvFile(): Promise<Engine> {
 export const ENGINES: Record<string, { title: string; start(): Promise<Engine> }> = {
   redis: { title: "Redis", start: redis },
   postgres: { title: "Postgres", start: postgres },
-  kv: { title: "Deno KV file", start: kvFile },
+  kv: { title: "Deno KV", start: kvFile },
 };

@@ -41,16 +41,19 @@ const STORM = 100;
 /** Seconds: more than the time for which a rotated token is still taken. */
 const LATER = 150;
 
-/** What is counted, in the order of the columns. A lost token may also be a revocation that did not hold. */
+/**
+ * What is counted, in the order of the columns: a phone shows the first ones. A lost token may also be a revocation that
+ * did not hold.
+ */
 const COLUMNS = {
+  lost: "lost tokens",
+  logouts: "false logouts",
+  undetected: "undetected thefts",
   kills: "kills",
   storms: "storms",
   unanswered: "lost answers",
-  acknowledged: "acknowledged changes",
-  lost: "lost tokens",
-  logouts: "false logouts",
+  acknowledged: "acknowledged",
   thefts: "thefts",
-  undetected: "undetected",
 };
 type Column = keyof typeof COLUMNS;
 
@@ -131,13 +134,13 @@ function rows(all: Runtime[], STORE_PACKAGES: string): [name: string, title: str
   const together = all.length > 1 ? [all] : [];
   const found: ReturnType<typeof rows> = [];
   for (const runtimes of [...all.map((runtime) => [runtime]), ...together]) {
-    found.push(["file", `SQLite file on ${names(runtimes)}`, onFile(runtimes)]);
+    found.push(["file", `SQLite, ${names(runtimes)}`, onFile(runtimes)]);
   }
   for (const [name, { title, start }] of Object.entries(ENGINES)) {
-    found.push([name, `${title} on ${names(all)}`, onEngine(start)]);
+    found.push([name, `${title}, ${names(all)}`, onEngine(start)]);
   }
   if (node) {
-    found.push(["durable-object", "Durable Object on workerd", () => durableObject(node, STORE_PACKAGES)]);
+    found.push(["durable-object", "Durable Object, workerd", () => durableObject(node, STORE_PACKAGES)]);
   }
   return found;
 }
