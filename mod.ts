@@ -4112,7 +4112,9 @@ function readDenial(page: string): { action?: string; body?: URLSearchParams } {
     const button = tags.find(({ name, value }) => name && /deny|denied|cancel|reject/i.test(value || name));
     if (!button || method?.toLowerCase() !== "post") continue;
     const fields = tags.filter((tag) => tag === button || tag.type?.toLowerCase() === "hidden");
-    return { action, body: new URLSearchParams(fields.map(({ name = "", value = "" }) => [name, value])) };
+    const body = new URLSearchParams(); // a list of pairs is not known to Bun's types
+    for (const { name = "", value = "" } of fields) body.append(name, value);
+    return { action, body };
   }
   return {};
 }
