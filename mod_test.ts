@@ -19,8 +19,8 @@ import {
   utimesSync,
   writeFileSync,
 } from "node:fs";
-import { createServer, isIP } from "node:net";
-import { tmpdir } from "node:os";
+import { createConnection, createServer, isIP } from "node:net";
+import { networkInterfaces, tmpdir } from "node:os";
 import { join } from "node:path";
 import { PassThrough } from "node:stream";
 import process from "node:process";
@@ -337,6 +337,8 @@ test("personalAuth() refuses wrong options with a TypeError that says what to wr
     [{ baseUrl: "https://your-domain.com/" }, '"https://your-domain.com"'],
     [{ baseUrl: "https://Your-Domain.com" }, '"https://your-domain.com"'],
     [{ baseUrl: "https://your-domain.com:443" }, '"https://your-domain.com"'],
+    [{ baseUrl: "http://192.168.1.5:8050" }, "put a tunnel or a proxy with https in front"],
+    [{ baseUrl: "http://nas.local:8050" }, "put a tunnel or a proxy with https in front"],
     [{ baseUrl: "https://your-domain.com?x" }, '"https://your-domain.com"'],
     [{ baseUrl: "https://user@your-domain.com" }, '"https://your-domain.com"'],
     [{ baseUrl: "https://your-domain.com/a/*" }, "path"],
@@ -5124,7 +5126,7 @@ test("personalAuth() refuses options that look right and are not", () => {
   const wrong: [Json, string][] = [
     [{ store: ".oauth-state" }, "store"],
     [{ store: {} }, "store"],
-    [{ pasword: "x" }, "pasword"],
+    [{ pasword: "x" }, '"pasword" is not an option of personalAuth(); did you mean password?'],
     [{ scopes: "mcp" }, "scopes"],
     [{ scopes: [5] }, "scopes"],
     [{ mcpPath: "/.." }, "mcpPath"],
@@ -6476,6 +6478,26 @@ test("example.ts serves its tools, and what it has answered survives kill -9 and
     process.kill(child.pid!, "SIGTERM");
     assertEquals(await exited, 0);
   }
+});
+
+test("example.ts is reached from this computer only, unless HOST is set", async (t) => {
+  const outside = Object.values(networkInterfaces()).flat().find((it) => it?.family === "IPv4" && !it.internal)
+    ?.address;
+  const reach = (host: string, port: string) =>
+    new Promise<boolean>((resolve) => {
+      const socket = createConnection({ host, port: Number(port) }, () => resolve(true)).on("error", () =>
+        resolve(false));
+      socket.setTimeout(2000, () =>
+        resolve(false)).on("connect", () => socket.destroy());
+    });
+  const [first, second] = await freePorts(2);
+  const env = { STATE_DIR: join(temporaryFolder(t), "state"), OWNER_PASSWORD: PASSWORD };
+  const { output } = await runExample(t, { ...env, PORT: first! });
+  assert(output().includes(`Listening on port ${first} of 127.0.0.1`), output());
+  assertEquals(await reach("127.0.0.1", first!), true);
+  if (outside) assertEquals(await reach(outside, first!), false);
+  await runExample(t, { ...env, PORT: second!, HOST: "0.0.0.0", BASE_URL: `http://localhost:${first}` });
+  if (outside) assertEquals(await reach(outside, second!), true);
 });
 
 test("example.ts prints a generated password until the owner has signed in, and it opens the door", async (t) => {
