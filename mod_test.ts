@@ -2245,7 +2245,7 @@ test("an approval cannot be posted again after its connection was ended", async 
   assertEquals((await browser.submit(page, { decision: "approve" })).status, 409);
 });
 
-test("a form is worth nothing after ten minutes", async (t) => {
+test("a form expires after ten minutes", async (t) => {
   const travel = timeMachine(t);
   const { app } = world();
   const { client_id } = await register(app);
@@ -2379,7 +2379,7 @@ test("authenticateOwner decides in place of the password", async () => {
   assertEquals(await approve({ "Tailscale-User-Login": "me@example.com" }), 302);
 });
 
-test("a stranger whom authenticateOwner refuses gets no form from a made-up one", async () => {
+test("a person whom authenticateOwner refuses gets nothing by a form of his own", async () => {
   const { app, events } = world({ authenticateOwner: () => false });
   const { client_id } = await register(app);
   const browser = browse(app);
@@ -3330,7 +3330,7 @@ test("what is revoked while the clock is wrong stays revoked when it is right ag
   }
 });
 
-test("a straggler within two minutes is served, even several rotations late", async (t) => {
+test("a late refresh within two minutes is answered, even several rotations late", async (t) => {
   const travel = timeMachine(t);
   const { app } = world();
   const { client, refresh_token: r0 } = await connect(app);
@@ -3762,7 +3762,7 @@ test("the guard answers a browser's preflight and opens its answers to it", asyn
   }
 });
 
-test("/mcp/ is /mcp", async () => {
+test("/mcp/ is served like /mcp", async () => {
   const { app } = world();
   const { access_token } = await connect(app);
   const headers = { Authorization: `Bearer ${access_token}` };
@@ -4009,7 +4009,7 @@ test("fileStore() keeps the contract of a store", async (t) => {
   await storeContract(() => fileStore(dir));
 });
 
-test("fileStore() tells of every commit by its stamp, whoever closes", async (t) => {
+test("fileStore() changes its version with every commit of any process, also when one closes", async (t) => {
   const dir = temporaryFolder(t);
   const [one, two] = [fileStore(dir), fileStore(dir)];
   t.after(() => two.close!());
@@ -4839,7 +4839,7 @@ test("hanging documents of strangers lock out nobody whose document is known", a
   await Promise.all(hanging);
 });
 
-test("a crowd of bad documents does not push out a good one", async () => {
+test("many bad documents do not push a good one out of the cache", async () => {
   let up = true;
   const { app } = world({
     fetchClientMetadata: (url) =>
@@ -4930,7 +4930,7 @@ test("only approve approves", async () => {
   }
 });
 
-test("an impatient second click finds the way on, until the code is used", async () => {
+test("a second click is redirected like the first one, until the code is used", async () => {
   const { app, auth } = world();
   const { client_id } = await register(app);
   const browser = browse(app);
@@ -4946,7 +4946,7 @@ test("an impatient second click finds the way on, until the code is used", async
   assertEquals((await auth.connections()).length, 1);
 });
 
-test("a second click finds the way on although the answer to the first one signed the owner in", async () => {
+test("a second click is redirected even after the first one signed the owner in", async () => {
   const { app, auth } = world({ password: PASSWORD });
   const { client_id } = await register(app);
   const browser = browse(app);
