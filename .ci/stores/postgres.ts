@@ -4,11 +4,11 @@ import type { Store } from "../../mod.ts"; // in your project: from "@personal-a
 // deno-lint-ignore no-explicit-any
 type Sql = (strings: TemplateStringsArray, ...values: any[]) => PromiseLike<any[] & { count: number }>;
 
-/** To be run once. Text, for jsonb has no \u0000; COLLATE "C", for keys are in the order of their bytes. */
+/** Run this once. Text, because jsonb cannot hold \u0000; COLLATE "C", because keys are in the order of their bytes. */
 export const TABLE = `CREATE TABLE personal_auth
   (key text COLLATE "C" PRIMARY KEY, value text NOT NULL, expires float8)`;
 
-/** PostgreSQL: `postgresStore(postgres(url))`. It is as durable as `synchronous_commit` is, which is on by itself. */
+/** PostgreSQL: `postgresStore(postgres(url))`. As durable as `synchronous_commit`, which is on by default. */
 export function postgresStore(sql: Sql): Store {
   const find = async (key: string) => (await sql`SELECT value, expires FROM personal_auth WHERE key = ${key}`)[0];
   const isLive = (row?: { expires: number | null }) => row && (row.expires ?? Infinity) > Date.now() / 1000;
