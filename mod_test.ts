@@ -19,8 +19,8 @@ import {
   utimesSync,
   writeFileSync,
 } from "node:fs";
-import { createServer, isIP } from "node:net";
-import { tmpdir } from "node:os";
+import { createConnection, createServer, isIP } from "node:net";
+import { networkInterfaces, tmpdir } from "node:os";
 import { join } from "node:path";
 import { PassThrough } from "node:stream";
 import process from "node:process";
@@ -337,6 +337,8 @@ test("personalAuth() refuses wrong options with a TypeError that says what to wr
     [{ baseUrl: "https://your-domain.com/" }, '"https://your-domain.com"'],
     [{ baseUrl: "https://Your-Domain.com" }, '"https://your-domain.com"'],
     [{ baseUrl: "https://your-domain.com:443" }, '"https://your-domain.com"'],
+    [{ baseUrl: "http://192.168.1.5:8050" }, "put a tunnel or a proxy with https in front"],
+    [{ baseUrl: "http://nas.local:8050" }, "put a tunnel or a proxy with https in front"],
     [{ baseUrl: "https://your-domain.com?x" }, '"https://your-domain.com"'],
     [{ baseUrl: "https://user@your-domain.com" }, '"https://your-domain.com"'],
     [{ baseUrl: "https://your-domain.com/a/*" }, "path"],
@@ -2281,7 +2283,7 @@ test("an approval cannot be posted again after its connection was ended", async 
   assertEquals((await browser.submit(page, { decision: "approve" })).status, 409);
 });
 
-test("a form is worth nothing after ten minutes", async (t) => {
+test("a form expires after ten minutes", async (t) => {
   const travel = timeMachine(t);
   const { app } = world();
   const { client_id } = await register(app);
@@ -2417,7 +2419,7 @@ test("authenticateOwner decides in place of the password", async () => {
   assertEquals(await approve({ "Tailscale-User-Login": "me@example.com" }), 302);
 });
 
-test("a stranger whom authenticateOwner refuses gets no form from a made-up one", async () => {
+test("a person whom authenticateOwner refuses gets nothing by a form of his own", async () => {
   const { app, events } = world({ authenticateOwner: () => false });
   const { client_id } = await register(app);
   const browser = browse(app);
@@ -3383,7 +3385,7 @@ test("what is revoked while the clock is wrong stays revoked when it is right ag
   }
 });
 
-test("a straggler within two minutes is served, even several rotations late", async (t) => {
+test("a late refresh within two minutes is answered, even several rotations late", async (t) => {
   const travel = timeMachine(t);
   const { app } = world();
   const { client, refresh_token: r0 } = await connect(app);
@@ -3869,7 +3871,7 @@ test("the guard answers a browser's preflight and opens its answers to it", asyn
   }
 });
 
-test("/mcp/ is /mcp", async () => {
+test("/mcp/ is served like /mcp", async () => {
   const { app } = world();
   const { access_token } = await connect(app);
   const headers = { Authorization: `Bearer ${access_token}` };
@@ -4116,7 +4118,7 @@ test("fileStore() keeps the contract of a store", async (t) => {
   await storeContract(() => fileStore(dir));
 });
 
-test("fileStore() tells of every commit by its stamp, whoever closes", async (t) => {
+test("fileStore() changes its version with every commit of any process, also when one closes", async (t) => {
   const dir = temporaryFolder(t);
   const [one, two] = [fileStore(dir), fileStore(dir)];
   t.after(() => two.close!());
@@ -4991,7 +4993,7 @@ test("hanging documents of strangers lock out nobody whose document is known", a
   await Promise.all(hanging);
 });
 
-test("a crowd of bad documents does not push out a good one", async () => {
+test("many bad documents do not push a good one out of the cache", async () => {
   let up = true;
   const { app } = world({
     fetchClientMetadata: (url) =>
@@ -5106,7 +5108,7 @@ test("only approve approves", async () => {
   }
 });
 
-test("an impatient second click finds the way on, until the code is used", async () => {
+test("a second click is redirected like the first one, until the code is used", async () => {
   const { app, auth } = world();
   const { client_id } = await register(app);
   const browser = browse(app);
@@ -5122,7 +5124,7 @@ test("an impatient second click finds the way on, until the code is used", async
   assertEquals((await auth.connections()).length, 1);
 });
 
-test("a second click finds the way on although the answer to the first one signed the owner in", async () => {
+test("a second click is redirected even after the first one signed the owner in", async () => {
   const { app, auth } = world({ password: PASSWORD });
   const { client_id } = await register(app);
   const browser = browse(app);
@@ -5302,7 +5304,7 @@ test("personalAuth() refuses options that look right and are not", () => {
   const wrong: [Json, string][] = [
     [{ store: ".oauth-state" }, "store"],
     [{ store: {} }, "store"],
-    [{ pasword: "x" }, "pasword"],
+    [{ pasword: "x" }, '"pasword" is not an option of personalAuth(); did you mean password?'],
     [{ scopes: "mcp" }, "scopes"],
     [{ scopes: [5] }, "scopes"],
     [{ mcpPath: "/.." }, "mcpPath"],
@@ -6654,6 +6656,26 @@ test("example.ts serves its tools, and what it has answered survives kill -9 and
     process.kill(child.pid!, "SIGTERM");
     assertEquals(await exited, 0);
   }
+});
+
+test("example.ts is reached from this computer only, unless HOST is set", async (t) => {
+  const outside = Object.values(networkInterfaces()).flat().find((it) => it?.family === "IPv4" && !it.internal)
+    ?.address;
+  const reach = (host: string, port: string) =>
+    new Promise<boolean>((resolve) => {
+      const socket = createConnection({ host, port: Number(port) }, () => resolve(true)).on("error", () =>
+        resolve(false));
+      socket.setTimeout(2000, () =>
+        resolve(false)).on("connect", () => socket.destroy());
+    });
+  const [first, second] = await freePorts(2);
+  const env = { STATE_DIR: join(temporaryFolder(t), "state"), OWNER_PASSWORD: PASSWORD };
+  const { output } = await runExample(t, { ...env, PORT: first! });
+  assert(output().includes(`Listening on port ${first} of 127.0.0.1`), output());
+  assertEquals(await reach("127.0.0.1", first!), true);
+  if (outside) assertEquals(await reach(outside, first!), false);
+  await runExample(t, { ...env, PORT: second!, HOST: "0.0.0.0", BASE_URL: `http://localhost:${first}` });
+  if (outside) assertEquals(await reach(outside, second!), true);
 });
 
 test("example.ts prints a generated password until the owner has signed in, and it opens the door", async (t) => {

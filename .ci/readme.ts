@@ -290,6 +290,11 @@ test("the README names tests that exist", () => {
   for (const name of named) ok(tests.some((test) => test.includes(name)), `no test begins with "${name}"`);
 });
 
+test("the README says what newcomers trip over", () => {
+  const warnings = ["`.oauth-state/` into `.gitignore`", "(2.1.186 or later", "its `--cli` does no OAuth"];
+  for (const text of warnings) ok(readme.includes(text), text);
+});
+
 test("the README shows at most 240 lines", () => {
   const shown = readme.replaceAll(/^<details>\n(<summary>.*<\/summary>\n)[^]*?^<\/details>\n/gm, "$1");
   ok(!shown.includes("details>") && shown.split("\n").length <= 241, `${shown.split("\n").length - 1} lines`);

@@ -110,7 +110,7 @@ function section(about: string, tables: Table[]): string {
     "# Performance",
     "",
     `Measured on ${about}. Ratios are medians of alternating rounds, with the middle half of the rounds in brackets. ` +
-    "To repeat it, with more rows: `deno task bench`.",
+    "To repeat it, with more rows: `deno task bench`; `deno task bench --readme` writes this file anew.",
     "",
     essentials.join("\n\n"),
     "",

@@ -13,7 +13,7 @@ import { postgresStore } from "../stores/postgres.ts";
 import { redisStore } from "../stores/redis.ts";
 import { kvOpener } from "./kv.ts";
 
-export const PACKAGES = ["redis@5", "postgres@3", "@deno/kv@0.14"];
+export const PACKAGES = ["redis@5", "pg@8", "@deno/kv@0.14"];
 
 /** What a program does that follows the README. */
 export async function open(url: string): Promise<Store> {
@@ -27,10 +27,9 @@ export async function open(url: string): Promise<Store> {
     return { ...redisStore(client), close: () => client.destroy() };
   }
   if (url.startsWith("postgres:")) {
-    const { default: postgres = load("postgres") } = load("postgres");
-    // Half a minute, the default of connect_timeout, is longer than a request waits.
-    const sql = postgres(url, { onnotice: () => {}, backoff: () => 0.1, connect_timeout: 5 });
-    return { ...postgresStore(sql), close: () => sql.end({ timeout: 1 }) };
+    const { Pool } = load("pg");
+    const pool = new Pool({ connectionString: url, connectionTimeoutMillis: 5000 });
+    return { ...postgresStore(pool), close: () => pool.end() };
   }
   return kvStore(await kvOpener(STORE_PACKAGES)(url));
 }

@@ -8,7 +8,7 @@ interface Storage {
 
 /**
  * A Durable Object of Cloudflare with the whole server in it: `personalAuth({ store: durableObjectStore(ctx.storage) })`.
- * There is only one of it, so `write` needs no lock as long as it never waits; and its answers leave when all is durable.
+ * There is one instance, so `write` needs no lock as long as it never awaits. An answer leaves when all writes are durable.
  */
 export function durableObjectStore({ sql }: Storage): Store {
   sql.exec("CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL)");

@@ -7,12 +7,12 @@ interface Redis {
   scanIterator(options: { MATCH: string; COUNT: number }): AsyncIterable<string[]>;
 }
 
-/** Compares and sets in one step. Empty stands for "none" both ways; without an expiry the old one stays. */
+/** Compares and sets in one step. An empty string means "no value"; without a new expiry the old one stays. */
 const SWAP = `if (redis.call("GET", KEYS[1]) or "") ~= ARGV[1] then return 0 end
   if ARGV[2] == "" then redis.call("DEL", KEYS[1]) elseif ARGV[3] == "" then redis.call("SET", KEYS[1], ARGV[2], "KEEPTTL")
   else redis.call("SET", KEYS[1], ARGV[2], "PXAT", ARGV[3]) end return 1`;
 
-/** Redis or Valkey, with `appendonly yes` and `appendfsync always`, or the latest second is lost when it is killed. */
+/** Redis or Valkey, with `appendonly yes` and `appendfsync always`: without them a crash loses the last second. */
 export function redisStore(redis: Redis, prefix = "personal-auth:"): Store {
   const parse = (text: string | null) => text === null ? undefined : JSON.parse(text);
   return {
