@@ -291,7 +291,11 @@ test("the README names tests that exist", () => {
 });
 
 test("the README says what newcomers trip over", () => {
-  const warnings = ["`.oauth-state/` into `.gitignore`", "(2.1.186 or later", "its `--cli` does no OAuth"];
+  const warnings = [
+    "`.oauth-state/` into `.gitignore`",
+    "(2.1.186 or later",
+    "with `--cli`, set `MCP_AUTO_OPEN_ENABLED=true`",
+  ];
   for (const text of warnings) ok(readme.includes(text), text);
 });
 
