@@ -588,7 +588,7 @@ function createServer(options: PersonalAuthOptions): Server {
 /** Keeps browsers from guessing that an answer is a page. */
 const NOSNIFF = { "X-Content-Type-Options": "nosniff" };
 
-/** Lets apps within a web page read an answer. `*` is safe: nothing behind it looks at a cookie; the owner's pages do. */
+/** Lets apps in a web page read an answer. `*` is safe: nothing behind it looks at a cookie; the owner's pages do. */
 const CORS = cors({ origin: "*", exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"] });
 
 /** Adds CORS for browsers, which send Origin. A preflight carries no token, so it is answered before the handler. */
@@ -1203,8 +1203,8 @@ function wellKnownClient(client_id: string): Client | undefined {
 // --- Redirect policy ------------------------------------------------------------------------------------------------
 
 /**
- * Returns why a redirect URI is refused, or `undefined`. The list keeps other apps off the owner's page. It does not keep
- * strangers out: all Claude accounts use one redirect URI.
+ * Returns why a redirect URI is refused, or `undefined`. The list keeps other apps off the owner's page. It does not
+ * keep strangers out: all Claude accounts use one redirect URI.
  */
 function redirectRefusal(allowed: readonly string[] | null, uri: string): string | undefined {
   const fault = unsafeRedirect(uri);
@@ -1230,7 +1230,7 @@ function allowEntry(url: URL): string {
 /** Schemes a browser acts on itself: a code sent there is script, or a file, or readable on the way. */
 const NEVER_SCHEMES = /^(javascript|data|file|blob|filesystem|vbscript|about|view-source|intent|ftp|wss?):/i;
 
-/** Returns what no list can allow. Each rule closes a known way to make a URI look like another one, or run as script. */
+/** Returns what no list can allow. Each rule closes a way to make a URI look like another one, or run as script. */
 function unsafeRedirect(uri: unknown): string | undefined {
   if (typeof uri !== "string" || uri.length > MAX_URI_LENGTH) {
     return `must be a string of ${MAX_URI_LENGTH} characters at the most`;
@@ -3410,7 +3410,7 @@ const delay = (milliseconds: number) => new Promise<void>((resolve) => setTimeou
 
 let latest = 0;
 
-/** Returns seconds since the epoch, with their fraction. No two calls return the same, so that moments have an order. */
+/** Returns seconds since the epoch, with their fraction. No two calls return the same: moments have an order. */
 function seconds(): number {
   const now = Date.now() / 1000;
   latest = now > latest || latest - now > 1 ? now : latest + 1e-6; // a clock that was set back is followed

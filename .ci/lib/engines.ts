@@ -162,8 +162,23 @@ function kvFile(): Promise<Engine> {
   return Promise.resolve({ url: join(temporaryFolder(), "kv") });
 }
 
+/** A KV that is asked over HTTP (KV Connect). Nobody packages it: `cargo install denokv --locked` takes ten minutes. */
+async function denokv(): Promise<Engine> {
+  const there = await succeeds(run("sh", "-c", "command -v denokv"));
+  if (!there) throw new NotRun("no denokv here: cargo install denokv --locked");
+  const [port, dir, token] = [await freePort(), temporaryFolder(), crypto.randomUUID()];
+  Deno.env.set("DENO_KV_ACCESS_TOKEN", token); // for its clients
+  const url = `http://127.0.0.1:${port}`;
+  const options = ["--sqlite-path", join(dir, "kv.sqlite"), "serve", "--addr", `127.0.0.1:${port}`];
+  const answers = () => succeeds(fetch(url).then((response) => response.body?.cancel()));
+  const process = new Process(["denokv", ...options, "--access-token", token], answers);
+  await process.start();
+  return { url, ...methods(process) };
+}
+
 export const ENGINES: Record<string, { title: string; start(): Promise<Engine> }> = {
   redis: { title: "Redis", start: redis },
   postgres: { title: "Postgres", start: postgres },
   kv: { title: "Deno KV", start: kvFile },
+  denokv: { title: "denokv", start: denokv },
 };
