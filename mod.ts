@@ -620,7 +620,7 @@ function discoveryDocuments(server: Server): Map<string, Record<string, unknown>
   ]);
 }
 
-/** @see {@link https://www.rfc-editor.org/rfc/rfc8414#section-2 | RFC 8414 §2} */
+/** Describes the authorization server ({@link https://www.rfc-editor.org/rfc/rfc8414#section-2 | RFC 8414 §2}). */
 function authorizationServerMetadata({ issuer, scopes, clients, registration }: Server): Record<string, unknown> {
   const secrets = ["client_secret_post", "client_secret_basic"];
   const authMethods = ["none", ...secrets, "private_key_jwt"]; // Claude looks for "none"
@@ -650,7 +650,7 @@ function authorizationServerMetadata({ issuer, scopes, clients, registration }: 
   };
 }
 
-/** @see {@link https://www.rfc-editor.org/rfc/rfc9728#section-2 | RFC 9728 §2} */
+/** Describes the MCP server ({@link https://www.rfc-editor.org/rfc/rfc9728#section-2 | RFC 9728 §2}). */
 function protectedResourceMetadata({ issuer, resource, scopes, pages }: Server): Record<string, unknown> {
   return {
     resource,
@@ -681,7 +681,7 @@ const MAX_REDIRECT_URIS = 16;
 const MAX_URI_LENGTH = 4096;
 const MAX_CLIENT_ID_LENGTH = 2048;
 
-/** @see {@link https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 | RFC 7591 appendix A.5.2} */
+/** Registers a client, statelessly ({@link https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 | RFC 7591 A.5.2}). */
 async function registerClient(server: Server, c: Context): Promise<Response> {
   const metadata = readClientMetadata(await readJson(c));
   const { redirect_uris: asked, client_name, method, refreshes, scope, ...echo } = metadata;
@@ -778,7 +778,7 @@ async function resolveClient(server: Server, client_id: string, isConnected = fa
 
 const preregistered = ({ clients }: Server, id: string) => clients.find(({ client_id }) => client_id === id);
 
-/** @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-2.3 | RFC 6749 §2.3} */
+/** Authenticates a client ({@link https://www.rfc-editor.org/rfc/rfc6749#section-2.3 | RFC 6749 §2.3}). */
 async function authenticateClient(server: Server, c: Context, form: URLSearchParams): Promise<Client> {
   const { id, secrets } = clientCredentials(server, c.req.header("Authorization"), form);
   if (isDocumentUrl(id) && !preregistered(server, id)) return await authenticatePublished(server, id, form);
@@ -870,7 +870,7 @@ function readAssertion(assertion: string) {
   throw unauthenticated("The client_assertion is not a JWT");
 }
 
-/** @see {@link https://www.rfc-editor.org/rfc/rfc7523#section-3 | RFC 7523 §3} */
+/** Verifies a client's assertion ({@link https://www.rfc-editor.org/rfc/rfc7523#section-3 | RFC 7523 §3}). */
 async function verifyAssertion(server: Server, id: string, assertion: string): Promise<{ jti: string; exp: number }> {
   const jwt = readAssertion(assertion);
   const { header, claims: { iss, sub, aud, exp, nbf = 0, iat = 0, jti } } = jwt;
@@ -942,7 +942,7 @@ interface DocumentCache {
   own: Set<string>;
 }
 
-/** @see {@link https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document | CIMD §3} */
+/** See {@link https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document | CIMD §3}. */
 function isDocumentUrl(client_id: string): boolean {
   if (!client_id.startsWith("https://") || client_id.length > MAX_CLIENT_ID_LENGTH) return false;
   const url = URL.parse(client_id);
@@ -1489,7 +1489,7 @@ function required(form: URLSearchParams, name: string): string {
   return value;
 }
 
-/** @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-3.2 | OAuth 2.1 §3.2} */
+/** Issues tokens ({@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-3.2 | §3.2}). */
 async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
   const arrived = seconds();
   const form = await readForm(c);
