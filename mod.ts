@@ -1028,10 +1028,8 @@ async function fetchCached<T>(server: Server, id: string, url: string, parse: (b
   }
 }
 
-/** Another server cannot be reached at the moment: it did not say that there is nothing. */
-class Unreached extends Error {}
-/** What a stranger wants fetched is inside: that is no outage. */
-class InsideAddress extends Error {}
+class Unreached extends Error {} // another server, at the moment: it did not say that there is nothing
+class InsideAddress extends Error {} // what a stranger wants fetched: that is no outage
 const isTemporary = (error: unknown) =>
   error instanceof Unreached || (error instanceof OAuthError && error.status === 503);
 const tryLater = (description: string) =>
@@ -1595,10 +1593,8 @@ const EVENTS = {
   repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
 } as const;
 const CODE_TTL = 5 * MINUTE;
-/** For clients that refresh in parallel on several machines. */
-const REFRESH_GRACE = 2 * MINUTE;
-/** So that the largest record fits into the 64 KiB of a Deno KV. */
-const MAX_ACCESS_TOKENS = 100;
+const REFRESH_GRACE = 2 * MINUTE; // for clients that refresh in parallel on several machines
+const MAX_ACCESS_TOKENS = 100; // so that the largest record fits into the 64 KiB of a Deno KV
 const MAX_ROTATIONS = 200;
 
 // OAuth's hard rules are pure functions, without HTTP and storage.
@@ -2326,8 +2322,7 @@ const DONE = [
   ["revoke_all", "all_disconnected", "Everything is disconnected."],
   ["rename", "renamed", "Renamed."],
 ] as const;
-/** The longest name that the owner can give to a connection. */
-const MAX_LABEL = 60;
+const MAX_LABEL = 60; // characters of the owner's own name for a connection
 
 /** Shows `/connections`: connections, attempts to connect, personal access tokens, and the latest events. */
 async function showConnections(server: Server, c: Context): Promise<Response> {
@@ -2406,8 +2401,7 @@ type Timeline = ReturnType<typeof timeline>;
 type TimelineStep = [at: number | undefined, text: string, ok?: boolean];
 const MAX_KEPT_ATTEMPTS = 50;
 const MAX_SHOWN_TIMELINES = 15;
-/** How long an approval that was never redeemed is kept, to be shown. */
-const UNREDEEMED_KEPT = 7 * DAY;
+const UNREDEEMED_KEPT = 7 * DAY; // to be shown
 
 /** Notes how far a client came. Attempts that nobody opened in a browser are forgotten first. */
 function noteAttempt({ attempts, found }: Server, { id, name }: Pick<Client, "id" | "name">, step: Partial<Attempt>) {
@@ -2964,7 +2958,7 @@ export function memoryStore(): Store {
 }
 
 type Update = Parameters<Store["update"]>;
-type Entry = { value: string; expires: number | null }; // the value as JSON: nobody else holds it
+type Entry = { value: string; expires: number | null; mark?: string }; // the value as JSON: nobody else holds it
 type Write = (key: string, entry?: Entry) => void;
 
 function valueOf(entry: Entry | undefined): unknown {
@@ -3301,16 +3295,19 @@ export function kvStore(kv: KvLike): Store {
   const path = (key: string) => ["personal-auth", key];
   const inTurn = queue();
 
-  async function compareAndSet(update: Update): Promise<unknown> {
+  async function compareAndSet(update: Update, mine: { mark: string; next?: unknown }): Promise<unknown> {
     const { value, versionstamp } = await kv.get(path(update[0]));
+    const found = decodeEntry(update[0], value);
+    // A commit whose answer is lost on a network is repeated by the KV's client, and loses the race against itself.
+    if (found?.mark === mine.mark) return mine.next;
     let atomic: KvAtomicLike | undefined;
-    const next = applyChange(decodeEntry(update[0], value), update, (key, entry) => {
+    const next = mine.next = applyChange(found, update, (key, entry) => {
       atomic = kv.atomic().check({ key: path(key), versionstamp });
       if (!entry) return atomic.delete(path(key));
       // The value has its own expiry. KV removes it much later, by its own clock, because ours may have been wrong.
       const left = entry.expires === null ? Infinity : entry.expires - seconds() + 30 * DAY;
       const options = left === Infinity ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
-      atomic.set(path(key), encodeEntry(key, entry), options);
+      atomic.set(path(key), encodeEntry(key, { ...entry, mark: mine.mark }), options);
     });
     if (atomic && !(await atomic.commit()).ok) throw new Error("the key is busy: another process changed it");
     return next;
@@ -3319,7 +3316,10 @@ export function kvStore(kv: KvLike): Store {
   return {
     get: (key) => retry(async () => valueOf(decodeEntry(key, (await kv.get(path(key))).value))),
     // In turn, so that only other processes are raced against.
-    update: (...update) => inTurn(update[0], () => retry(() => compareAndSet(update))),
+    update: (...update) => {
+      const mine = { mark: random(8) };
+      return inTurn(update[0], () => retry(() => compareAndSet(update, mine)));
+    },
     async *list(prefix) {
       for await (const found of kv.list({ start: path(prefix), end: path(prefix + LAST_CHARACTER) })) {
         const key = String(found.key[1]);
@@ -3331,9 +3331,9 @@ export function kvStore(kv: KvLike): Store {
   };
 }
 
-/** Writes `[expires, value]` as UTF-8, because all that a KV takes but bytes depends on the version of V8. */
-function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
-  const bytes = utf8.encode(`[${JSON.stringify(expires)},${value}]`);
+/** Writes `[expires, value, mark]` as UTF-8, because all that a KV takes but bytes depends on the version of V8. */
+function encodeEntry(key: string, { value, expires, mark }: Entry): Uint8Array {
+  const bytes = utf8.encode(`[${JSON.stringify(expires)},${value},"${mark}"]`);
   assert(bytes.length <= 65536, `${quote(key)} would take ${bytes.length} bytes, and a Deno.Kv holds 65536`);
   return bytes;
 }
@@ -3341,9 +3341,9 @@ function encodeEntry(key: string, { value, expires }: Entry): Uint8Array {
 function decodeEntry(key: string, bytes: unknown): Entry | undefined {
   if (bytes === null) return undefined; // there is no such key
   try {
-    const [expires, value] = JSON.parse(new TextDecoder().decode(bytes as Uint8Array));
+    const [expires, value, mark] = JSON.parse(new TextDecoder().decode(bytes as Uint8Array));
     assert(value !== undefined && (expires === null || typeof expires === "number"), "It is not [expires, value]");
-    return { expires, value: JSON.stringify(value) };
+    return { expires, value: JSON.stringify(value), mark };
   } catch (cause) {
     const found = `The value of ["personal-auth", ${quote(key)}] in the Deno.Kv was not written by personal-auth`;
     throw new Error(`${found} and was left as it is: delete it, or open another KV`, { cause });
