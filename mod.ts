@@ -392,9 +392,8 @@ function readBaseUrl(baseUrl: string): URL {
   const { protocol, hostname, host, origin, pathname } = url;
   const isPrivate = !hostname.includes(".") || /\.(local|lan|home|internal)$/.test(hostname) ||
     /^(10|192\.168|172\.(1[6-9]|2\d|3[01]))\./.test(hostname);
-  const advice = isPrivate
-    ? "put a tunnel with https in front of a server on a local network"
-    : `write "https://${host}"`;
+  const tunnel = "put a tunnel or a proxy with https in front of a server on a local network";
+  const advice = isPrivate ? tunnel : `write "https://${host}"`;
   const isSafe = protocol === "https:" || (protocol === "http:" && isLoopback(hostname));
   assert(isSafe, `baseUrl must be https, or http on localhost, because tokens would be sent unencrypted; ${advice}`);
   // Clients compare the issuer byte for byte (RFC 8414 §3.3), so only the one way to write a URL is accepted.

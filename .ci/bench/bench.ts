@@ -2,8 +2,8 @@
  * How fast it is: `deno run -A .ci/bench/bench.ts [--quick] [--only PART,…] [--readme]`. Everything is a ratio within
  * one run, of rounds that alternate, as the median with the middle half of the rounds in brackets.
  *
- *     --quick           a smaller version, in under 90 seconds, without the peers
- *     --only PART,…     some of process, guard, journeys, growth, start, peers
+ *     --quick           a smaller version, in under 90 seconds, without stores and peers
+ *     --only PART,…     some of process, guard, journeys, growth, start, stores, peers
  *     --readme          puts what matters most of it into .ci/bench/README.md, in place of what stands there, and the
  *                       small table into README.md
  *
@@ -21,6 +21,7 @@ import { inProcess } from "./process.ts";
 import { journeys } from "./journeys.ts";
 import { cleanUp, firstLine, markdown, startCommand, type Table } from "./kit.ts";
 import { peers } from "./peers.ts";
+import { stores } from "./stores.ts";
 import { ROOT, type Runtime, runtimes } from "../lib/runtimes.ts";
 
 const { values: { quick, only, readme } } = parseArgs({
@@ -44,7 +45,10 @@ const parts: Record<string, Part> = {
         : { rounds: 9, sizes: [10, 1_000, 100_000], registrations: 100_000 },
     ),
   start: (found) => begin(found, quick ? 3 : 11),
-  ...(!quick && { peers: (_, node) => peers(node, { rounds: 9, seconds: 0.5, count: 100 }) }),
+  ...(!quick && {
+    stores: (_, node) => stores(node, { rounds: 7, count: 20 }),
+    peers: (_, node) => peers(node, { rounds: 9, seconds: 0.5, count: 100 }),
+  }),
 };
 
 function machine(found: Runtime[]): string {
