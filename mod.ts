@@ -964,7 +964,7 @@ async function documentClient(server: Server, client_id: string): Promise<Client
     const reason = cause instanceof OAuthError ? cause.message : "it cannot be read";
     const details = { event: "client_document_refused", cause } as const;
     // Not invalid_client: the client would take its registration for dead and come back with the same address.
-    throw new OAuthError("invalid_request", `The app's metadata at ${client_id} cannot be used: ${reason}`, details);
+    throw invalidRequest(`The app's metadata at ${client_id} cannot be used: ${reason}`, details);
   }
 }
 
@@ -1797,8 +1797,8 @@ async function refresh(server: Server, form: URLSearchParams, client: Client) {
   return await issueTokens(server, id, { access_token, successor }, (grant, issue, now) => {
     const { scopes: granted } = grant;
     const scopes = narrowedScopes(asked, granted);
-    if (scopes.length < granted.length) issue.access.scopes = scopes.map((scope) => granted.indexOf(scope));
-    return refreshGrant(grant, request, issue, now);
+    const narrower = scopes.length < granted.length && { scopes: scopes.map((scope) => granted.indexOf(scope)) };
+    return refreshGrant(grant, request, { ...issue, access: { ...issue.access, ...narrower } }, now);
   });
 }
 
@@ -2212,7 +2212,7 @@ function assertOwnSite({ origin }: Server, c: Context): undefined {
   const isOwn = sender === origin || (sender.includes("://") && sender.split("://")[1] === c.req.header("Host")) ||
     (sender === "null" && site === "same-origin");
   if (isOwn && (site === "same-origin" || site === "none")) return undefined;
-  throw new OAuthError("invalid_request", "The form was sent by another site", { status: 403 });
+  throw invalidRequest("The form was sent by another site", { status: 403 });
 }
 
 async function touchSession({ store }: Server, key: string): Promise<undefined> {
@@ -2372,7 +2372,7 @@ async function createAndShowToken(server: Server, c: Context, form: URLSearchPar
   const scopes = server.scopes.all.length > 1 && { scopes: form.getAll("scope") };
   const made = await createToken(server, { name, expiresIn, ...scopes }, form.get("csrf")!).catch((error) => {
     if (!(error instanceof TypeError)) throw error;
-    throw new OAuthError("invalid_request", "The token needs a name, a lifetime and a scope");
+    throw invalidRequest("The token needs a name, a lifetime and a scope");
   });
   if (!made) return undefined;
   const once = html`<p class="warn">Copy it now: it is not shown again.</p>${copyable(made.token)}`;
@@ -3545,10 +3545,10 @@ function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
   for (const [name, value] of new URLSearchParams(encoded)) {
     if (value === "") continue; // counts as absent
     if (seen.has(name) && name !== repeatable) { // two parsers may take different ones of the two
-      throw new OAuthError("invalid_request", `The parameter ${quote(name)} is given more than once`);
+      throw invalidRequest(`The parameter ${quote(name)} is given more than once`);
     }
     // To look one up takes a walk over all.
-    if (seen.size >= 100) throw new OAuthError("invalid_request", "The request has too many parameters");
+    if (seen.size >= 100) throw invalidRequest("The request has too many parameters");
     seen.add(name);
     known.append(name, value);
   }
@@ -3570,7 +3570,7 @@ async function readJson(c: Context): Promise<unknown> {
 
 async function readBody(c: Context, type: string): Promise<string> {
   if (c.req.header("Content-Type")?.split(";", 1)[0]?.trim().toLowerCase() !== type) {
-    throw new OAuthError("invalid_request", `The Content-Type must be ${type}`, { status: 415 });
+    throw invalidRequest(`The Content-Type must be ${type}`, { status: 415 });
   }
   const announced = Number(c.req.header("Content-Length") ?? NaN);
   // No more than was announced arrives, but for chunks (RFC 9112 §6.3), which are counted, and slower to read.
@@ -3582,10 +3582,10 @@ async function readBody(c: Context, type: string): Promise<string> {
     return text;
   } catch (cause) {
     const isTooLarge = cause instanceof TooLarge;
-    if (!isTooLarge) throw new OAuthError("invalid_request", "The body did not arrive whole", { cause });
+    if (!isTooLarge) throw invalidRequest("The body did not arrive whole", { cause });
     // The rest of the body would be taken for the next request, so the connection ends.
     const details = { status: 413, headers: { Connection: "close" } } as const;
-    throw new OAuthError("invalid_request", `The body is larger than ${MAX_BODY_BYTES} bytes`, details);
+    throw invalidRequest(`The body is larger than ${MAX_BODY_BYTES} bytes`, details);
   }
 }
 
@@ -3640,7 +3640,7 @@ export class OAuthError extends Error {
   /** The error code of the standard, such as `invalid_grant`. */
   readonly code: string;
   /** The HTTP status. */
-  readonly status: NonNullable<OAuthErrorDetails["status"]>;
+  readonly status: ErrorStatus;
   /** HTTP headers of the answer. */
   readonly headers: Record<string, string>;
   /** What it was made with. */
@@ -3662,7 +3662,7 @@ const errorDescription = (message: string) =>
 
 function methodNotAllowed(allow: string): never {
   const headers = { Allow: allow };
-  throw new OAuthError("invalid_request", `The method must be one of ${allow}`, { status: 405, headers });
+  throw invalidRequest(`The method must be one of ${allow}`, { status: 405, headers });
 }
 
 function asOAuthError({ emit }: Server, error: unknown): OAuthError {
@@ -3671,9 +3671,9 @@ function asOAuthError({ emit }: Server, error: unknown): OAuthError {
   return new OAuthError("server_error", "Something went wrong here", { status: 500 });
 }
 
-function errorResponse(server: Server, c: Context, thrown: unknown, headers?: Record<string, string>): Response {
-  const { code, message, status, headers: own } = asOAuthError(server, thrown);
-  const all: Record<string, string> = { ...own, ...headers, "Cache-Control": "no-store", ...NOSNIFF };
+function errorResponse(server: Server, c: Context, thrown: unknown): Response {
+  const { code, message, status, headers } = asOAuthError(server, thrown);
+  const all: Record<string, string> = { ...headers, "Cache-Control": "no-store", ...NOSNIFF };
   // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own answers say it by themselves.
   if (status === 401) all["WWW-Authenticate"] ??= 'Basic realm="token"';
   return c.json({ error: code, error_description: errorDescription(message) }, status, all);
