@@ -3640,7 +3640,7 @@ export class OAuthError extends Error {
   /** The error code of the standard, such as `invalid_grant`. */
   readonly code: string;
   /** The HTTP status. */
-  readonly status: ErrorStatus;
+  readonly status: NonNullable<OAuthErrorDetails["status"]>;
   /** HTTP headers of the answer. */
   readonly headers: Record<string, string>;
   /** What it was made with. */
