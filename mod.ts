@@ -298,21 +298,6 @@ type Settings = ReturnType<typeof readOptions>;
 type TokenRequest = Parameters<PersonalAuth["createToken"]>[0];
 type Emit = (type: AuthEvent["type"], message: string, more?: Partial<AuthEvent>) => void;
 
-/** Everything the endpoints share: the checked options, and what the server keeps besides. */
-interface Server extends Settings {
-  emit: Emit;
-  store: Store; // its failures are reported, and answered with 503
-  mac: Mac; // the first 64 hex digits of longMac
-  longMac: Mac;
-  events: EventLog;
-  documents: DocumentCache;
-  verified: Map<string, VerifiedToken>; // by Authorization header
-  passed: symbol; // where a Hono context holds what a guard has found: the next guard does no more
-  attempts: Map<string, Attempt>; // to connect, not approved yet, by client_id, the latest last
-  found: { at?: number }; // when somebody last called without a token: how a client finds the server
-  passwordReady: () => Promise<OwnerRecord>;
-}
-
 /** Throws a TypeError with this message unless the condition holds. */
 function assert(condition: unknown, message: string): asserts condition {
   if (!condition) throw new TypeError(message);
@@ -357,13 +342,12 @@ function readOptions(options: PersonalAuthOptions) {
   };
 }
 
-/** Names the known option that shares the most pairs of letters with an unknown one, if it shares half of them. */
+/** Names the option of whose pairs of letters an unknown name holds the most, if it holds half of them. */
 function didYouMean(name: string): string {
-  const pairs = (text: string) => new Set([...text.toLowerCase()].map((letter, i, all) => letter + (all[i + 1] ?? "")));
-  const wanted = pairs(name.slice(0, 100));
+  const wanted = name.toLowerCase();
   const likeness = (option: string) => {
-    const known = pairs(option);
-    return 2 * [...wanted].filter((pair) => known.has(pair)).length / (wanted.size + known.size);
+    const letters = [...option.toLowerCase()];
+    return letters.filter((letter, i) => wanted.includes(letter + (letters[i + 1] ?? ""))).length / letters.length;
   };
   const [nearest = ""] = Object.keys(OPTIONS).sort((a, b) => likeness(b) - likeness(a));
   return likeness(nearest) >= 0.5 ? `; did you mean ${nearest}?` : "";
@@ -458,6 +442,7 @@ function readClients(clients: PreregisteredClient[]): PreregisteredClient[] {
 
 // --- The server ---
 
+type Server = ReturnType<typeof createServer>;
 type Handler = (server: Server, c: Context) => Response | Promise<Response>;
 
 /** What programs post to. None of them reads a cookie. */
@@ -485,31 +470,25 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   const guard = createGuard(server);
   const { basePath, mcpPath } = server;
   const app = new Hono<AuthEnv>();
-  const withSlash = (path: string) => [path, `${path}/`];
+  const add = (path: string, ...handlers: MiddlewareHandler<AuthEnv>[]) => {
+    for (const place of [path, `${path}/`]) app.use(place, ...handlers);
+  };
 
-  for (const [place, document] of discoveryDocuments(server)) {
-    for (const path of withSlash(place)) {
-      app.use(path, CORS);
-      app.get(path, (c) => c.json(document, 200, { ...NOSNIFF, "Cache-Control": "public, max-age=300" }));
-      app.all(path, withErrors(server, () => methodNotAllowed("GET, HEAD")));
-    }
+  for (const [path, document] of discoveryDocuments(server)) {
+    const GET: Handler = (_, c) => c.json(document, 200, { "Cache-Control": "public, max-age=300" });
+    add(path, CORS, endpoint(server, { GET }));
   }
   // Answer 404 explicitly: OpenID clients fail on partial documents and on an app's catch-all page.
   const openid = "/.well-known/openid-configuration";
   for (const path of new Set([openid + basePath, openid + mcpPath, basePath + openid, mcpPath + openid])) {
-    app.all(path, (c) => c.json({ error: "not_found" }, 404, NOSNIFF));
+    app.all(path, (c) => c.json({ error: "not_found" }, 404, FIXED_HEADERS));
   }
-  for (const [path, handler] of Object.entries(ENDPOINTS)) {
-    if (path === "/register" && !server.registration) continue;
-    const onlyPost: Handler = (server, c) => c.req.method === "POST" ? handler(server, c) : methodNotAllowed("POST");
-    for (const route of withSlash(basePath + path)) app.all(route, withCors(withErrors(server, onlyPost)));
+  for (const [path, POST] of Object.entries(ENDPOINTS)) {
+    if (path !== "/register" || server.registration) add(basePath + path, withCors(endpoint(server, { POST })));
   }
-  for (const [path, [show, change]] of Object.entries(OWNER_PAGES)) {
-    for (const route of withSlash(basePath + path)) {
-      app.get(route, withErrors(server, show, errorPage));
-      app.post(route, withErrors(server, (server, c) => assertOwnSite(server, c) ?? change(server, c), errorPage));
-      app.all(route, withErrors(server, () => methodNotAllowed("GET, HEAD, POST"), errorPage));
-    }
+  for (const [path, [GET, change]] of Object.entries(OWNER_PAGES)) {
+    const POST: Handler = (server, c) => assertOwnSite(server, c) ?? change(server, c);
+    add(basePath + path, endpoint(server, { GET, POST }, errorPage));
   }
   for (const path of new Set([basePath || "/", `${basePath}/`])) app.get(path, homePage(server));
 
@@ -528,24 +507,14 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
 }
 
 /** Reads the options and puts together what the endpoints share. */
-function createServer(options: PersonalAuthOptions): Server {
+function createServer(options: PersonalAuthOptions) {
   const settings = readOptions(options);
   const { issuer, password, authenticateOwner, onEvent } = settings;
   const emit: Emit = (type, message, more) => recordEvent(events, onEvent, { type, message, ...more });
   const store = guardStore(options.store ?? fileStore(".oauth-state"), emit);
   const events: EventLog = { store, key: `events/${issuer}`, waiting: {}, writing: Promise.resolve() };
   const longMac = serverMac(store, issuer, emit);
-  const server: Server = {
-    ...settings,
-    ...{ emit, events, store, longMac },
-    mac: async (...parts) => (await longMac(...parts)).slice(0, 64),
-    documents: { copies: new Map(), underWay: new Map(), asked: new Map(), own: new Set() },
-    verified: new Map(),
-    passed: Symbol("passed"),
-    attempts: new Map(),
-    found: {},
-    passwordReady: once(() => ensurePassword(server)),
-  };
+  const passwordReady = once(() => ensurePassword({ ...settings, store }));
   // At start, so that a store that another server uses is noticed. A failure is reported, and tried again when needed.
   longMac("start").catch(() => {});
   if (password === false) {
@@ -553,15 +522,44 @@ function createServer(options: PersonalAuthOptions): Server {
   } else if (!authenticateOwner) {
     const isShort = password !== undefined && password.length < 12;
     if (isShort) emit("password_weak", "the owner's password is short: take 12 characters or more");
-    server.passwordReady().catch(() => {}); // also at start, so that a generated password is printed
+    passwordReady().catch(() => {}); // also at start, so that a generated password is printed
   }
-  return server;
+  const documents: DocumentCache = { copies: new Map(), underWay: new Map(), asked: new Map(), own: new Set() };
+  return {
+    ...settings,
+    ...{ emit, events, documents, passwordReady, longMac },
+    store, // its failures are reported, and answered with 503
+    mac: (async (...parts) => (await longMac(...parts)).slice(0, 64)) as Mac,
+    verified: new Map<string, VerifiedToken>(), // by Authorization header
+    passed: Symbol("passed"), // where a Hono context holds what a guard has found: the next guard does no more
+    attempts: new Map<string, Attempt>(), // to connect, not approved yet, by client_id, the latest last
+    found: { at: undefined as number | undefined }, // when somebody last called without a token
+  };
 }
 
 // --- Discovery ---
 
-/** Keeps browsers from guessing that an answer is a page. */
-const NOSNIFF = { "X-Content-Type-Options": "nosniff" };
+/** Nobody keeps an answer, and no browser guesses that it is a page. */
+const FIXED_HEADERS = { "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff" };
+
+/** Answers by the handler of a method, which may end early by throwing its answer, or an error. */
+function endpoint(
+  server: Server,
+  handlers: Record<string, Handler>,
+  onError = errorResponse,
+): MiddlewareHandler<AuthEnv> {
+  const methods = Object.keys(handlers).join(", ").replace("GET", "GET, HEAD");
+  return async (c) => {
+    const method = c.req.method === "HEAD" ? "GET" : c.req.method;
+    for (const [name, value] of Object.entries(FIXED_HEADERS)) c.header(name, value);
+    try {
+      if (Object.hasOwn(handlers, method)) return await handlers[method]!(server, c);
+      throw invalidRequest(`The method must be one of ${methods}`, { status: 405, headers: { Allow: methods } });
+    } catch (thrown) {
+      return thrown instanceof Response ? thrown : await onError(server, c, thrown);
+    }
+  };
+}
 
 /** Lets apps in a web page read an answer. `*` is safe: nothing behind it looks at a cookie; the owner's pages do. */
 const CORS = cors({ origin: "*", exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"] });
@@ -1208,23 +1206,28 @@ function allowEntry(url: URL): string {
   return url.protocol === "https:" ? url.host : `${url.protocol}//${url.host}`;
 }
 
-/** Schemes a browser acts on itself: a code sent there is script, or a file, or readable on the way. */
-const NEVER_SCHEMES = /^(javascript|data|file|blob|filesystem|vbscript|about|view-source|intent|ftp|wss?):/i;
+/** What no list can allow. Each row closes a way to make a URI look like another one, or run as script. */
+const UNSAFE: [pattern: RegExp, fault: string][] = [
+  [/^$|[^\x21-\x7e]/, "must be printable ASCII without spaces"],
+  [/\\/, "must not hold a backslash"], // https://claude.ai\@evil.example
+  [/#/, "must not have a fragment"], // RFC 6749 §3.1.2
+  // A browser acts on these itself: a code sent there is script, or a file, or readable on the way.
+  [
+    /^(javascript|data|file|blob|filesystem|vbscript|about|view-source|intent|ftp|wss?):/i,
+    "has a scheme that browsers run or open themselves",
+  ],
+  [/^(?![a-z][a-z0-9+.-]*:)/i, "is not an absolute URI"],
+  [/^[^/?]*\/\/[^/?]*@/, "must not hold a user name"], // https://claude.ai@evil.example
+  [/^https?:(?!\/\/[^/])/i, "must name its host after //"],
+];
 
-/** Returns what no list can allow. Each rule closes a way to make a URI look like another one, or run as script. */
 function unsafeRedirect(uri: unknown): string | undefined {
-  if (typeof uri !== "string" || uri.length > MAX_URI_LENGTH) {
-    return `must be a string of ${MAX_URI_LENGTH} characters at the most`;
-  }
-  if (!/^[\x21-\x7e]+$/.test(uri)) return "must be printable ASCII without spaces";
-  if (uri.includes("\\")) return "must not hold a backslash"; // https://claude.ai\@evil.example
-  if (uri.includes("#")) return "must not have a fragment"; // RFC 6749 §3.1.2
-  if (NEVER_SCHEMES.test(uri)) return "has a scheme that browsers run or open themselves";
+  if (!isString(uri) || uri.length > MAX_URI_LENGTH) return `must be a string of up to ${MAX_URI_LENGTH} characters`;
+  const fault = UNSAFE.find(([pattern]) => pattern.test(uri))?.[1];
+  if (fault) return fault;
   const url = URL.parse(uri);
-  if (!url || !/^[a-z][a-z0-9+.-]*:/i.test(uri)) return "is not an absolute URI";
-  if (/^[^/?]*\/\/[^/?]*@/.test(uri)) return "must not hold a user name"; // https://claude.ai@evil.example
+  if (!url) return "is not an absolute URI";
   if (url.protocol === "http:" && !isLoopback(url.hostname)) return "must be https, or http on localhost";
-  if (/^https?:/.test(url.protocol) && !/^https?:\/\/[^/]/i.test(uri)) return "must name its host after //";
   // A client that takes the first of two equal parameters would read the one that stood there before.
   const taken = ["code", "state", "iss", "error"].find((name) => url.searchParams.has(name));
   return taken && `must not carry the parameter ${taken}`;
@@ -1336,7 +1339,6 @@ function answerUri({ issuer }: Server, { redirect_uri, state }: Target, answer: 
 function redirectBack(server: Server, c: Context, target: Target, answer: Record<string, string>) {
   const uri = answerUri(server, target, answer);
   if (!/^https?:/i.test(uri)) return openAppPage(server, c, uri, target.client.name, "code" in answer);
-  c.header("Cache-Control", "no-store");
   return c.redirect(uri, 302); // never 307: the browser would post the owner's password on to the client
 }
 
@@ -2065,7 +2067,7 @@ const MAX_ATTEMPTS = 10;
 const ATTEMPT_INTERVAL = MINUTE;
 const MAX_PRINTED_PASSWORDS = 10;
 const browserKey = async (browser: string) => `browser/${await hashToken(browser)}`;
-const ownerKey = ({ issuer }: Server) => `owner/${issuer}`;
+const ownerKey = ({ issuer }: Settings) => `owner/${issuer}`;
 
 /** Reads who is at the browser, and throws the page for a stranger. Opening a page never writes to the store. */
 async function readSession(server: Server, c: Context): Promise<Session> {
@@ -2219,7 +2221,7 @@ async function readOwner(server: Server) {
  * Puts the password into the store. A configured one replaces what is there and ends all sessions. Until a generated
  * one is used, every start prints another, because the earlier output may be lost.
  */
-async function ensurePassword(server: Server): Promise<OwnerRecord> {
+async function ensurePassword(server: Settings & { store: Store }): Promise<OwnerRecord> {
   const { password, store } = server;
   const stored = await store.get(ownerKey(server)) as OwnerRecord | undefined;
   const configured = typeof password === "string";
@@ -2860,9 +2862,7 @@ function page(server: Server, c: Context, title: string, body: Html, { status = 
     "Content-Security-Policy":
       `default-src 'none'; style-src 'nonce-${nonce}'; frame-ancestors 'none'; base-uri 'none'`,
     "X-Frame-Options": "DENY",
-    ...NOSNIFF,
     "Referrer-Policy": "same-origin", // not no-referrer: the form would then be sent with Origin: null
-    "Cache-Control": "no-store",
   };
   const name = serverName(server);
   const address = pages.title && html`<span>${issuer.replace("https://", "")}</span>`;
@@ -3606,20 +3606,15 @@ export class OAuthError extends Error {
 const errorDescription = (message: string) =>
   message.replaceAll('"', "'").replace(/[^\x20-\x21\x23-\x5b\x5d-\x7e]/g, "?");
 
-function methodNotAllowed(allow: string): never {
-  const headers = { Allow: allow };
-  throw invalidRequest(`The method must be one of ${allow}`, { status: 405, headers });
-}
-
 function asOAuthError({ emit }: Server, error: unknown): OAuthError {
   if (error instanceof OAuthError) return error;
   emit("server_error", "an unexpected error", { cause: error }); // the wire is told nothing of it
   return new OAuthError("server_error", "Something went wrong here", { status: 500 });
 }
 
-function errorResponse(server: Server, c: Context, thrown: unknown): Response {
+function errorResponse(server: Server, c: Context, thrown: unknown): Response | Promise<Response> {
   const { code, message, status, headers } = asOAuthError(server, thrown);
-  const all: Record<string, string> = { ...headers, "Cache-Control": "no-store", ...NOSNIFF };
+  const all: Record<string, string> = { ...headers, ...FIXED_HEADERS };
   // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own answers say it by themselves.
   if (status === 401) all["WWW-Authenticate"] ??= 'Basic realm="token"';
   return c.json({ error: code, error_description: errorDescription(message) }, status, all);
@@ -3630,18 +3625,6 @@ function errorPage(server: Server, c: Context, thrown: unknown): Response | Prom
   for (const [name, value] of Object.entries(headers)) c.header(name, value);
   const title = status < 500 ? "This request cannot be answered" : "Something went wrong here";
   return messagePage(server, c, status, title, `${message}.`);
-}
-
-/** Answers by `handler`, which may end early by throwing its answer, or an error. */
-function withErrors(server: Server, handler: Handler, answer: typeof errorPage = errorResponse) {
-  return async (c: Context): Promise<Response> => {
-    for (const [name, value] of Object.entries(NOSNIFF)) c.header(name, value);
-    try {
-      return await handler(server, c);
-    } catch (thrown) {
-      return thrown instanceof Response ? thrown : await answer(server, c, thrown);
-    }
-  };
 }
 
 const grantFunctions = { approveGrant, redeemGrant, refreshGrant, verifyGrant, presentGrant, revokeGrant };
