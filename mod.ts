@@ -3001,19 +3001,12 @@ export function fileStore(dir: string): Store {
   const { db, file } = openStateFile(dir);
   const { select, range, writeTogether } = prepareStatements(db);
   const { assertInPlace, look } = watchFile(db, file);
-  const inPlace = <T>(check: () => unknown, call: () => T) =>
-    retry(() => {
-      check(); // or a write to a deleted log may end in a file that others use by now
-      const answer = call();
-      check(); // or a write that is gone after a restart is answered as done
-      return answer;
-    });
-  const { add, flush } = batch((updates) => inPlace(assertInPlace, () => writeTogether(updates)));
+  const { add, flush } = batch((updates) => retry(() => writeTogether(updates), assertInPlace));
   return {
-    get: (key) => inPlace(look, () => valueOf(select.get(key))),
+    get: (key) => retry(() => valueOf(select.get(key)), look),
     update: (...update) => add(update),
     async *list(prefix) {
-      const rows = await inPlace(look, () => range.all(prefix, prefix + LAST_CHARACTER));
+      const rows = await retry(() => range.all(prefix, prefix + LAST_CHARACTER), look);
       for (const row of rows) yield* listed(row.key, row);
     },
     version() {
@@ -3037,9 +3030,8 @@ let commits = 0; // of all file stores in this process
 
 function prepareStatements(db: Sqlite) {
   const select = db.prepare("SELECT value, expires FROM entries WHERE key = ?");
-  const range = db.prepare("SELECT key, value, expires FROM entries WHERE key >= ? AND key < ? ORDER BY key");
-  const upsert = db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
-    ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`);
+  const range = db.prepare("SELECT * FROM entries WHERE key >= ? AND key < ? ORDER BY key");
+  const upsert = db.prepare("INSERT INTO entries VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = ?2, expires = ?3");
   const remove = db.prepare("DELETE FROM entries WHERE key = ?");
   // Two per change, so that nothing waits. The latest stay: a clock that was wrong must not cost a connection.
   const sweep = db.prepare(`DELETE FROM entries WHERE key IN
@@ -3102,11 +3094,14 @@ function watchFile(db: Sqlite, file: string) {
 }
 
 /** Repeats a call while another process has the lock: SQLite's own wait would stop the whole server. */
-async function retry<T>(call: () => T | Promise<T>): Promise<T> {
+async function retry<T>(call: () => T | Promise<T>, check = () => {}): Promise<T> {
   const deadline = performance.now() + LOCK_PATIENCE;
   for (let wait = 1;; wait = Math.min(wait * 2, 50)) {
     try {
-      return await call();
+      check(); // or a write to a deleted log may end in a file that others use by now
+      const answer = call();
+      check(); // or a write that is gone after a restart is answered as done
+      return await answer;
     } catch (error) {
       if (!isLocked(error) || performance.now() > deadline) throw error;
       await delay(wait * (0.5 + Math.random()));
@@ -3180,7 +3175,8 @@ function openSqlite(file: string, options = {}): Sqlite {
 
 function ensureStateFile(dir: string, file: string) {
   const fs = nodeModule("node:fs");
-  const fresh = `${file}.${random(4)}.new`;
+  const mark = random(4);
+  const fresh = `${file}.${mark}.new`;
   fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
   try {
     // Always: Deno's accessSync() does not notice a read-only file system. SQLite gives its side files this mode too.
@@ -3196,7 +3192,7 @@ function ensureStateFile(dir: string, file: string) {
   } catch (error) {
     if ((error as { code?: string }).code !== "EEXIST") throw error; // another process was faster
   } finally {
-    removeTemporaryFiles(dir, fresh);
+    removeTemporaryFiles(dir, mark);
   }
   fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
 }
@@ -3218,15 +3214,14 @@ function createStateFile(fresh: string, file: string) {
   }
 }
 
-/** Removes what was made for this start, and what a killed one left a minute ago. */
-function removeTemporaryFiles(dir: string, fresh: string) {
+/** Removes what this start made, and what a killed one left a minute ago. */
+function removeTemporaryFiles(dir: string, mark: string) {
   const fs = nodeModule("node:fs");
   for (const name of fs.readdirSync(dir)) {
     if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-\w+)?$/.test(name)) continue;
-    const path: string = nodeModule("node:path").resolve(dir, name);
     try {
-      const isOld = Date.now() - fs.statSync(path).mtimeMs > MINUTE * 1000;
-      if (isOld || path.startsWith(fresh)) fs.rmSync(path);
+      const isOld = Date.now() - fs.statSync(`${dir}/${name}`).mtimeMs > MINUTE * 1000;
+      if (isOld || name.includes(mark)) fs.rmSync(`${dir}/${name}`);
     } catch {
       // It is gone, or a virus scanner holds it: then a later start removes it.
     }
@@ -3284,7 +3279,7 @@ export function kvStore(kv: KvLike): Store {
       const found = decodeEntry(key, value);
       // A commit whose answer is lost on a network is repeated by the KV's client, and loses the race against itself.
       if (found?.mark === mark) return next;
-      let committed: Promise<{ ok: boolean }> | undefined;
+      let committed = Promise.resolve({ ok: true });
       next = applyChange(found, update, (_, entry) => {
         const atomic = kv.atomic();
         atomic.check({ key: path(key), versionstamp });
@@ -3292,7 +3287,7 @@ export function kvStore(kv: KvLike): Store {
         else atomic.delete(path(key));
         committed = atomic.commit();
       });
-      if (committed && !(await committed).ok) throw new Error("the key is busy: another process changed it");
+      if (!(await committed).ok) throw new Error("the key is busy: another process changed it");
       return next;
     });
   }
@@ -3339,7 +3334,7 @@ function decodeEntry(key: string, bytes: unknown): Entry | undefined {
     assert(value !== undefined && (expires === null || typeof expires === "number"), "It is not [expires, value]");
     return { expires, value: JSON.stringify(value), mark };
   } catch (cause) {
-    const found = `The value of ["personal-auth", ${quote(key)}] in the Deno.Kv was not written by personal-auth`;
+    const found = `The value of ["personal-auth", ${quote(key)}] was not written by personal-auth`;
     throw new Error(`${found} and was left as it is: delete it, or open another KV`, { cause });
   }
 }
@@ -3439,12 +3434,12 @@ async function hashToken(token: string): Promise<string> {
 /** Makes a code_challenge, which is the same hash (RFC 7636 §4.2). */
 const s256 = hashToken;
 
-async function hmac(key: string): Promise<(text: string) => string | Promise<string>> {
+async function hmac(key: string) {
   const { createHmac } = nodeCrypto();
-  if (createHmac) return (text) => createHmac("sha512", key).update(text).digest("hex");
+  if (createHmac) return (text: string): string => createHmac("sha512", key).update(text).digest("hex");
   const algorithm = { name: "HMAC", hash: "SHA-512" };
   const imported = await crypto.subtle.importKey("raw", utf8.encode(key), algorithm, false, ["sign"]);
-  return async (text) => hex(new Uint8Array(await crypto.subtle.sign("HMAC", imported, utf8.encode(text))));
+  return async (text: string) => hex(new Uint8Array(await crypto.subtle.sign("HMAC", imported, utf8.encode(text))));
 }
 
 /** Computes HMAC-SHA-512 under the server's key, in hex. The purpose keeps one use apart from another. */
