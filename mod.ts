@@ -2896,10 +2896,8 @@ export function memoryStore(): Store {
     get: (key) => promiseTry(() => valueOf(entries.get(key))),
     update: (...update) => promiseTry(() => applyChange(entries.get(update[0]), update, write)),
     async *list(prefix) {
-      for (const key of [...entries.keys()].filter((key) => key.startsWith(prefix)).sort()) {
-        const value = valueOf(entries.get(key));
-        if (value !== undefined) yield [key, value];
-      }
+      const keys = [...entries.keys()].filter((key) => key.startsWith(prefix)).sort();
+      for (const key of keys) yield* listed(key, entries.get(key));
     },
     version: () => changes,
   };
@@ -2914,12 +2912,18 @@ function valueOf(entry: Entry | undefined): unknown {
   return isLive ? JSON.parse(entry.value) : undefined;
 }
 
-/** Returns what `update` answers, and writes the entry if it changes: without one, it is deleted. */
-function applyChange(found: Entry | undefined, [key, change, options]: Update, write: Write): unknown {
+/** Returns what `list` yields for an entry: nothing if it has expired. */
+function listed(key: string, entry: Entry | undefined): [key: string, value: unknown][] {
+  const value = valueOf(entry);
+  return value === undefined ? [] : [[key, value]];
+}
+
+/** Returns what `update` answers. Writes the entry if it changes, or no entry to delete it. */
+function applyChange(found: Entry | undefined, [key, change, options]: Update, write: Write) {
   const current = valueOf(found);
   const next = change(current);
   if (next === undefined) {
-    if (found) write(key); // also if it has expired: the clock may be set back
+    if (found) write(key); // also an expired one: the clock may be set back
   } else if (next !== current) {
     const kept = current === undefined ? null : found!.expires;
     write(key, { value: JSON.stringify(next), expires: options?.expiresAt ?? kept });
@@ -2929,9 +2933,9 @@ function applyChange(found: Entry | undefined, [key, change, options]: Update, w
 
 const APPLICATION_ID = 0x6d637061; // "mcpa" in ASCII: marks a file as ours
 const FORMAT = 2; // which tables a file has
-const LOCK_PATIENCE = 5; // seconds
-const STORE_DEADLINE = 8; // seconds: less than the ten that Claude waits
-const LAST_CHARACTER = "\u{10ffff}"; // after a prefix: the end of all keys that begin with it
+const LOCK_PATIENCE = 5000; // ms
+const STORE_DEADLINE = 8000; // ms: Claude waits ten seconds
+const LAST_CHARACTER = "\u{10ffff}"; // follows a prefix to make the end of its keys
 
 /**
  * Keeps state in one SQLite file, `<dir>/oauth.sqlite`. What `update` has answered survives `kill -9` and a power cut.
@@ -2944,35 +2948,21 @@ export function fileStore(dir: string): Store {
   assert(typeof dir === "string" && dir !== "", `fileStore: dir must be the path of a folder, such as ".oauth-state"`);
   assert(!/^~([\\/]|$)/.test(dir), `fileStore: only a shell replaces ~, so write the whole path, not ${quote(dir)}`);
   const { db, file } = openStateFile(dir);
-  const sql = prepareStatements(db);
+  const { select, range, writeTogether } = prepareStatements(db);
   const { assertInPlace, look } = watchFile(db, file);
-  const read = <T>(query: () => T): Promise<T> =>
-    retry(() => {
-      look();
-      return query();
-    });
-  const { add, flush } = batch((updates: Update[]) =>
-    retry(() => {
-      assertInPlace(); // what is written to a deleted log may end in a file that others use by now
-      const answers = writeTogether(db, sql, updates);
-      assertInPlace(); // what was written to one is not there after a restart: it must not be answered as done
-      return answers;
-    })
-  );
+  const { add, flush } = batch((updates) => retry(() => writeTogether(updates), assertInPlace));
   return {
-    get: async (key) => valueOf(await read(() => sql.select.get(key))),
+    get: (key) => retry(() => valueOf(select.get(key)), look),
     update: (...update) => add(update),
     async *list(prefix) {
-      for (const row of await read(() => sql.list.all(prefix, prefix + LAST_CHARACTER))) {
-        const value = valueOf(row);
-        if (value !== undefined) yield [row.key, value];
-      }
+      const rows = await retry(() => range.all(prefix, prefix + LAST_CHARACTER), look);
+      for (const row of rows) yield* listed(row.key, row);
     },
     version() {
       try {
         return look();
       } catch {
-        return undefined; // then the record is read, and that says what is wrong
+        return undefined; // get() will say what is wrong
       }
     },
     close() {
@@ -2985,67 +2975,61 @@ export function fileStore(dir: string): Store {
 // deno-lint-ignore no-explicit-any
 type Sqlite = any; // DatabaseSync of node:sqlite, whose types not every project has
 
-function prepareStatements(db: Sqlite) {
-  return {
-    select: db.prepare("SELECT value, expires FROM entries WHERE key = ?"),
-    list: db.prepare("SELECT key, value, expires FROM entries WHERE key >= ? AND key < ? ORDER BY key"),
-    upsert: db.prepare(`INSERT INTO entries (key, value, expires) VALUES (?, ?, ?)
-      ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`),
-    remove: db.prepare("DELETE FROM entries WHERE key = ?"),
-    // Two with each change, so that nothing waits. The latest stay: a clock that was wrong must not cost a connection.
-    sweep: db.prepare(`DELETE FROM entries WHERE key IN
-      (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET 1000)`),
-  };
-}
-
 let commits = 0; // of all file stores in this process
 
-/** Performs all updates in one transaction, because the commit dominates the cost. */
-function writeTogether(db: Sqlite, sql: ReturnType<typeof prepareStatements>, updates: Update[]): unknown[] {
-  let changed = false;
-  const write: Write = (key, entry) => {
-    changed = true;
-    if (entry) sql.upsert.run(key, entry.value, entry.expires);
-    else sql.remove.run(key);
-    sql.sweep.run(seconds());
-  };
-  db.exec("BEGIN IMMEDIATE");
-  try {
-    const answers = updates.map((update) => applyChange(sql.select.get(update[0]), update, write));
-    db.exec("COMMIT");
-    if (changed) commits++;
-    return answers;
-  } catch (error) {
+function prepareStatements(db: Sqlite) {
+  const select = db.prepare("SELECT value, expires FROM entries WHERE key = ?");
+  const range = db.prepare("SELECT * FROM entries WHERE key >= ? AND key < ? ORDER BY key");
+  const upsert = db.prepare("INSERT INTO entries VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = ?2, expires = ?3");
+  const remove = db.prepare("DELETE FROM entries WHERE key = ?");
+  // Two per change, so that nothing waits. The latest stay: a clock that was wrong must not cost a connection.
+  const sweep = db.prepare(`DELETE FROM entries WHERE key IN
+    (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET 1000)`);
+
+  /** Performs all updates in one transaction, because the commit dominates the cost. */
+  function writeTogether(updates: Update[]) {
+    let changed = false;
+    const write: Write = (key, entry) => {
+      changed = true;
+      if (entry) upsert.run(key, entry.value, entry.expires);
+      else remove.run(key);
+      sweep.run(seconds());
+    };
     try {
-      db.exec("ROLLBACK");
-    } catch {
-      // It has rolled back by itself.
+      db.exec("BEGIN IMMEDIATE");
+      const answers = updates.map((update) => applyChange(select.get(update[0]), update, write));
+      db.exec("COMMIT");
+      if (changed) commits++;
+      return answers;
+    } finally {
+      if (db.isTransaction) db.exec("ROLLBACK"); // after some faults SQLite has done it
     }
-    throw error;
   }
+
+  return { select, range, writeTogether };
 }
 
-/** Tells whether an open state file is still the one in the folder, and of every change by a number. */
+/** Tells whether an open state file is still the one in the folder, and by a number whether it has changed. */
 function watchFile(db: Sqlite, file: string) {
   const { statSync } = nodeModule("node:fs");
   const identify = (name: string) => {
-    const found = statSync(name, { throwIfNoEntry: false });
-    return `${found?.dev} ${found?.ino}`;
+    const { dev, ino } = statSync(name, { throwIfNoEntry: false }) ?? {};
+    return `${dev} ${ino}`;
   };
-  const othersCommits = db.prepare("PRAGMA data_version");
-  let others: number = othersCommits.get().data_version; // a first read also makes the log and its index
-  let lookedAt = -Infinity;
   const names = [file, `${file}-wal`, `${file}-shm`];
   const opened = names.map(identify);
+  const othersCommits = db.prepare("PRAGMA data_version");
+  let others = 0;
+  let lookedAt = -Infinity;
 
-  function assertInPlace(): void {
+  function assertInPlace() {
     const missing = names.find((name, i) => identify(name) !== opened[i]);
-    const fault = "was removed or replaced while open: nothing is accepted until it is back or the server is restarted";
-    if (missing) throw new StateFileError(`${quote(missing)} ${fault}`);
+    const fault = "was removed or replaced while open: no call works until it is back or the server is restarted";
+    if (missing) throw new StateFileError(missing, fault);
   }
 
   /** Looks once a millisecond: a token revoked by another process might as well have been used just before. */
-  function look(): number {
+  function look() {
     const now = performance.now();
     if (now - lookedAt >= 1) {
       assertInPlace();
@@ -3058,12 +3042,15 @@ function watchFile(db: Sqlite, file: string) {
   return { assertInPlace, look };
 }
 
-/** Repeats a call while another process has the lock: SQLite would wait with the whole server standing still. */
-async function retry<T>(call: () => T | Promise<T>): Promise<T> {
-  const deadline = performance.now() + LOCK_PATIENCE * 1000;
+/** Repeats a call while another process has the lock: SQLite's own wait would stop the whole server. */
+async function retry<T>(call: () => T | Promise<T>, check = () => {}): Promise<T> {
+  const deadline = performance.now() + LOCK_PATIENCE;
   for (let wait = 1;; wait = Math.min(wait * 2, 50)) {
     try {
-      return await call();
+      check(); // or a write to a deleted log may end in a file that others use by now
+      const answer = call();
+      check(); // or a write that is gone after a restart is answered as done
+      return await answer;
     } catch (error) {
       if (!isLocked(error) || performance.now() > deadline) throw error;
       await delay(wait * (0.5 + Math.random()));
@@ -3071,41 +3058,44 @@ async function retry<T>(call: () => T | Promise<T>): Promise<T> {
   }
 }
 
-function isLocked(error: unknown): boolean {
-  if (!(error instanceof Error) || error instanceof StateFileError) return false; // whose path may say anything
-  return /database (table )?is locked|busy/i.test(error.message);
-}
+const isLocked = (error: unknown) =>
+  error instanceof Error && /database (table )?is locked|busy/i.test(error.message) &&
+  !(error instanceof StateFileError); // its path may say anything
 
-/** Performs together the tasks of one turn of the event loop. If one fails, each is tried alone. */
-function batch<Task, Result>(perform: (tasks: Task[]) => Promise<Result[]>) {
+/** Performs together the updates of one turn of the event loop. If one fails, each is tried alone. */
+function batch(perform: (updates: Update[]) => Promise<unknown[]>) {
   const { setImmediate } = nodeModule("node:timers");
-  let tasks: Task[] = [];
-  let results = Promise.withResolvers<Result[]>();
+  let updates: Update[] = [];
+  let answers = Promise.withResolvers<unknown[]>();
 
-  function flush(): void {
-    if (tasks.length === 0) return;
-    const [together, { resolve }] = [tasks, results];
-    [tasks, results] = [[], Promise.withResolvers()];
+  function flush() {
+    if (updates.length === 0) return;
+    const [together, { resolve }] = [updates, answers];
+    [updates, answers] = [[], Promise.withResolvers()];
     resolve(perform(together));
   }
 
-  async function add(task: Task): Promise<Result> {
-    if (tasks.length === 0) setImmediate(flush);
-    const position = tasks.push(task) - 1;
+  async function add(update: Update) {
+    if (updates.length === 0) setImmediate(flush);
+    const position = updates.push(update) - 1;
     try {
-      return (await results.promise)[position]!;
+      return (await answers.promise)[position];
     } catch (error) {
-      if (isLocked(error)) throw error; // a lock concerns them all, and each has waited long enough for it
-      return (await perform([task]))[0]!;
+      if (isLocked(error)) throw error; // it holds up all of them, and each has waited long enough
+      return (await perform([update]))[0];
     }
   }
 
   return { add, flush };
 }
 
-class StateFileError extends Error {}
+class StateFileError extends Error {
+  constructor(file: string, fault: string, cause?: unknown) {
+    super(`${quote(file)} ${fault}`, { cause });
+  }
+}
 
-function openStateFile(dir: string): { db: Sqlite; file: string } {
+function openStateFile(dir: string) {
   nodeModule("node:sqlite"); // a runtime without it is no fault of the file
   const file: string = nodeModule("node:path").resolve(dir, "oauth.sqlite"); // the working folder may change
   let db: Sqlite;
@@ -3115,6 +3105,7 @@ function openStateFile(dir: string): { db: Sqlite; file: string } {
     fault = "cannot be read and was left as it is: put a backup in its place, or move it away, with its -wal and -shm";
     checkStateFile(file);
     db = openSqlite(file);
+    // This makes the log and its index, too.
     db.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0");
     return { db, file };
   } catch (cause) {
@@ -3122,117 +3113,102 @@ function openStateFile(dir: string): { db: Sqlite; file: string } {
     if (cause instanceof StateFileError) throw cause;
     const { name, message } = cause as Error; // Deno's message names the flag
     if (name === "NotCapable") fault = `cannot be written: Deno was started without a permission. ${message}`;
-    throw new StateFileError(`${quote(file)} ${fault}`, { cause });
+    throw new StateFileError(file, fault, cause);
   }
 }
 
-/** Opens an SQLite file that waits for locks by itself, which later retry() does. */
+/** Opens an SQLite file that waits for locks by itself, as retry() does later. */
 function openSqlite(file: string, options = {}): Sqlite {
-  const { DatabaseSync } = nodeModule("node:sqlite");
-  const db = new DatabaseSync(file, options);
-  db.exec(`PRAGMA busy_timeout = ${LOCK_PATIENCE * 1000}`);
-  return db;
+  return new (nodeModule("node:sqlite").DatabaseSync)(file, { timeout: LOCK_PATIENCE, ...options });
 }
 
-function ensureStateFile(dir: string, file: string): void {
+function ensureStateFile(dir: string, file: string) {
   const fs = nodeModule("node:fs");
-  const fresh = `${file}.${random(4)}.new`;
+  const mark = random(4);
+  const fresh = `${file}.${mark}.new`;
   fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
   try {
     // Always: Deno's accessSync() does not notice a read-only file system. SQLite gives its side files this mode too.
     fs.closeSync(fs.openSync(fresh, "wx", 0o600));
-    // SQLite would take the log of a file that was moved away for the new one's. Asked twice, because another process
-    // may make the file, and then its log, at this moment.
-    const isOrphaned = !fs.existsSync(file) && fs.existsSync(`${file}-wal`) && !fs.existsSync(file);
-    const fault = "is there without its state file: put that back, or move the -wal and -shm away as well";
-    if (isOrphaned) throw new StateFileError(`${quote(`${file}-wal`)} ${fault}`);
-    if (!fs.existsSync(file)) createStateFile(fresh, file);
+    if (!fs.existsSync(file)) {
+      // SQLite would take the log of a file that was moved away for the new one's. Looks for the file once more:
+      // another process may make it, and then its log, at this moment.
+      const isOrphaned = fs.existsSync(`${file}-wal`) && !fs.existsSync(file);
+      const fault = "is there without its state file: put that back, or move -wal and -shm away as well";
+      if (isOrphaned) throw new StateFileError(`${file}-wal`, fault);
+      createStateFile(fresh, file);
+    }
   } catch (error) {
     if ((error as { code?: string }).code !== "EEXIST") throw error; // another process was faster
   } finally {
-    removeTemporaryFiles(dir, fresh);
+    removeTemporaryFiles(dir, mark);
   }
   fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
 }
 
 /** Makes the file elsewhere and puts it in place whole, so that one without our mark is always damage. */
-function createStateFile(fresh: string, file: string): void {
+function createStateFile(fresh: string, file: string) {
   const fs = nodeModule("node:fs");
   const db = openSqlite(fresh);
-  // In WAL mode at once, because a later kill would leave a journal, which who only reads cannot roll back.
+  // In WAL mode at once: a kill later on would leave a journal, which the read-only check cannot roll back.
   db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
     CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
     CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
     PRAGMA journal_mode = WAL`);
   db.close();
   try {
-    fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process put there meanwhile
+    fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process has put there
   } catch { // there are no hard links; "wx" replaces nothing either
     fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
   }
 }
 
-/** Removes what was made for this start, and what a killed one left a minute ago. */
-function removeTemporaryFiles(dir: string, fresh: string): void {
+/** Removes what this start made, and what a killed one left a minute ago. */
+function removeTemporaryFiles(dir: string, mark: string) {
   const fs = nodeModule("node:fs");
   for (const name of fs.readdirSync(dir)) {
     if (!/^oauth\.sqlite\.[0-9a-f]{8}\.new(-\w+)?$/.test(name)) continue;
-    const path: string = nodeModule("node:path").resolve(dir, name);
     try {
-      const isOld = Date.now() - fs.statSync(path).mtimeMs > MINUTE * 1000;
-      if (isOld || path.startsWith(fresh)) fs.rmSync(path);
+      const isOld = Date.now() - fs.statSync(`${dir}/${name}`).mtimeMs > MINUTE * 1000;
+      if (isOld || name.includes(mark)) fs.rmSync(`${dir}/${name}`);
     } catch {
-      // It is gone; or a virus scanner holds it, and a later start removes it.
+      // It is gone, or a virus scanner holds it: then a later start removes it.
     }
   }
 }
 
 /** Throws unless this is a sound state file of ours. It only reads: SQLite may change a damaged one, or its log. */
-function checkStateFile(file: string): void {
-  if (nodeModule("node:fs").statSync(file).size === 0) throw new Error("it is empty"); // SQLite would delete its log
-  // By SQLite, because any other close of the file drops the locks that this process has on it (POSIX).
+function checkStateFile(file: string) {
+  assert(nodeModule("node:fs").statSync(file).size > 0, "it is empty"); // SQLite would delete its log
+  // By SQLite, because any other close of the file drops this process's locks on it (POSIX).
   const db = openSqlite(file, { readOnly: true });
   const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).get()[name];
-  const assertOurs = (holds: boolean, finding: string, advice: string) => {
-    if (!holds) throw new StateFileError(`${quote(file)} ${finding} and was left as it is: ${advice}, or move it away`);
-  };
   try {
-    const isOurs = pragma("application_id") === APPLICATION_ID;
-    assertOurs(isOurs, "is not a state file of this program", "choose another folder");
+    const foreign = "is not a state file of this program: choose another folder, or move it away";
+    if (pragma("application_id") !== APPLICATION_ID) throw new StateFileError(file, foreign);
     const format = pragma("user_version");
-    const advice = "update mod.ts if a newer version wrote it";
-    assertOurs(format === FORMAT, `has format ${format} instead of ${FORMAT}`, advice);
+    const strange = `has format ${format}, not ${FORMAT}: update mod.ts if a newer version wrote it, or move it away`;
+    if (format !== FORMAT) throw new StateFileError(file, strange);
     const verdict = pragma("quick_check");
-    if (verdict !== "ok") throw new Error(verdict);
+    assert(verdict === "ok", verdict);
     db.prepare("SELECT key FROM entries");
   } finally {
     db.close();
   }
 }
 
-/** The part of a `Deno.Kv` that is used here. */
-export interface KvLike {
-  /** Reads one key. */
+/** The part of a `Deno.Kv` that is used here. `expireIn` is in milliseconds. */
+export type KvLike = {
   get(key: string[]): Promise<{ value: unknown; versionstamp: string | null }>;
-  /** Reads a range of keys, in their order. */
   list(selector: { start: string[]; end: string[] }): AsyncIterable<{ key: readonly unknown[]; value: unknown }>;
-  /** Begins a change that is committed whole or not at all. */
-  atomic(): KvAtomicLike;
-  /** Closes the connection. */
+  atomic(): {
+    check(entry: { key: string[]; versionstamp: string | null }): unknown;
+    set(key: string[], value: unknown, options?: { expireIn?: number }): unknown;
+    delete(key: string[]): unknown;
+    commit(): Promise<{ ok: boolean }>;
+  };
   close(): void;
-}
-
-/** One compare-and-set of a {@linkcode KvLike}. */
-export interface KvAtomicLike {
-  /** Requires that the key still has this version. */
-  check(entry: { key: string[]; versionstamp: string | null }): KvAtomicLike;
-  /** Writes a key; `expireIn` is in milliseconds. */
-  set(key: string[], value: unknown, options?: { expireIn?: number }): KvAtomicLike;
-  /** Removes a key. */
-  delete(key: string[]): KvAtomicLike;
-  /** Carries out the change; `ok` is false if a version differs. */
-  commit(): Promise<{ ok: boolean }>;
-}
+};
 
 /**
  * Keeps state in a `Deno.Kv`: a local file, or the distributed store of Deno Deploy or denokv. `await Deno.openKv()`
@@ -3241,109 +3217,109 @@ export interface KvAtomicLike {
 export function kvStore(kv: KvLike): Store {
   assert(typeof kv?.atomic === "function", "kvStore needs an open Deno.Kv: kvStore(await Deno.openKv())");
   const path = (key: string) => ["personal-auth", key];
-  const inTurn = queue();
+  const turns = new Map<string, Promise<void>>();
 
-  async function compareAndSet(update: Update, mine: { mark: string; next?: unknown }): Promise<unknown> {
-    const { value, versionstamp } = await kv.get(path(update[0]));
-    const found = decodeEntry(update[0], value);
-    // A commit whose answer is lost on a network is repeated by the KV's client, and loses the race against itself.
-    if (found?.mark === mine.mark) return mine.next;
-    let atomic: KvAtomicLike | undefined;
-    const next = mine.next = applyChange(found, update, (key, entry) => {
-      atomic = kv.atomic().check({ key: path(key), versionstamp });
-      if (!entry) return atomic.delete(path(key));
-      // The value has its own expiry. KV removes it much later, by its own clock, because ours may have been wrong.
-      const left = entry.expires === null ? Infinity : entry.expires - seconds() + 30 * DAY;
-      const options = left === Infinity ? {} : { expireIn: Math.max(0, Math.ceil(left * 1000)) };
-      atomic.set(path(key), encodeEntry(key, { ...entry, mark: mine.mark }), options);
+  function compareAndSet(update: Update) {
+    const [key] = update;
+    const mark = random(8);
+    let next: unknown;
+    return retry(async () => {
+      const { value, versionstamp } = await kv.get(path(key));
+      const found = decodeEntry(key, value);
+      // A commit whose answer is lost on a network is repeated by the KV's client, and loses the race against itself.
+      if (found?.mark === mark) return next;
+      let committed = Promise.resolve({ ok: true });
+      next = applyChange(found, update, (_, entry) => {
+        const atomic = kv.atomic();
+        atomic.check({ key: path(key), versionstamp });
+        if (entry) atomic.set(path(key), encodeEntry(key, { ...entry, mark }), removal(entry));
+        else atomic.delete(path(key));
+        committed = atomic.commit();
+      });
+      if (!(await committed).ok) throw new Error("the key is busy: another process changed it");
+      return next;
     });
-    if (atomic && !(await atomic.commit()).ok) throw new Error("the key is busy: another process changed it");
-    return next;
   }
 
   return {
     get: (key) => retry(async () => valueOf(decodeEntry(key, (await kv.get(path(key))).value))),
-    // In turn, so that only other processes are raced against.
-    update: (...update) => {
-      const mine = { mark: random(8) };
-      return inTurn(update[0], () => retry(() => compareAndSet(update, mine)));
+    update(...update) {
+      const [key] = update;
+      // In turn, to race against other processes only.
+      const turn = (turns.get(key) ?? Promise.resolve()).then(() => compareAndSet(update));
+      // One that never ends must not hold up its key.
+      const over: Promise<void> = withDeadline(turn).catch(() => {}).then(() => {
+        if (turns.get(key) === over) turns.delete(key);
+      });
+      turns.set(key, over);
+      return turn;
     },
     async *list(prefix) {
-      for await (const found of kv.list({ start: path(prefix), end: path(prefix + LAST_CHARACTER) })) {
-        const key = String(found.key[1]);
-        const value = valueOf(decodeEntry(key, found.value));
-        if (value !== undefined) yield [key, value];
+      const range = { start: path(prefix), end: path(prefix + LAST_CHARACTER) };
+      for await (const { key: [, name], value } of kv.list(range)) {
+        const key = String(name);
+        yield* listed(key, decodeEntry(key, value));
       }
     },
     close: () => kv.close(),
   };
 }
 
-/** Writes `[expires, value, mark]` as UTF-8, because all that a KV takes but bytes depends on the version of V8. */
-function encodeEntry(key: string, { value, expires, mark }: Entry): Uint8Array {
+/** Lets the KV remove an entry long after it expired, by the KV's own clock, because ours may have been wrong. */
+const removal = ({ expires }: Entry) =>
+  expires === null ? {} : { expireIn: Math.max(0, Math.ceil((expires - seconds() + 30 * DAY) * 1000)) };
+
+/** Writes `[expires, value, mark]` as bytes: how a KV keeps anything else depends on the version of V8. */
+function encodeEntry(key: string, { value, expires, mark }: Entry) {
   const bytes = utf8.encode(`[${JSON.stringify(expires)},${value},"${mark}"]`);
   assert(bytes.length <= 65536, `${quote(key)} would take ${bytes.length} bytes, and a Deno.Kv holds 65536`);
   return bytes;
 }
 
 function decodeEntry(key: string, bytes: unknown): Entry | undefined {
-  if (bytes === null) return undefined; // there is no such key
+  if (bytes === null) return undefined;
   try {
     const [expires, value, mark] = JSON.parse(new TextDecoder().decode(bytes as Uint8Array));
     assert(value !== undefined && (expires === null || typeof expires === "number"), "It is not [expires, value]");
     return { expires, value: JSON.stringify(value), mark };
   } catch (cause) {
-    const found = `The value of ["personal-auth", ${quote(key)}] in the Deno.Kv was not written by personal-auth`;
+    const found = `The value of ["personal-auth", ${quote(key)}] was not written by personal-auth`;
     throw new Error(`${found} and was left as it is: delete it, or open another KV`, { cause });
   }
 }
 
-/** Runs the tasks of one key one after the other. */
-function queue() {
-  const last = new Map<string, Promise<unknown>>();
-  return <T>(key: string, task: () => Promise<T>): Promise<T> => {
-    const turn = (last.get(key) ?? Promise.resolve()).then(task);
-    // A task that never ends must not hold up its key.
-    const done: Promise<unknown> = withDeadline(turn).catch(() => {}).then(() => {
-      if (last.get(key) === done) last.delete(key);
-    });
-    last.set(key, done);
-    return turn;
-  };
-}
-
-function withDeadline<T>(answer: Promise<T>): Promise<T> {
-  return new Promise((resolve, reject) => {
-    const late = () => reject(new Error(`the store has not answered for ${STORE_DEADLINE} seconds`));
-    const timer = setTimeout(late, STORE_DEADLINE * 1000);
+function withDeadline<T>(answer: Promise<T>) {
+  return new Promise<T>((resolve, reject) => {
+    const late = () => reject(new Error(`the store has not answered for ${STORE_DEADLINE / 1000} seconds`));
+    const timer = setTimeout(late, STORE_DEADLINE);
     answer.then(resolve, reject).finally(() => clearTimeout(timer));
   });
 }
 
-/** Wraps the store for the rest of the server: when it fails or is too slow, the answer is 503. */
+/** Wraps the store for the rest of the server: if it fails or is too slow, the answer is 503. */
 function guardStore(store: Store, emit: Emit): Store {
-  async function guarded<T>(ask: (inTime: (change: Update[1]) => Update[1]) => Promise<T>): Promise<T> {
-    let answered = false;
+  async function guarded<T>(ask: (changeInTime: Update[1]) => Promise<T>, change?: Update[1]): Promise<T> {
+    let isOver = false;
     // A store that wakes up late must not apply what was answered with 503: the client has moved on.
-    const inTime = (change: Update[1]) => (current: unknown) => {
-      assert(!answered, "the store came back after the request was answered: nothing was changed");
-      return change(current);
+    const changeInTime = (current: unknown) => {
+      assert(!isOver, "the store came back after the answer: nothing was changed");
+      return change!(current);
     };
     try {
-      return await withDeadline(promiseTry(() => ask(inTime)));
+      return await withDeadline(promiseTry(() => ask(changeInTime)));
     } catch (cause) {
       emit("server_error", "the store failed", { cause });
       const details = { status: 503, headers: { "Retry-After": "5" } } as const;
       throw new OAuthError("server_error", "The server cannot reach its state; try again", details);
     } finally {
-      answered = true;
+      isOver = true;
     }
   }
 
   return {
-    ...(store.version && { version: () => store.version!() }),
+    version: () => store.version?.(),
     get: (key) => guarded(() => store.get(key)),
-    update: (key, change, options) => guarded((inTime) => store.update(key, inTime(change), options)),
+    update: (key, change, options) => guarded((changeInTime) => store.update(key, changeInTime, options), change),
     async *list(prefix) {
       yield* await guarded(() => Array.fromAsync(store.list(prefix)));
     },
@@ -3359,13 +3335,13 @@ const delay = (milliseconds: number) => new Promise<void>((resolve) => setTimeou
 let latest = 0;
 
 /** Returns seconds since the epoch, with their fraction. No two calls return the same: moments have an order. */
-function seconds(): number {
+function seconds() {
   const now = Date.now() / 1000;
   latest = now > latest || latest - now > 1 ? now : latest + 1e-6; // a clock that was set back is followed
   return latest;
 }
 
-function ago(seconds: number): string {
+function ago(seconds: number) {
   const units = [[DAY, "day"], [HOUR, "hour"], [MINUTE, "minute"]] as const;
   const [size, unit] = units.find(([size]) => seconds >= size) ?? [1, "second"];
   const count = Math.max(0, Math.floor(seconds / size));
@@ -3376,16 +3352,16 @@ const hex = (bytes: Uint8Array) => Array.from(bytes, (byte) => byte.toString(16)
 const unhex = (text: string) => Uint8Array.from(text.match(/../g) ?? [], (digits) => parseInt(digits, 16));
 const random = (bytes: number) => hex(crypto.getRandomValues(new Uint8Array(bytes)));
 
-function base64url(bytes: Uint8Array): string {
+function base64url(bytes: Uint8Array) {
   return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
 }
 
-function base64Bytes(text: string): Uint8Array<ArrayBuffer> {
+function base64Bytes(text: string) {
   return Uint8Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), (char) => char.charCodeAt(0));
 }
 
 /** Returns `undefined` if the text is neither base64 nor base64url. */
-function decodeBase64(text: string): string | undefined {
+function decodeBase64(text: string) {
   try {
     return new TextDecoder().decode(base64Bytes(text));
   } catch {
@@ -3393,12 +3369,10 @@ function decodeBase64(text: string): string | undefined {
   }
 }
 
-/** Used where there is one: Web Crypto takes forty times as long for a digest. */
+/** Used where it exists: a digest of Web Crypto takes forty times as long. */
 const nodeCrypto = once(() => nodeModule("node:crypto", {}));
 
-async function sha256(text: string): Promise<Uint8Array<ArrayBuffer>> {
-  return new Uint8Array(await crypto.subtle.digest("SHA-256", utf8.encode(text)));
-}
+const sha256 = async (text: string) => new Uint8Array(await crypto.subtle.digest("SHA-256", utf8.encode(text)));
 
 /** Makes a code_challenge. @see https://www.rfc-editor.org/rfc/rfc7636#section-4.2 */
 const s256 = async (code_verifier: string) => base64url(await sha256(code_verifier));
@@ -3409,12 +3383,12 @@ async function hashToken(token: string): Promise<string> {
   return hash ? hash("sha256", token, "base64url") : base64url(await sha256(token));
 }
 
-async function hmac(key: string): Promise<(text: string) => string | Promise<string>> {
+async function hmac(key: string) {
   const { createHmac } = nodeCrypto();
-  if (createHmac) return (text) => createHmac("sha512", key).update(text).digest("hex");
+  if (createHmac) return (text: string): string => createHmac("sha512", key).update(text).digest("hex");
   const algorithm = { name: "HMAC", hash: "SHA-512" };
   const imported = await crypto.subtle.importKey("raw", utf8.encode(key), algorithm, false, ["sign"]);
-  return async (text) => hex(new Uint8Array(await crypto.subtle.sign("HMAC", imported, utf8.encode(text))));
+  return async (text: string) => hex(new Uint8Array(await crypto.subtle.sign("HMAC", imported, utf8.encode(text))));
 }
 
 /** Computes HMAC-SHA-512 under the server's key, in hex. The purpose keeps one use apart from another. */
@@ -3423,25 +3397,24 @@ type Mac = (purpose: string, ...parts: string[]) => Promise<string>;
 /** Makes the server's MAC. Its key, drawn at the first start, opens nothing: what it signs is checked in the store. */
 function serverMac(store: Store, issuer: string, emit: Emit): Mac {
   const keyed = once(async () => {
-    let before: string | undefined;
+    let before: { key: string; issuer: string } | undefined;
     const { key } = await store.update("server", (current) => {
-      const record = current as { key: string; issuer: string } | undefined;
-      before = record?.issuer;
-      return before === issuer ? current : { key: record?.key ?? random(32), issuer };
-    }) as { key: string };
-    if (before !== undefined && before !== issuer) {
-      const advice = "if that one still runs, give each a store of its own; " +
-        "if the address has changed, all clients must connect again";
-      emit("store_shared", `this store was last used by a server at ${quote(before)}: ${advice}`);
+      before = current as typeof before;
+      return before?.issuer === issuer ? before : { key: before?.key ?? random(32), issuer };
+    }) as NonNullable<typeof before>;
+    if (before && before.issuer !== issuer) {
+      const found = `this store was last used by a server at ${quote(before.issuer)}`;
+      const advice = "if it still runs, give each its own store; if the address has changed, connect all clients again";
+      emit("store_shared", `${found}: ${advice}`);
     }
     return hmac(key);
   });
-  // JSON, so that no two lists of parts come out as the same bytes.
+  // JSON, so that no two lists of parts become the same bytes.
   return async (purpose, ...parts) => (await keyed())(JSON.stringify([purpose, ...parts]));
 }
 
 /** Compares in constant time, so that it leaks only the lengths. */
-function equal(a: string, b: string): boolean {
+function equal(a: string, b: string) {
   let difference = a.length ^ b.length;
   for (let i = 0; i < a.length; i++) difference |= a.charCodeAt(i) ^ b.charCodeAt(i);
   return difference === 0;
@@ -3464,47 +3437,45 @@ function isObject(value: unknown): value is Record<string, any> {
 }
 
 const isStringList = (value: unknown): value is string[] => Array.isArray(value) && value.every(isString);
-type Defined<T> = { [K in keyof T]?: Exclude<T[K], undefined> };
 
 /** Drops the members that are undefined. */
-function defined<T extends Record<string, unknown>>(members: T): Defined<T> {
-  return Object.fromEntries(Object.entries(members).filter(([, value]) => value !== undefined)) as Defined<T>;
+function defined<T extends Record<string, unknown>>(members: T) {
+  const entries = Object.entries(members).filter(([, value]) => value !== undefined);
+  return Object.fromEntries(entries) as { [K in keyof T]?: Exclude<T[K], undefined> };
 }
 
-/** Quotes an unknown value for a message: short, on one line, in plain ASCII, so that it cannot forge a log entry. */
-function quote(value: unknown): string {
+/** Quotes any value for a message: short, on one line, in ASCII, so that it cannot forge a log entry. */
+function quote(value: unknown) {
   const json = JSON.stringify(value) ?? String(value);
   const escape = (char: string) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`;
   return json.slice(0, 200).replace(/[^\x20-\x7e]/g, escape);
 }
 
-/** Returns a module of Node's, asked for only where it is used, so that this file loads where it is missing. */
+/** Returns a module of Node's, asked for where it is used, so that this file loads without it. */
 // deno-lint-ignore no-explicit-any
 function nodeModule(name: string, otherwise?: object): any {
   const { process } = globalThis as { process?: { getBuiltinModule?: (name: string) => unknown } };
   const module = process?.getBuiltinModule?.(name) ?? otherwise;
-  if (!module) throw new Error(`${name} is missing here: Deno 2.9, Bun 1.4, Node 22.18 and later versions have it`);
+  if (!module) throw new Error(`${name} is missing here: Deno 2.9, Bun 1.4 and Node 22.18 have it`);
   return module;
 }
 
 /** Reads OAuth parameters. @see https://www.rfc-editor.org/rfc/rfc6749#section-3.1 */
-function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
+function parameters(encoded: string, repeatable = "resource") {
   const seen = new Set<string>();
   const known = new URLSearchParams();
   for (const [name, value] of new URLSearchParams(encoded)) {
     if (value === "") continue; // counts as absent
-    if (seen.has(name) && name !== repeatable) { // two parsers may take different ones of the two
-      throw invalidRequest(`The parameter ${quote(name)} is given more than once`);
-    }
-    // To look one up takes a walk over all.
-    if (seen.size >= 100) throw invalidRequest("The request has too many parameters");
+    const isRepeated = seen.has(name) && name !== repeatable; // two parsers may take different ones
+    if (isRepeated) throw invalidRequest(`The parameter ${quote(name)} is given more than once`);
+    if (seen.size >= 100) throw invalidRequest("The request has too many parameters"); // a lookup walks over all
     seen.add(name);
     known.append(name, value);
   }
   return known;
 }
 
-async function readForm(c: Context, repeatable?: string): Promise<URLSearchParams> {
+async function readForm(c: Context, repeatable?: string) {
   return parameters(await readBody(c, "application/x-www-form-urlencoded"), repeatable);
 }
 
@@ -3517,11 +3488,11 @@ async function readJson(c: Context): Promise<unknown> {
   }
 }
 
-async function readBody(c: Context, type: string): Promise<string> {
+async function readBody(c: Context, type: string) {
   if (c.req.header("Content-Type")?.split(";", 1)[0]?.trim().toLowerCase() !== type) {
     throw invalidRequest(`The Content-Type must be ${type}`, { status: 415 });
   }
-  const announced = Number(c.req.header("Content-Length") ?? NaN);
+  const announced = Number(c.req.header("Content-Length"));
   // No more than was announced arrives, but for chunks (RFC 9112 §6.3), which are counted, and slower to read.
   const isBounded = announced <= MAX_BODY_BYTES && c.req.header("Transfer-Encoding") === undefined;
   try {
@@ -3530,8 +3501,7 @@ async function readBody(c: Context, type: string): Promise<string> {
     if (text.length > MAX_BODY_BYTES) throw new TooLarge(); // no server was in between
     return text;
   } catch (cause) {
-    const isTooLarge = cause instanceof TooLarge;
-    if (!isTooLarge) throw invalidRequest("The body did not arrive whole", { cause });
+    if (!(cause instanceof TooLarge)) throw invalidRequest("The body did not arrive whole", { cause });
     // The rest of the body would be taken for the next request, so the connection ends.
     const details = { status: 413, headers: { Connection: "close" } } as const;
     throw invalidRequest(`The body is larger than ${MAX_BODY_BYTES} bytes`, details);
@@ -3540,11 +3510,10 @@ async function readBody(c: Context, type: string): Promise<string> {
 
 class TooLarge extends Error {}
 
-async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: number): Promise<string> {
+async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: number) {
   const reader = stream?.getReader(); // not every set of types knows that a stream can be iterated
   const decoder = new TextDecoder();
-  let text = "";
-  let length = 0;
+  let [text, length] = ["", 0];
   while (reader) {
     const { done, value } = await reader.read();
     if (done) break;
