@@ -2958,13 +2958,7 @@ export function fileStore(dir: string): Store {
       const rows = await retry(() => range.all(prefix, prefix + LAST_CHARACTER), look);
       for (const row of rows) yield* listed(row.key, row);
     },
-    version() {
-      try {
-        return look();
-      } catch {
-        return undefined; // get() will say what is wrong
-      }
-    },
+    version: look,
     close() {
       flush();
       db.close();
@@ -3317,7 +3311,13 @@ function guardStore(store: Store, emit: Emit): Store {
   }
 
   return {
-    version: () => store.version?.(),
+    version() {
+      try {
+        return store.version?.();
+      } catch {
+        return undefined; // get() will say what is wrong
+      }
+    },
     get: (key) => guarded(() => store.get(key)),
     update: (key, change, options) => guarded((changeInTime) => store.update(key, changeInTime, options), change),
     async *list(prefix) {

@@ -4692,6 +4692,23 @@ function shortDeadlines(t: TestContext): void {
       setTimeout(call, milliseconds >= 8000 ? 40 : milliseconds)) as typeof setTimeout;
 }
 
+test("a store whose version() throws is read each time, and its failure is answered 503", async () => {
+  const memory = memoryStore();
+  let isDown = false;
+  const store: Store = {
+    ...memory,
+    get: (key) => isDown ? Promise.reject(new Error("gone")) : memory.get(key),
+    version: () => {
+      throw new Error("gone");
+    },
+  };
+  const { app } = world({ store });
+  const { access_token } = await connect(app);
+  assertEquals((await callMcp(app, access_token)).status, 200);
+  isDown = true;
+  assertEquals((await callMcp(app, access_token)).status, 503);
+});
+
 test("a store that hangs is answered 503 in time, and what comes late changes nothing", async (t) => {
   shortDeadlines(t);
   const memory = memoryStore();
