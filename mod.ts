@@ -40,7 +40,7 @@ import { getCookie, setCookie } from "hono/cookie";
 import { cors } from "hono/cors";
 import { html, raw } from "hono/html";
 
-// --- Options and public types ---------------------------------------------------------------------------------------
+// --- Options and public types ---
 
 /** Options of {@linkcode personalAuth}. Only `baseUrl` is required. */
 export interface PersonalAuthOptions {
@@ -53,59 +53,54 @@ export interface PersonalAuthOptions {
    * `localhost` (any loopback address and port), `scheme://host` (a private-use scheme). `null`: all. Default:
    * claude.ai, claude.com, localhost and Claude Desktop's `claude://claude.ai`.
    */
-  allowedRedirectDomains?: readonly string[] | null | undefined;
+  allowedRedirectDomains?: readonly string[] | null;
   /** Lifetime of an access token, in seconds. Default: 30 days. */
-  accessTokenTtl?: number | undefined;
+  accessTokenTtl?: number;
   /** Lifetime of a connection after its last refresh, in seconds. Default: 365 days. */
-  refreshTokenTtl?: number | undefined;
+  refreshTokenTtl?: number;
   /** Where state is kept. Default: `fileStore(".oauth-state")`. */
-  store?: Store | undefined;
+  store?: Store;
   /** `false`: no dynamic client registration, only clients with a metadata document and those of `clients`. */
-  registration?: boolean | undefined;
+  registration?: boolean;
   /** The path of the MCP endpoint below `baseUrl`. Both together are the resource identifier. Default: `/mcp`. */
-  mcpPath?: string | undefined;
+  mcpPath?: string;
   /** The scopes on offer: a list of names, or an object from name to description. Default: `mcp`, every tool. */
-  scopes?: string[] | Record<string, string | ScopeOption> | undefined;
+  scopes?: string[] | Record<string, string | ScopeOption>;
   /** Clients registered by hand, for apps where a person types in an id and a secret. */
-  clients?: PreregisteredClient[] | undefined;
+  clients?: PreregisteredClient[];
   /** Replaces the password: `true` if the owner sent the request. A `Response` is sent in place of the page. */
-  authenticateOwner?: ((c: Context) => boolean | Response | Promise<boolean | Response>) | undefined;
+  authenticateOwner?: (c: Context) => boolean | Response | Promise<boolean | Response>;
   /**
-   * Fetches a client's metadata document or keys, where the built-in function cannot: it needs `node:https`, and
-   * connects to public addresses only. It must not follow redirects, and must end when the signal is aborted.
+   * Fetches a client's metadata document or keys where the built-in function, which needs `node:https`, cannot. It
+   * must connect to public addresses only, follow no redirects, and end when the signal is aborted.
    */
-  fetchClientMetadata?: ((url: string, signal: AbortSignal) => Promise<Response>) | undefined;
+  fetchClientMetadata?: (url: string, signal: AbortSignal) => Promise<Response>;
   /** How the owner's pages look. */
-  pages?: PageOptions | undefined;
+  pages?: PageOptions;
   /** Receives every security-relevant event. Default: one line each on the console. */
-  onEvent?: ((event: AuthEvent) => void) | undefined;
+  onEvent?: (event: AuthEvent) => void;
 }
 
-/** A scope with a description and rules. */
-export interface ScopeOption {
+/** A scope on offer. */
+export type ScopeOption = {
   /** What the scope allows, as words that follow "It may …". */
   description?: string;
-  /** Scopes that a client with this scope has as well. */
+  /** Scopes that come with this one. */
   includes?: string[];
-  /** `true`: granted only to a client that asks for it by name, as after a step-up challenge. Default: `false`. */
+  /** `true`: granted only to a client that asks for it by name, as after a step-up challenge. */
   onRequest?: boolean;
-}
+};
 
-/** A client registered by hand, in the member names of RFC 7591 §2. Without a secret it is a public client. */
-export interface PreregisteredClient {
-  /** The identifier that a person types into the app. */
+/** A client registered by hand (RFC 7591 §2). Without a secret, of at least 16 characters, it is a public client. */
+export type PreregisteredClient = {
   client_id: string;
-  /** The secret that a person types into the app; at least 16 characters. */
   client_secret?: string;
-  /** The name on the consent page. Default: `client_id`. */
   client_name?: string;
-  /** Where the app may be sent back to. */
   redirect_uris: string[];
-}
+};
 
 /** A security-relevant event. `type` is stable; `message` is for people and may change. */
-export interface AuthEvent {
-  /** The kind of event. */
+export type AuthEvent = {
   type:
     | "client_registered"
     | "client_document_refused"
@@ -130,50 +125,42 @@ export interface AuthEvent {
     | "server_error";
   /** Seconds since the epoch. */
   at: number;
-  /** What happened, for people. */
   message: string;
   /** The id of the connection concerned, as in {@linkcode Connection}. */
   connection?: string;
   /** The name the client gives itself; nobody has verified it. */
   clientName?: string;
-  /** What was thrown, for `server_error`, `client_document_refused` and `client_assertion_refused`. */
+  /** What was thrown. */
   cause?: unknown;
-}
+};
 
 /** A client that the owner approved, or a personal access token. Times are in seconds since the epoch. */
-export interface Connection {
-  /** Identifies the connection, for {@linkcode PersonalAuth.revoke}. */
+export type Connection = {
   id: string;
-  /** `client`: an app that the owner approved. `token`: a personal access token. */
   kind: "client" | "token";
-  /** The OAuth client identifier. */
   clientId: string;
   /** The name the client gives itself, or the owner's name for the token. */
   clientName: string;
   /** The owner's own name for it. */
   label?: string;
   /**
-   * `pending`: approved, and the app has not fetched its token yet. `unused`: it has a token and never called.
-   * `active`: it calls. `silent`: its access token has run out, or it was refused, and it did not come back.
+   * `pending`: approved, but its token is not fetched yet. `unused`: it has a token and never called. `active`: it
+   * calls. `silent`: its access token has run out, or it was refused, and it did not come back.
    */
   state: "pending" | "unused" | "active" | "silent";
-  /** Where the client was sent back to; absent for a token. */
   redirectUri?: string;
-  /** The granted scopes. */
   scopes: string[];
-  /** When the owner approved it. */
   createdAt: number;
-  /** When it was last used, to the minute; absent if never. */
+  /** To the minute. */
   lastUsedAt?: number;
   /** When it ends unless it is refreshed. */
   expiresAt: number;
-}
+};
 
 /** What the guard knows about a request: the `AuthInfo` of both generations of the MCP SDK. It is frozen. */
-export interface AuthInfo {
+export type AuthInfo = {
   /** The access token. */
   token: string;
-  /** The OAuth client identifier. */
   clientId: string;
   /** The granted scopes, with all the scopes they include. */
   scopes: string[];
@@ -181,35 +168,32 @@ export interface AuthInfo {
   expiresAt?: number;
   /** The resource that the token is for (RFC 8707). */
   resource?: URL;
-  /** Where the metadata of the resource is (RFC 9728 §3). */
+  /** Where the resource's metadata is (RFC 9728 §3). */
   resourceMetadataUrl?: string;
-  /** `connection`: the id of the connection. `clientName`: the name the client gives itself. */
+  /** `connection`: the id of the {@linkcode Connection}. `clientName`: the name the client gives itself. */
   extra?: Record<string, unknown>;
-}
+};
 
-/** The Hono environment of a guarded route. */
-export interface AuthEnv {
-  /** `c.var.auth` is there in every handler behind the guard. */
-  Variables: { auth: AuthInfo };
-}
+/** The Hono environment of a guarded route: `c.var.auth` is in every handler behind the guard. */
+export type AuthEnv = { Variables: { auth: AuthInfo } };
 
-/** The Hono app that {@linkcode personalAuth} returns, with what a program needs besides the routes. */
+/** The Hono app that {@linkcode personalAuth} returns, and what a program needs besides. */
 export interface PersonalAuth extends Hono<AuthEnv> {
-  /** The path of the MCP endpoint, with the path of `baseUrl`: the route for your handler. */
+  /** The route for your handler: `mcpPath` below the path of `baseUrl`. */
   readonly mcpPath: string;
   /** Lets a request pass only with a valid access token, at any route, and sets `c.var.auth`. */
   readonly guard: MiddlewareHandler<AuthEnv>;
   /**
-   * Checks an access token. This is the MCP SDK's `OAuthTokenVerifier`.
+   * Checks an access token, as the MCP SDK's `OAuthTokenVerifier`.
    *
-   * @throws {OAuthError} `invalid_token` if it is unknown, expired, revoked or meant for another resource.
+   * @throws {OAuthError} `invalid_token` if it is unknown, expired, revoked or for another resource.
    */
   verifyAccessToken(token: string): Promise<AuthInfo>;
   /**
    * Returns a guard that also requires all these scopes, and answers 403 with a step-up challenge if one is missing.
    *
    * @throws {TypeError} if a scope is not on offer.
-   * @see {@link https://www.rfc-editor.org/rfc/rfc6750#section-3.1 | RFC 6750 §3.1}
+   * @see https://www.rfc-editor.org/rfc/rfc6750#section-3.1
    */
   requireScopes(...scopes: string[]): MiddlewareHandler<AuthEnv>;
   /** Returns every live connection and personal access token, newest first. */
@@ -218,7 +202,7 @@ export interface PersonalAuth extends Hono<AuthEnv> {
   revoke(id: string): Promise<boolean>;
   /**
    * Makes a personal access token, for scripts and headless clients: by default with every scope, for 365 days.
-   * `expiresIn` is in seconds. Returns the token, which is shown only here, and the id of its {@linkcode Connection}.
+   * `expiresIn` is in seconds. The token is shown only here; `id` is that of its {@linkcode Connection}.
    *
    * @throws {TypeError} if the name is empty, a scope is not on offer, or the lifetime is not a positive number.
    */
@@ -235,16 +219,16 @@ export interface Store {
   /** Returns the value of a key, or `undefined` if there is none or it has expired. */
   get(key: string): Promise<unknown>;
   /**
-   * Changes one key, atomically against every other process, and durably before it resolves. `change` must be pure: it
-   * is called again after a lost race. If it returns `undefined` the key is deleted; if it returns `current` itself
-   * nothing is written. Without `expiresAt` a key keeps its expiry. Returns what `change` returned.
+   * Changes one key, atomically against every other process, and durably before it resolves. `change` is called again
+   * after a lost race, so it must be pure. `undefined` deletes the key; `current` itself writes nothing. Without
+   * `expiresAt` a key keeps its expiry. Returns what `change` returned.
    */
   update(key: string, change: (current: unknown) => unknown, options?: { expiresAt?: number }): Promise<unknown>;
   /** Yields all live entries whose keys start with `prefix`, in the order of their keys. */
   list(prefix: string): AsyncIterable<[key: string, value: unknown]>;
   /**
-   * Returns a stamp that differs after any change by any process, at the latest a millisecond after it. While it stays
-   * the same, the guard does not read again. `undefined`, or a store without this method: the guard always reads.
+   * Returns a stamp that differs after any change by any process, at the latest a millisecond after it. While it is
+   * the same, the guard does not read again. Without a stamp it always reads.
    */
   version?(): number | undefined;
   /** Closes files and sockets. */
@@ -284,7 +268,7 @@ const PATH = /^(\/(?!\.)[A-Za-z0-9._~-]+)+$/;
 /** For every option: what a good value is, and what to say of a bad one. These are also all the names there are. */
 // deno-lint-ignore no-explicit-any
 const OPTIONS: Record<keyof PersonalAuthOptions, [isGood: (it: any) => unknown, must: string]> = {
-  baseUrl: [isString, `must be a URL such as "https://your-domain.com"`],
+  baseUrl: [(it) => isString(it) && URL.canParse(it), `must be a URL such as "https://your-domain.com"`],
   password: [
     (it) => it === false || (isString(it) && normalizePassword(it) !== ""),
     "must be a non-empty string; leave it out to have one generated",
@@ -295,35 +279,24 @@ const OPTIONS: Record<keyof PersonalAuthOptions, [isGood: (it: any) => unknown, 
   store: [(it) => [it?.get, it?.update, it?.list].every(isFunction), `must be a store: fileStore(".oauth-state")`],
   registration: [(it) => typeof it === "boolean", "must be true or false"],
   mcpPath: [
-    (it) => isString(it) && PATH.test(it) && ![...Object.keys(ENDPOINTS), ...Object.keys(OWNER_PAGES)].includes(it),
+    (it) => isString(it) && PATH.test(it) && !(it in ENDPOINTS) && !(it in OWNER_PAGES),
     `must be a path of its own without a trailing slash, such as "/mcp"`,
   ],
-  scopes: [(it) => isStringList(it) || isObject(it), `must be a list of names, or an object from name to description`],
+  scopes: [(it) => isStringList(it) || isObject(it), "must be a list of names, or an object from name to description"],
   clients: [(it) => Array.isArray(it) && it.every(isObject), "must be a list of { client_id, redirect_uris }"],
   authenticateOwner: [isFunction, "must be a function (c) => boolean"],
   fetchClientMetadata: [isFunction, "must be a function (url, signal) => Promise<Response>"],
-  pages: [isObject, `must be an object, such as { title: "My notes" }`],
+  pages: [
+    // The colour becomes part of a style sheet, where nothing is escaped.
+    (it) => isObject(it) && isString(it.title ?? "") && /^#[0-9a-f]{6}$/i.test(it.accent ?? "#000000"),
+    `must be an object; pages.title is a string, pages.accent a colour such as "#7a3cff"`,
+  ],
   onEvent: [isFunction, "must be a function (event) => void"],
 };
 
 type Settings = ReturnType<typeof readOptions>;
 type TokenRequest = Parameters<PersonalAuth["createToken"]>[0];
 type Emit = (type: AuthEvent["type"], message: string, more?: Partial<AuthEvent>) => void;
-
-/** Everything the endpoints share: the checked options, and what the server keeps besides. */
-interface Server extends Settings {
-  emit: Emit;
-  store: Store; // its failures are reported, and answered with 503
-  mac: Mac; // the first 64 hex digits of longMac
-  longMac: Mac;
-  events: EventLog;
-  documents: DocumentCache;
-  verified: Map<string, VerifiedToken>; // by Authorization header
-  passed: symbol; // where a Hono context holds what a guard has found: the next guard does no more
-  attempts: Map<string, Attempt>; // to connect, not approved yet, by client_id, the latest last
-  found: { at?: number }; // when somebody last called without a token: how a client finds the server
-  passwordReady: () => Promise<OwnerRecord>;
-}
 
 /** Throws a TypeError with this message unless the condition holds. */
 function assert(condition: unknown, message: string): asserts condition {
@@ -337,21 +310,16 @@ function readOptions(options: PersonalAuthOptions) {
     // Reject unknown names: a typo would silently fall back to the default.
     assert(Object.hasOwn(OPTIONS, name), `${quote(name)} is not an option of personalAuth()${didYouMean(name)}`);
   }
-  for (const name of Object.keys(OPTIONS) as (keyof PersonalAuthOptions)[]) {
-    const value = options[name];
-    const [isGood, must] = OPTIONS[name];
+  const given: Record<string, unknown> = { ...options };
+  for (const [name, [isGood, must]] of Object.entries(OPTIONS)) {
+    const value = given[name];
     const found = name === "password" ? "" : `, not ${quote(value)}`;
     assert((value === undefined && name !== "baseUrl") || isGood(value), `${name} ${must}${found}`);
   }
   const { baseUrl, mcpPath = "/mcp", password, authenticateOwner, pages = {}, registration = true } = options;
   const { accessTokenTtl = 30 * DAY, refreshTokenTtl = 365 * DAY, onEvent = logEvent } = options;
-  assert(
-    !authenticateOwner || password === undefined,
-    "authenticateOwner is used instead of password: give one of them",
-  );
-  assert(pages.title === undefined || isString(pages.title), "pages.title must be a string");
-  // It becomes part of a style sheet, where nothing is escaped.
-  assert(/^#[0-9a-f]{6}$/i.test(pages.accent ?? "#000000"), `pages.accent must be a colour such as "#7a3cff"`);
+  const isOneWay = !authenticateOwner || password === undefined;
+  assert(isOneWay, "authenticateOwner is used instead of password: give one of them");
   const { origin, protocol, pathname } = readBaseUrl(baseUrl);
   const basePath = pathname === "/" ? "" : pathname;
   const doubled = `baseUrl must not contain mcpPath as well: write "${baseUrl.slice(0, -mcpPath.length)}"`;
@@ -374,21 +342,19 @@ function readOptions(options: PersonalAuthOptions) {
   };
 }
 
-/** Names the known option that shares the most pairs of letters with an unknown one, if it shares half of them. */
+/** Names the option of whose pairs of letters an unknown name holds the most, if it holds half of them. */
 function didYouMean(name: string): string {
-  const pairs = (text: string) => new Set([...text.toLowerCase()].map((letter, i, all) => letter + (all[i + 1] ?? "")));
-  const wanted = pairs(name.slice(0, 100));
+  const wanted = name.toLowerCase();
   const likeness = (option: string) => {
-    const known = pairs(option);
-    return 2 * [...wanted].filter((pair) => known.has(pair)).length / (wanted.size + known.size);
+    const letters = [...option.toLowerCase()];
+    return letters.filter((letter, i) => wanted.includes(letter + (letters[i + 1] ?? ""))).length / letters.length;
   };
   const [nearest = ""] = Object.keys(OPTIONS).sort((a, b) => likeness(b) - likeness(a));
   return likeness(nearest) >= 0.5 ? `; did you mean ${nearest}?` : "";
 }
 
 function readBaseUrl(baseUrl: string): URL {
-  const url = URL.parse(baseUrl);
-  assert(url, `baseUrl must be a URL such as "https://your-domain.com", not ${quote(baseUrl)}`);
+  const url = new URL(baseUrl);
   const { protocol, hostname, host, origin, pathname } = url;
   const isPrivate = !hostname.includes(".") || /\.(local|lan|home|internal)$/.test(hostname) ||
     /^(10|192\.168|172\.(1[6-9]|2\d|3[01]))\./.test(hostname);
@@ -397,7 +363,7 @@ function readBaseUrl(baseUrl: string): URL {
   const isSafe = protocol === "https:" || (protocol === "http:" && isLoopback(hostname));
   assert(isSafe, `baseUrl must be https, or http on localhost, because tokens would be sent unencrypted; ${advice}`);
   // Clients compare the issuer byte for byte (RFC 8414 §3.3), so only the one way to write a URL is accepted.
-  const canonical = origin + (pathname === "/" ? "" : pathname.replace(/\/+$/, ""));
+  const canonical = origin + pathname.replace(/\/+$/, "");
   assert(baseUrl === canonical, `baseUrl is ${quote(baseUrl)}; write it exactly like this: "${canonical}"`);
   const fault = `the path of baseUrl may contain letters, digits and ._~- only, not ${quote(pathname)}`;
   assert(pathname === "/" || PATH.test(pathname), fault);
@@ -422,15 +388,15 @@ function readScopes(scopes: string[] | Record<string, string | ScopeOption>) {
     const isGood = SCOPE.test(name) && name !== OFFLINE_ACCESS && name !== "openid";
     const rule = "a scope is printable ASCII without spaces and quotes; openid and offline_access cannot be offered";
     assert(isGood, `scopes contains ${quote(name)}: ${rule}`);
-    assert(typeof description === "string", `scopes: the description of ${quote(name)} must be a string`);
-    const unknown = includes.filter((scope) => !options.has(scope));
-    assert(unknown.length === 0, `scopes: ${quote(name)} includes ${quote(unknown[0])}, which is not on offer`);
+    assert(isString(description), `scopes: the description of ${quote(name)} must be a string`);
+    const unknown = includes.find((scope) => !options.has(scope));
+    assert(unknown === undefined, `scopes: ${quote(name)} includes ${quote(unknown)}, which is not on offer`);
   }
   return {
     all,
     byDefault, // for a client that asks for nothing, or for nothing that is known here
-    words: (scope: string): string => options.get(scope)?.description || scope,
-    withIncluded(scopes: string[]): string[] {
+    words: (scope: string) => options.get(scope)?.description || scope,
+    withIncluded(scopes: string[]) {
       const reached = new Set(scopes);
       for (const scope of reached) { // a Set visits what is added meanwhile, so this follows chains and ends in circles
         for (const included of options.get(scope)?.includes ?? []) reached.add(included);
@@ -459,26 +425,24 @@ function readAllowed(allowed: readonly string[] | null = [...redirects.claude, .
 function readClients(clients: PreregisteredClient[]): PreregisteredClient[] {
   const ids = new Set<string>();
   for (const { client_id, client_secret, redirect_uris } of clients) {
-    assert(
-      isString(client_id) && /^[\x20-\x7e]+$/.test(client_id),
-      "clients: each needs a client_id of printable ASCII",
-    );
-    assert(!ids.has(client_id), `clients: two have the client_id ${quote(client_id)}`);
+    const check = (good: unknown, must: string) => assert(good, `clients: ${quote(client_id)} ${must}`);
+    check(isString(client_id) && /^[\x20-\x7e]+$/.test(client_id), "must be a client_id of printable ASCII");
+    check(!ids.has(client_id), "is the client_id of two");
     ids.add(client_id);
     const isLong = client_secret === undefined || (isString(client_secret) && client_secret.length >= 16);
-    assert(isLong, `clients: the client_secret of ${quote(client_id)} must have at least 16 characters`);
-    const isList = Array.isArray(redirect_uris) && redirect_uris.length > 0;
-    assert(isList, `clients: ${quote(client_id)} needs a list of redirect_uris`);
+    check(isLong, "needs a client_secret of at least 16 characters");
+    check(isStringList(redirect_uris) && redirect_uris.length > 0, "needs a list of redirect_uris");
     for (const uri of redirect_uris) {
       const fault = unsafeRedirect(uri);
-      assert(!fault, `clients: redirect_uri ${quote(uri)} of ${quote(client_id)} ${fault}`);
+      check(!fault, `has redirect_uri ${quote(uri)}, which ${fault}`);
     }
   }
   return clients;
 }
 
-// --- The server -----------------------------------------------------------------------------------------------------
+// --- The server ---
 
+type Server = ReturnType<typeof createServer>;
 type Handler = (server: Server, c: Context) => Response | Promise<Response>;
 
 /** What programs post to. None of them reads a cookie. */
@@ -506,31 +470,25 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   const guard = createGuard(server);
   const { basePath, mcpPath } = server;
   const app = new Hono<AuthEnv>();
-  const withSlash = (path: string) => [path, `${path}/`];
+  const add = (path: string, ...handlers: MiddlewareHandler<AuthEnv>[]) => {
+    for (const place of [path, `${path}/`]) app.use(place, ...handlers);
+  };
 
-  for (const [place, document] of discoveryDocuments(server)) {
-    for (const path of withSlash(place)) {
-      app.use(path, CORS);
-      app.get(path, (c) => c.json(document, 200, { ...NOSNIFF, "Cache-Control": "public, max-age=300" }));
-      app.all(path, withErrors(server, () => methodNotAllowed("GET, HEAD")));
-    }
+  for (const [path, document] of discoveryDocuments(server)) {
+    const GET: Handler = (_, c) => c.json(document, 200, { "Cache-Control": "public, max-age=300" });
+    add(path, CORS, endpoint(server, { GET }));
   }
   // Answer 404 explicitly: OpenID clients fail on partial documents and on an app's catch-all page.
   const openid = "/.well-known/openid-configuration";
   for (const path of new Set([openid + basePath, openid + mcpPath, basePath + openid, mcpPath + openid])) {
-    app.all(path, (c) => c.json({ error: "not_found" }, 404, NOSNIFF));
+    app.all(path, (c) => c.json({ error: "not_found" }, 404, FIXED_HEADERS));
   }
-  for (const [path, handler] of Object.entries(ENDPOINTS)) {
-    if (path === "/register" && !server.registration) continue;
-    const onlyPost: Handler = (server, c) => c.req.method === "POST" ? handler(server, c) : methodNotAllowed("POST");
-    for (const route of withSlash(basePath + path)) app.all(route, withCors(withErrors(server, onlyPost)));
+  for (const [path, POST] of Object.entries(ENDPOINTS)) {
+    if (path !== "/register" || server.registration) add(basePath + path, withCors(endpoint(server, { POST })));
   }
-  for (const [path, [show, change]] of Object.entries(OWNER_PAGES)) {
-    for (const route of withSlash(basePath + path)) {
-      app.get(route, withErrors(server, show, errorPage));
-      app.post(route, withErrors(server, (server, c) => assertOwnSite(server, c) ?? change(server, c), errorPage));
-      app.all(route, withErrors(server, () => methodNotAllowed("GET, HEAD, POST"), errorPage));
-    }
+  for (const [path, [GET, change]] of Object.entries(OWNER_PAGES)) {
+    const POST: Handler = (server, c) => assertOwnSite(server, c) ?? change(server, c);
+    add(basePath + path, endpoint(server, { GET, POST }, errorPage));
   }
   for (const path of new Set([basePath || "/", `${basePath}/`])) app.get(path, homePage(server));
 
@@ -549,27 +507,14 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
 }
 
 /** Reads the options and puts together what the endpoints share. */
-function createServer(options: PersonalAuthOptions): Server {
+function createServer(options: PersonalAuthOptions) {
   const settings = readOptions(options);
   const { issuer, password, authenticateOwner, onEvent } = settings;
   const emit: Emit = (type, message, more) => recordEvent(events, onEvent, { type, message, ...more });
   const store = guardStore(options.store ?? fileStore(".oauth-state"), emit);
   const events: EventLog = { store, key: `events/${issuer}`, waiting: {}, writing: Promise.resolve() };
   const longMac = serverMac(store, issuer, emit);
-  const server: Server = {
-    ...settings,
-    emit,
-    events,
-    store,
-    mac: async (...parts) => (await longMac(...parts)).slice(0, 64),
-    longMac,
-    documents: { copies: new Map(), underWay: new Map(), asked: new Map(), own: new Set() },
-    verified: new Map(),
-    passed: Symbol("passed"),
-    attempts: new Map(),
-    found: {},
-    passwordReady: once(() => ensurePassword(server)),
-  };
+  const passwordReady = once(() => ensurePassword({ ...settings, store }));
   // At start, so that a store that another server uses is noticed. A failure is reported, and tried again when needed.
   longMac("start").catch(() => {});
   if (password === false) {
@@ -577,15 +522,44 @@ function createServer(options: PersonalAuthOptions): Server {
   } else if (!authenticateOwner) {
     const isShort = password !== undefined && password.length < 12;
     if (isShort) emit("password_weak", "the owner's password is short: take 12 characters or more");
-    server.passwordReady().catch(() => {}); // also at start, so that a generated password is printed
+    passwordReady().catch(() => {}); // also at start, so that a generated password is printed
   }
-  return server;
+  const documents: DocumentCache = { copies: new Map(), underWay: new Map(), asked: new Map(), own: new Set() };
+  return {
+    ...settings,
+    ...{ emit, events, documents, passwordReady, longMac },
+    store, // its failures are reported, and answered with 503
+    mac: (async (...parts) => (await longMac(...parts)).slice(0, 64)) as Mac,
+    verified: new Map<string, VerifiedToken>(), // by Authorization header
+    passed: Symbol("passed"), // where a Hono context holds what a guard has found: the next guard does no more
+    attempts: new Map<string, Attempt>(), // to connect, not approved yet, by client_id, the latest last
+    found: { at: undefined as number | undefined }, // when somebody last called without a token
+  };
 }
 
-// --- Discovery ------------------------------------------------------------------------------------------------------
+// --- Discovery ---
 
-/** Keeps browsers from guessing that an answer is a page. */
-const NOSNIFF = { "X-Content-Type-Options": "nosniff" };
+/** Nobody keeps an answer, and no browser guesses that it is a page. */
+const FIXED_HEADERS = { "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff" };
+
+/** Answers by the handler of a method, which may end early by throwing its answer, or an error. */
+function endpoint(
+  server: Server,
+  handlers: Record<string, Handler>,
+  onError = errorResponse,
+): MiddlewareHandler<AuthEnv> {
+  const methods = Object.keys(handlers).join(", ").replace("GET", "GET, HEAD");
+  return async (c) => {
+    const method = c.req.method === "HEAD" ? "GET" : c.req.method;
+    for (const [name, value] of Object.entries(FIXED_HEADERS)) c.header(name, value);
+    try {
+      if (Object.hasOwn(handlers, method)) return await handlers[method]!(server, c);
+      throw invalidRequest(`The method must be one of ${methods}`, { status: 405, headers: { Allow: methods } });
+    } catch (thrown) {
+      return thrown instanceof Response ? thrown : await onError(server, c, thrown);
+    }
+  };
+}
 
 /** Lets apps in a web page read an answer. `*` is safe: nothing behind it looks at a cookie; the owner's pages do. */
 const CORS = cors({ origin: "*", exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"] });
@@ -603,24 +577,28 @@ function withCors(handler: MiddlewareHandler<AuthEnv>): MiddlewareHandler<AuthEn
 
 /**
  * Returns both metadata documents at every place where clients look. They are built from `baseUrl`, never from the
- * request: behind a proxy that ends TLS it claims to be http, and a forged Host header would be believed.
+ * request: a forged Host header would be believed, and behind a proxy that ends TLS the request claims to be http.
  */
-function discoveryDocuments(server: Server): Map<string, Record<string, unknown>> {
+function discoveryDocuments(server: Server) {
   const { basePath, mcpPath } = server;
+  const [authorization, resource] = [
+    "/.well-known/oauth-authorization-server",
+    "/.well-known/oauth-protected-resource",
+  ];
   const metadata = authorizationServerMetadata(server);
-  const resource = protectedResourceMetadata(server);
-  return new Map([
-    [`/.well-known/oauth-authorization-server${basePath}`, metadata], // RFC 8414 §3.1: the path goes behind
-    [`/.well-known/oauth-authorization-server${mcpPath}`, metadata], // clients that take the MCP URL for the issuer
-    [`${basePath}/.well-known/oauth-authorization-server`, metadata],
-    [`/.well-known/oauth-protected-resource${mcpPath}`, resource], // RFC 9728 §3.1
-    [`/.well-known/oauth-protected-resource${basePath}`, resource], // clients that ask the root only
-    [`${mcpPath}/.well-known/oauth-protected-resource`, resource],
+  const resourceMetadata = protectedResourceMetadata(server);
+  return new Map<string, Record<string, unknown>>([
+    [authorization + basePath, metadata], // RFC 8414 §3.1: the path goes behind
+    [authorization + mcpPath, metadata], // clients that take the MCP URL for the issuer
+    [basePath + authorization, metadata],
+    [resource + mcpPath, resourceMetadata], // RFC 9728 §3.1
+    [resource + basePath, resourceMetadata], // clients that ask the root only
+    [mcpPath + resource, resourceMetadata],
   ]);
 }
 
-/** Describes the authorization server ({@link https://www.rfc-editor.org/rfc/rfc8414#section-2 | RFC 8414 §2}). */
-function authorizationServerMetadata({ issuer, scopes, clients, registration }: Server): Record<string, unknown> {
+/** Describes the authorization server. @see https://www.rfc-editor.org/rfc/rfc8414#section-2 */
+function authorizationServerMetadata({ issuer, scopes, clients, registration }: Server) {
   const secrets = ["client_secret_post", "client_secret_basic"];
   const authMethods = ["none", ...secrets, "private_key_jwt"]; // Claude looks for "none"
   const algorithms = Object.keys(ASSERTION_ALGORITHMS);
@@ -649,8 +627,8 @@ function authorizationServerMetadata({ issuer, scopes, clients, registration }: 
   };
 }
 
-/** Describes the MCP server ({@link https://www.rfc-editor.org/rfc/rfc9728#section-2 | RFC 9728 §2}). */
-function protectedResourceMetadata({ issuer, resource, scopes, pages }: Server): Record<string, unknown> {
+/** Describes the MCP server. @see https://www.rfc-editor.org/rfc/rfc9728#section-2 */
+function protectedResourceMetadata({ issuer, resource, scopes, pages }: Server) {
   return {
     resource,
     resource_name: pages.title ?? new URL(issuer).host,
@@ -660,14 +638,14 @@ function protectedResourceMetadata({ issuer, resource, scopes, pages }: Server):
   };
 }
 
-// --- Clients --------------------------------------------------------------------------------------------------------
+// --- Clients ---
 
 /** A client, whatever its origin. A public one has no secret; `auth` is the only way that its document offers. */
 interface Client {
   id: string;
   name: string;
   redirect_uris: string[];
-  secret?: string | undefined;
+  secret?: string;
   refreshes: boolean;
   source: "preregistered" | "registered" | "document";
   auth?: "private_key_jwt";
@@ -680,7 +658,7 @@ const MAX_REDIRECT_URIS = 16;
 const MAX_URI_LENGTH = 4096;
 const MAX_CLIENT_ID_LENGTH = 2048;
 
-/** Registers a client, statelessly ({@link https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 | RFC 7591 A.5.2}). */
+/** Registers a client and stores nothing. @see https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 */
 async function registerClient(server: Server, c: Context): Promise<Response> {
   const metadata = readClientMetadata(await readJson(c));
   const { redirect_uris: asked, client_name, method, refreshes, scope, ...echo } = metadata;
@@ -692,19 +670,19 @@ async function registerClient(server: Server, c: Context): Promise<Response> {
   if (redirect_uris.length === 0) throw new OAuthError("invalid_redirect_uri", reasons);
   const confidential = method === "client_secret_post" || method === "client_secret_basic";
   const signed = { n: client_name, r: redirect_uris, ...(confidential && { s: 1 }), ...(!refreshes && { o: 1 }) };
-  // Nothing is stored, so that a flood leaves no trace: a client_id is the metadata with a MAC.
+  // A client_id is the metadata with a MAC, so that a flood of registrations leaves no trace.
   const payload = base64url(utf8.encode(JSON.stringify(signed)));
-  const client_id = `${payload}.${await server.mac("client_id", payload)}`;
+  const client_id = await signedId(server, payload);
   assertMetadata(client_id.length <= MAX_CLIENT_ID_LENGTH, "client_name and redirect_uris are too long");
   server.emit("client_registered", "a client registered", { clientName: client_name });
   noteAttempt(server, { id: client_id, name: client_name }, { introduced: seconds() });
   const answer = {
     client_id,
     client_id_issued_at: Math.floor(seconds()),
-    ...(confidential && { client_secret: await server.mac("client_secret", client_id), client_secret_expires_at: 0 }),
+    ...(confidential && { client_secret: await clientSecret(server, client_id), client_secret_expires_at: 0 }),
     ...defined({ client_name: client_name || undefined, ...echo }),
     redirect_uris,
-    // This may be something else than was requested (RFC 7591 §3.2.1): clients read the answer.
+    // This may differ from what was requested (RFC 7591 §3.2.1): clients read the answer.
     token_endpoint_auth_method: confidential ? method : "none",
     grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
     response_types: ["code"],
@@ -713,11 +691,14 @@ async function registerClient(server: Server, c: Context): Promise<Response> {
   return c.json(answer, 201, { "Cache-Control": "no-store" });
 }
 
+const signedId = async ({ mac }: Server, payload: string) => `${payload}.${await mac("client_id", payload)}`;
+const clientSecret = ({ mac }: Server, client_id: string) => mac("client_secret", client_id);
+
 function assertMetadata(good: unknown, description: string): asserts good {
   if (!good) throw new OAuthError("invalid_client_metadata", description);
 }
 
-/** Reads the members of RFC 7591 §2 that matter here, and ignores all others. `null` counts as absent. */
+/** Reads the members of RFC 7591 §2 that matter here. `null` counts as absent. */
 function readClientMetadata(body: unknown) {
   assertMetadata(isObject(body), "The body must be a JSON object");
   const text = (name: string): string | undefined => {
@@ -748,7 +729,7 @@ function readClientMetadata(body: unknown) {
   };
 }
 
-/** Returns a name as it may stand on the owner's page, without what makes the page look like something else. */
+/** Returns a name for the owner's pages, without what makes a page look like something else. */
 function printable(name: string): string {
   const visible = name.slice(0, 2000)
     .replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
@@ -761,41 +742,38 @@ function printable(name: string): string {
 async function resolveClient(server: Server, client_id: string, isConnected = false): Promise<Client | undefined> {
   const known = preregistered(server, client_id);
   if (known) {
-    const { client_secret: secret, redirect_uris, client_name } = known;
-    const name = client_name ?? client_id;
-    return { id: client_id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
+    const { client_secret: secret, redirect_uris, client_name: name = client_id } = known;
+    return { id: client_id, name, redirect_uris, ...defined({ secret }), refreshes: true, source: "preregistered" };
   }
   if (isDocumentUrl(client_id)) return await documentClient(server, client_id);
   // With registration off, a client that registered before keeps its connections and gets no new one.
   if (client_id.length > MAX_CLIENT_ID_LENGTH || !(server.registration || isConnected)) return undefined;
   const [payload = ""] = client_id.split(".");
-  if (!equal(client_id, `${payload}.${await server.mac("client_id", payload)}`)) return undefined;
-  const { n, r, s, o } = JSON.parse(decodeBase64(payload)!);
-  const secret = s && await server.mac("client_secret", client_id);
-  return { id: client_id, name: n, redirect_uris: r, secret, refreshes: !o, source: "registered" };
+  if (!equal(client_id, await signedId(server, payload))) return undefined;
+  const { n: name, r: redirect_uris, s, o } = JSON.parse(decodeBase64(payload)!);
+  const secret = s && { secret: await clientSecret(server, client_id) };
+  return { id: client_id, name, redirect_uris, ...secret, refreshes: !o, source: "registered" };
 }
 
 const preregistered = ({ clients }: Server, id: string) => clients.find(({ client_id }) => client_id === id);
 
-/** Authenticates a client ({@link https://www.rfc-editor.org/rfc/rfc6749#section-2.3 | RFC 6749 §2.3}). */
+/** Authenticates a client. @see https://www.rfc-editor.org/rfc/rfc6749#section-2.3 */
 async function authenticateClient(server: Server, c: Context, form: URLSearchParams): Promise<Client> {
   const { id, secrets } = clientCredentials(server, c.req.header("Authorization"), form);
   if (isDocumentUrl(id) && !preregistered(server, id)) return await authenticatePublished(server, id, form);
   const client = await resolveClient(server, id, form.get("grant_type") !== "authorization_code");
   if (!client) throw unauthenticated("This client is unknown here: register again");
-  if (client.secret === undefined) return client;
-  // Both sides are hashed, so that neither length nor content of the secret shows in the time this takes.
-  const expected = await hashToken(client.secret);
-  for (const secret of secrets) if (equal(await hashToken(secret), expected)) return client;
+  const { secret } = client;
+  if (secret === undefined || secrets.some((given) => equal(given, secret))) return client;
   throw unauthenticated("The client_secret is missing or wrong");
 }
 
 const unauthenticated = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
 
-function clientCredentials(server: Server, authorization: string | undefined, form: URLSearchParams) {
+function clientCredentials(server: Server, authorization = "", form: URLSearchParams) {
   const assertion = form.get("client_assertion");
   const id = form.get("client_id") ?? (assertion && readAssertion(assertion).claims.sub);
-  const isBasic = authorization?.slice(0, 6).toLowerCase() === "basic ";
+  const isBasic = authorization.slice(0, 6).toLowerCase() === "basic ";
   const ways = [isBasic, form.has("client_secret"), assertion !== null].filter((used) => used);
   if (ways.length > 1) throw invalidRequest("The client authenticates in more than one way (RFC 6749 §2.3)");
   if (!isBasic) {
@@ -817,7 +795,8 @@ async function authenticatePublished(server: Server, id: string, form: URLSearch
   const ids = tokens.map((token) => grantId("pac", token) ?? grantId("prt", token) ?? grantId("pat", token));
   const records = await Promise.all(ids.map((id) => id ? readGrant(server, id) : undefined));
   const grants = records.filter((grant) => grant?.client.id === id);
-  if (grants.length > 0) server.documents.own.add(id);
+  const isConnected = grants.length > 0;
+  if (isConnected) server.documents.own.add(id);
   const isHeld = grants.some((grant) => grant?.client.auth);
   const assertion = form.get("client_assertion");
   try {
@@ -825,13 +804,13 @@ async function authenticatePublished(server: Server, id: string, form: URLSearch
       if (form.get("client_assertion_type") !== ASSERTION_TYPE) throw unauthenticated("client_assertion_type is wrong");
       const { jti, exp } = await verifyAssertion(server, id, assertion);
       // Only for a connection that there is, or strangers with keys of their own could fill the store.
-      if (grants.length > 0) await spendAssertion(server, id, jti, exp);
+      if (isConnected) await spendAssertion(server, id, jti, exp);
     } else if (isHeld && (await publishedClient(server, id)).auth) { // its present document decides
       throw unauthenticated("This client must authenticate by private_key_jwt, as its metadata says");
     }
   } catch (error) {
     const { message, cause } = error as Error;
-    if (grants.length > 0) server.emit("client_assertion_refused", `${id}: ${message}`, defined({ cause }));
+    if (isConnected) server.emit("client_assertion_refused", `${id}: ${message}`, defined({ cause }));
     const isOurs = error instanceof OAuthError; // what other servers say is for the owner only
     if (!isTemporary(error)) throw unauthenticated(isOurs ? message : "The client's keys cannot be used");
     // Any other connection goes on: to ignore an assertion is no weaker than to accept a request without one.
@@ -869,15 +848,15 @@ function readAssertion(assertion: string) {
   throw unauthenticated("The client_assertion is not a JWT");
 }
 
-/** Verifies a client's assertion ({@link https://www.rfc-editor.org/rfc/rfc7523#section-3 | RFC 7523 §3}). */
-async function verifyAssertion(server: Server, id: string, assertion: string): Promise<{ jti: string; exp: number }> {
+/** Verifies a client's assertion. @see https://www.rfc-editor.org/rfc/rfc7523#section-3 */
+async function verifyAssertion(server: Server, id: string, assertion: string) {
   const jwt = readAssertion(assertion);
   const { header, claims: { iss, sub, aud, exp, nbf = 0, iat = 0, jti } } = jwt;
   const must = (good: unknown, what: string) => {
     if (!good) throw unauthenticated(`The client_assertion must ${what}`);
   };
   const now = seconds();
-  const algorithm = Object.hasOwn(ASSERTION_ALGORITHMS, header.alg) ? ASSERTION_ALGORITHMS[header.alg] : undefined;
+  const algorithm = Object.hasOwn(ASSERTION_ALGORITHMS, header.alg) && ASSERTION_ALGORITHMS[header.alg];
   must(algorithm, `be signed by one of ${Object.keys(ASSERTION_ALGORITHMS).join(", ")}`);
   must(header.crit === undefined, "have no critical extensions");
   // Not a token that the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
@@ -890,22 +869,29 @@ async function verifyAssertion(server: Server, id: string, assertion: string): P
   must([nbf, iat].every((at) => typeof at === "number" && at < now + MAX_CLOCK_SKEW), "have nbf and iat in the past");
   must(isString(jti) && jti !== "" && jti.length <= 256, "have a jti of 256 characters at the most");
   for (const since of [0, now]) { // keys that do not fit are fetched again, once: they may just have been changed
-    const keys = (await publishedKeys(server, id, since)).filter(({ kid, kty, crv, alg, use }) =>
-      kty === algorithm!.kty && crv === algorithm!.namedCurve && (alg ?? header.alg) === header.alg &&
-      (use ?? "sig") === "sig" && (header.kid === undefined || kid === header.kid)
-    );
-    // A few, RSA of 2,048 to 4,096 bits: a stranger's own keys could make each request cost much computing.
-    const isCommon = ({ n = "", e = "" }: Jwk) => n.length >= 342 && n.length <= 683 && e.length <= 4;
-    for (const key of keys.filter((key) => key.kty !== "RSA" || isCommon(key)).slice(0, MAX_TRIED_KEYS)) {
-      if (await isSignedBy(key, algorithm!, jwt)) return { jti, exp };
-    }
+    const keys = fittingKeys(await publishedKeys(server, id, since), header);
+    for (const key of keys.slice(0, MAX_TRIED_KEYS)) if (await isSignedBy(key, jwt)) return { jti, exp };
     if (keys.length > 0 && header.kid !== undefined) break;
   }
   throw unauthenticated("The client_assertion is signed by none of the client's keys");
 }
 
-async function isSignedBy(key: Jwk, algorithm: Algorithm, { signature, signed }: ReturnType<typeof readAssertion>) {
-  const { kty, crv, x, y, n, e } = key;
+function fittingKeys(keys: Jwk[], header: Jwk): Jwk[] {
+  const { kty, namedCurve } = ASSERTION_ALGORITHMS[header.alg!]!;
+  return keys.filter((key) => {
+    // RSA of 2,048 to 4,096 bits, or a stranger's own keys could make each request cost much computing.
+    const { n = "", e = "", alg = header.alg, use = "sig" } = key;
+    const isCommon = kty !== "RSA" || (n.length >= 342 && n.length <= 683 && e.length <= 4);
+    return key.kty === kty && key.crv === namedCurve && alg === header.alg && use === "sig" && isCommon &&
+      (header.kid === undefined || key.kid === header.kid);
+  });
+}
+
+async function isSignedBy(
+  { kty, crv, x, y, n, e }: Jwk,
+  { header, signature, signed }: ReturnType<typeof readAssertion>,
+) {
+  const algorithm = ASSERTION_ALGORITHMS[header.alg]!;
   try {
     const members = defined({ kty, crv, x, y, n, e });
     const imported = await crypto.subtle.importKey("jwk", members, algorithm, false, ["verify"]);
@@ -923,7 +909,7 @@ async function spendAssertion(server: Server, id: string, jti: string, exp: numb
   if (first !== user) throw unauthenticated("The client_assertion was used before");
 }
 
-// --- Client ID Metadata Documents -----------------------------------------------------------------------------------
+// --- Client ID Metadata Documents ---
 
 const MAX_DOCUMENT_BYTES = 16 * 1024;
 const MAX_DOCUMENTS = 100;
@@ -937,15 +923,14 @@ interface DocumentCache {
   copies: Map<string, { id: string; body: unknown; at: number; fresh: number }>;
   underWay: Map<string, ReturnType<typeof startDownload>>;
   asked: Map<string, { times: number; since: number }>;
-  /** Clients with a connection: their copies and downloads are out of strangers' reach. */
-  own: Set<string>;
+  own: Set<string>; // clients with a connection: their copies and downloads are out of strangers' reach
 }
 
-/** See {@link https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document | CIMD §3}. */
+/** @see https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document */
 function isDocumentUrl(client_id: string): boolean {
   if (!client_id.startsWith("https://") || client_id.length > MAX_CLIENT_ID_LENGTH) return false;
   const url = URL.parse(client_id);
-  // Client ids are compared as strings, so only one way to write a URL is taken: no dot segments, no default port.
+  // Client ids are compared as strings, so a URL counts in one form only: no dot segments, no default port.
   return url?.href === client_id && url.pathname !== "/" && !client_id.includes("#") && !url.username && !url.password;
 }
 
@@ -960,17 +945,17 @@ async function documentClient(server: Server, client_id: string): Promise<Client
     // A document that was withdrawn or is wrong gets no stand-in: its author may have meant it.
     const known = isTemporary(cause) && wellKnownClient(client_id);
     if (known) return known;
-    if (cause instanceof OAuthError && cause.status === 503) throw cause;
-    const reason = cause instanceof OAuthError ? cause.message : "it cannot be read";
+    const isOurs = cause instanceof OAuthError;
+    if (isOurs && cause.status === 503) throw cause;
+    const reason = isOurs ? cause.message : "it cannot be read";
     const details = { event: "client_document_refused", cause } as const;
     // Not invalid_client: the client would take its registration for dead and come back with the same address.
     throw invalidRequest(`The app's metadata at ${client_id} cannot be used: ${reason}`, details);
   }
 }
 
-async function publishedClient(server: Server, id: string, since?: number): Promise<Client> {
-  return await fetchCached(server, id, id, (body) => readClientDocument(id, body), since);
-}
+const publishedClient = (server: Server, id: string, since?: number) =>
+  fetchCached(server, id, id, (body) => readClientDocument(id, body), since);
 
 function readClientDocument(id: string, body: unknown): Client {
   const { client_name: name, redirect_uris, refreshes, method } = readClientMetadata(body);
@@ -991,7 +976,7 @@ function readClientDocument(id: string, body: unknown): Client {
   return publicClient(id, { name, redirect_uris, refreshes, jwks, jwks_uri, ...auth });
 }
 
-/** Returns the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
+/** Reads the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
 function readKeys(body: unknown): Jwk[] {
   const keys: unknown = isObject(body) ? body.keys : undefined;
   const isSet = Array.isArray(keys) && keys.length <= MAX_KEYS && keys.every(isObject);
@@ -1001,7 +986,7 @@ function readKeys(body: unknown): Jwk[] {
   return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, value]) => isString(value))));
 }
 
-async function publishedKeys(server: Server, id: string, since: number): Promise<Jwk[]> {
+async function publishedKeys(server: Server, id: string, since: number) {
   const { jwks, jwks_uri = "" } = await publishedClient(server, id, since);
   if (jwks !== undefined) return readKeys(jwks);
   assertMetadata(isDocumentUrl(jwks_uri), "The client publishes no keys");
@@ -1034,7 +1019,7 @@ const isTemporary = (error: unknown) =>
 const tryLater = (description: string) =>
   new OAuthError("temporarily_unavailable", description, { status: 503, headers: { "Retry-After": "5" } });
 
-/** Sets an entry of a map that forgets its oldest ones, kept ones last. */
+/** Sets an entry of a map that forgets its oldest ones, but kept ones last. */
 function remember<T>(map: Map<string, T>, key: string, value: T, isKept = (_: T) => false): void {
   map.delete(key); // moves it to the end
   map.set(key, value);
@@ -1043,7 +1028,7 @@ function remember<T>(map: Map<string, T>, key: string, value: T, isKept = (_: T)
   map.delete(keys.find((key) => !isKept(map.get(key)!)) ?? keys[0]!);
 }
 
-/** Downloads a document, once for all who ask meanwhile. Throws 503 if too many are asked for. */
+/** Downloads a document, once for all who ask meanwhile; throws 503 if too many are asked for. */
 async function download(server: Server, url: string, id: string): ReturnType<typeof fetchJson> {
   const { underWay, asked, own } = server.documents;
   const { hostname: host } = new URL(url);
@@ -1087,22 +1072,19 @@ function startDownload(server: Server, url: string, host: string) {
 
 /** Fetches one document. Its time and size are counted on the stream, whatever its headers promise. */
 async function fetchJson({ fetchClientMetadata }: Server, url: string, signal: AbortSignal) {
-  let response: Response;
-  let text = "";
-  try {
-    response = await fetchClientMetadata(url, signal);
-    const { status, body } = response;
-    if (status === 200) text = await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal);
-    else await body?.cancel();
+  const answer = async () => {
+    const { status, body, headers } = await fetchClientMetadata(url, signal);
+    const text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : await body?.cancel();
     // A refusal by a firewall, or too many requests, tell nothing about the document itself.
     if (status >= 500 || status === 403 || status === 429) throw new Error(`answered ${status}`);
-  } catch (cause) {
+    return { status, text, control: headers.get("Cache-Control")?.slice(0, 1000).toLowerCase() ?? "" };
+  };
+  const { status, text, control } = await answer().catch((cause) => {
     if (cause instanceof TooLarge || cause instanceof InsideAddress) throw cause;
     throw new Unreached(cause instanceof Error ? cause.message : String(cause), { cause });
-  }
-  if (response.status !== 200) throw new Error(`answered ${response.status}`); // no redirects: they could lead anywhere
-  const control = response.headers.get("Cache-Control")?.slice(0, 1000).toLowerCase() ?? ""; // RFC 9111 §5.2.2
-  const age = /no-store|no-cache/.test(control) ? 0 : Number(control.match(/max-age=(\d+)/)?.[1] ?? HOUR);
+  });
+  if (text === undefined) throw new Error(`answered ${status}`); // no redirects: they could lead anywhere
+  const age = /no-store|no-cache/.test(control) ? 0 : Number(control.match(/max-age=(\d+)/)?.[1] ?? HOUR); // RFC 9111
   return { body: JSON.parse(text) as unknown, maxAge: Math.min(Math.max(age, MINUTE), DAY) };
 }
 
@@ -1116,7 +1098,7 @@ function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
   });
 }
 
-/** Fetches from public addresses only: not from this machine, its network, or a cloud's metadata service. */
+/** Fetches from public addresses only: never from this machine, its network, or a cloud's metadata service. */
 async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response> {
   const [https, { isIP }] = [nodeModule("node:https"), nodeModule("node:net")];
   const { hostname } = new URL(url);
@@ -1126,7 +1108,7 @@ async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response
   if (inside !== undefined) throw new InsideAddress(`${hostname} resolves to ${inside}, which is not a public address`);
   const [first, ...others] = found.map((address) => ({ address, family: isIP(address) }));
   if (!first) throw new Error(`${hostname} has no address`);
-  // Connects to an address that was checked: a name that changes its answer in between gains nothing.
+  // Only to an address that was checked: a name that changes its answer in between gains nothing.
   const lookup = (_name: string, { all }: { all?: boolean }, callback: (...args: unknown[]) => void) =>
     all ? callback(null, [first, ...others]) : callback(null, first.address, first.family);
   // A proxy that the environment prescribes would look the name up again, and connect to whatever it finds.
@@ -1197,7 +1179,7 @@ function wellKnownClient(client_id: string): Client | undefined {
   return known && publicClient(client_id, { name: known[1][0], redirect_uris: fill(known[1][1]).split(" ") });
 }
 
-// --- Redirect policy ------------------------------------------------------------------------------------------------
+// --- Redirect policy ---
 
 /**
  * Returns why a redirect URI is refused, or `undefined`. The list keeps other apps off the owner's page. It does not
@@ -1224,23 +1206,28 @@ function allowEntry(url: URL): string {
   return url.protocol === "https:" ? url.host : `${url.protocol}//${url.host}`;
 }
 
-/** Schemes a browser acts on itself: a code sent there is script, or a file, or readable on the way. */
-const NEVER_SCHEMES = /^(javascript|data|file|blob|filesystem|vbscript|about|view-source|intent|ftp|wss?):/i;
+/** What no list can allow. Each row closes a way to make a URI look like another one, or run as script. */
+const UNSAFE: [pattern: RegExp, fault: string][] = [
+  [/^$|[^\x21-\x7e]/, "must be printable ASCII without spaces"],
+  [/\\/, "must not hold a backslash"], // https://claude.ai\@evil.example
+  [/#/, "must not have a fragment"], // RFC 6749 §3.1.2
+  // A browser acts on these itself: a code sent there is script, or a file, or readable on the way.
+  [
+    /^(javascript|data|file|blob|filesystem|vbscript|about|view-source|intent|ftp|wss?):/i,
+    "has a scheme that browsers run or open themselves",
+  ],
+  [/^(?![a-z][a-z0-9+.-]*:)/i, "is not an absolute URI"],
+  [/^[^/?]*\/\/[^/?]*@/, "must not hold a user name"], // https://claude.ai@evil.example
+  [/^https?:(?!\/\/[^/])/i, "must name its host after //"],
+];
 
-/** Returns what no list can allow. Each rule closes a way to make a URI look like another one, or run as script. */
 function unsafeRedirect(uri: unknown): string | undefined {
-  if (typeof uri !== "string" || uri.length > MAX_URI_LENGTH) {
-    return `must be a string of ${MAX_URI_LENGTH} characters at the most`;
-  }
-  if (!/^[\x21-\x7e]+$/.test(uri)) return "must be printable ASCII without spaces";
-  if (uri.includes("\\")) return "must not hold a backslash"; // https://claude.ai\@evil.example
-  if (uri.includes("#")) return "must not have a fragment"; // RFC 6749 §3.1.2
-  if (NEVER_SCHEMES.test(uri)) return "has a scheme that browsers run or open themselves";
+  if (!isString(uri) || uri.length > MAX_URI_LENGTH) return `must be a string of up to ${MAX_URI_LENGTH} characters`;
+  const fault = UNSAFE.find(([pattern]) => pattern.test(uri))?.[1];
+  if (fault) return fault;
   const url = URL.parse(uri);
-  if (!url || !/^[a-z][a-z0-9+.-]*:/i.test(uri)) return "is not an absolute URI";
-  if (/^[^/?]*\/\/[^/?]*@/.test(uri)) return "must not hold a user name"; // https://claude.ai@evil.example
+  if (!url) return "is not an absolute URI";
   if (url.protocol === "http:" && !isLoopback(url.hostname)) return "must be https, or http on localhost";
-  if (/^https?:/.test(url.protocol) && !/^https?:\/\/[^/]/i.test(uri)) return "must name its host after //";
   // A client that takes the first of two equal parameters would read the one that stood there before.
   const taken = ["code", "state", "iss", "error"].find((name) => url.searchParams.has(name));
   return taken && `must not carry the parameter ${taken}`;
@@ -1258,7 +1245,7 @@ function sameRedirect(registered: string, requested: string): boolean {
   return registered === requested || portless(registered) === portless(requested);
 }
 
-// --- Authorization endpoint -----------------------------------------------------------------------------------------
+// --- Authorization endpoint ---
 
 /** Only what has passed `authorizationTarget` is ever redirected to. */
 type Target = { client: Client; redirect_uri: string; state: string | null };
@@ -1268,44 +1255,44 @@ const MAX_REQUEST_LENGTH = 16 * 1024;
 
 /**
  * Shows the consent page and changes nothing, so that a prefetch, a preview or a crawler does no harm.
- * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1 | OAuth 2.1 §4.1}
+ * @see https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1
  */
-async function showConsent(server: Server, c: Context): Promise<Response> {
+async function showConsent(server: Server, c: Context) {
   const encoded = c.req.url.split("?").slice(1).join("?").split("#")[0]!; // not new URL(): a hostile Host breaks it
   const request = await readRequest(server, c, encoded);
-  if (request instanceof Response) return request;
   const session = await readSession(server, c);
-  if (session.answer) return session.answer;
-  if (session.who === "stranger") return strangerPage(server, c);
   noteAttempt(server, request.client, { shown: seconds() });
   return await consentPage(server, c, request, session);
 }
 
 /** Carries out the owner's decision. The form holds the request word for word, and it is checked again. */
-async function decideConsent(server: Server, c: Context): Promise<Response> {
-  const form = await readForm(c);
-  const [encoded, csrf] = [form.get("request") ?? "", form.get("csrf") ?? ""];
-  const decision = form.get("decision") ?? "";
+async function decideConsent(server: Server, c: Context) {
+  const form = Object.fromEntries(await readForm(c));
+  const { request: encoded = "", csrf = "", decision = "", password = "" } = form;
   const session = await readSession(server, c);
-  if (session.answer) return session.answer;
-  const elsewhere = decision === "approve_elsewhere";
-  const isKnown = elsewhere || decision === "approve" || decision === "deny";
-  if (!isKnown || !await checkCsrf(server, session.browser, encoded, csrf)) {
-    return await askAgain(server, c, form, session);
-  }
+  if (encoded === "" || !session.known) return expiredPage(server, c);
   const request = await readRequest(server, c, encoded);
-  if (request instanceof Response) return request;
   const { client, redirect_uri } = request;
+  const elsewhere = decision === "approve_elsewhere";
   // Only the address of a loopback listener is ever shown: any other app is reached from here, and its code is no text
   // that somebody could be talked into sending on.
   if (elsewhere && !isLocal(new URL(redirect_uri))) throw invalidRequest("This app can be reached from this browser");
+  const isDecided = elsewhere || decision === "approve" || decision === "deny";
+  if (!isDecided || !await checkCsrf(server, session.browser, encoded, csrf)) {
+    // The first of two clicks may have signed the owner in and replaced the browser's secret. The form proves nothing
+    // then, but the session does: only the owner is told what came of the first click.
+    const earlier = session.isOwner ? await approve(server, csrf, request, true) : undefined;
+    if (earlier) return approvedPage(server, c, request, earlier.code, elsewhere);
+    // It was open too long, or in a second tab while the first one signed in: ask again, and lose nothing.
+    return await consentPage(server, c, request, session, undefined, OPEN_TOO_LONG);
+  }
   if (decision === "deny") {
     server.emit("connection_denied", "the request was denied", { clientName: client.name });
     noteAttempt(server, client, { denied: seconds() });
     const answer = { error: "access_denied", error_description: "The owner denied the request" };
     return redirectBack(server, c, request, answer);
   }
-  const problem = await signIn(server, c, session, form.get("password") ?? "");
+  const problem = await signIn(server, c, session, password);
   if (problem) return await consentPage(server, c, request, session, csrf, problem);
   const approval = await approve(server, csrf, request);
   if (!approval) throw invalidRequest("The app has changed its redirect_uri since the page was shown: connect again");
@@ -1316,7 +1303,7 @@ async function decideConsent(server: Server, c: Context): Promise<Response> {
 }
 
 /** Returns the checked request. A faulty one is answered to the client, or on a page if nobody is trusted with it. */
-async function readRequest(server: Server, c: Context, encoded: string): Promise<AuthorizationRequest | Response> {
+async function readRequest(server: Server, c: Context, encoded: string): Promise<AuthorizationRequest> {
   let target: Target | undefined;
   try {
     if (encoded.length > MAX_REQUEST_LENGTH) throw invalidRequest("The request is too long");
@@ -1324,40 +1311,23 @@ async function readRequest(server: Server, c: Context, encoded: string): Promise
     target = await authorizationTarget(server, params);
     return { ...target, encoded, ...authorizationRequest(server, params) };
   } catch (error) {
-    if (!target) return faultPage(server, c, error);
+    if (!target) throw await faultPage(server, c, error);
     if (!(error instanceof OAuthError)) throw error;
     await noteRefusal(server, error, undefined, target.client);
-    return redirectBack(server, c, target, { error: error.code, error_description: errorDescription(error.message) });
+    const error_description = errorDescription(error.message);
+    throw await redirectBack(server, c, target, { error: error.code, error_description });
   }
 }
 
-/** Answers a form that does not belong to this browser and request, or is too old. */
-async function askAgain(server: Server, c: Context, form: URLSearchParams, session: Session): Promise<Response> {
-  const [encoded, csrf] = [form.get("request") ?? "", form.get("csrf") ?? ""];
-  if (encoded === "" || !session.known) return expiredPage(server, c);
-  // A stranger must not get a form that is good: each time it is sent, an event is written to the store.
-  if (session.who === "stranger") return strangerPage(server, c);
-  const request = await readRequest(server, c, encoded);
-  if (request instanceof Response) return request;
-  // The first of two clicks may have signed the owner in and replaced the browser's secret. The form proves nothing
-  // then, but the session does: only the owner is told what came of the first click.
-  const earlier = session.who === "owner" ? await approve(server, csrf, request, true) : undefined;
-  const elsewhere = form.get("decision") === "approve_elsewhere";
-  if (earlier) return approvedPage(server, c, request, earlier.code, elsewhere);
-  // The form was open too long, or in a second tab while the first one signed in: ask again, and lose nothing.
-  return await consentPage(server, c, request, session, undefined, OPEN_TOO_LONG);
-}
-
 /** Answers with the code on a page: to be carried to another computer, or because the form was sent before. */
-function approvedPage(server: Server, c: Context, request: AuthorizationRequest, code?: string, elsewhere?: boolean) {
+function approvedPage(server: Server, c: Context, request: AuthorizationRequest, code = "", elsewhere: boolean) {
   const uri = code && answerUri(server, request, { code });
-  if (uri && elsewhere && isLocal(new URL(request.redirect_uri))) return elsewherePage(server, c, uri);
-  return answeredPage(server, c, request.client.name, uri);
+  return uri && elsewhere ? elsewherePage(server, c, uri) : answeredPage(server, c, request.client.name, uri);
 }
 
 /**
  * Returns the redirect URI with the answer and `iss`, so that a client of several servers knows which one answered.
- * @see {@link https://www.rfc-editor.org/rfc/rfc9207#section-2 | RFC 9207 §2}
+ * @see https://www.rfc-editor.org/rfc/rfc9207#section-2
  */
 function answerUri({ issuer }: Server, { redirect_uri, state }: Target, answer: Record<string, string>): string {
   const params = new URLSearchParams({ ...answer, ...(state !== null && { state }), iss: issuer });
@@ -1369,7 +1339,6 @@ function answerUri({ issuer }: Server, { redirect_uri, state }: Target, answer: 
 function redirectBack(server: Server, c: Context, target: Target, answer: Record<string, string>) {
   const uri = answerUri(server, target, answer);
   if (!/^https?:/i.test(uri)) return openAppPage(server, c, uri, target.client.name, "code" in answer);
-  c.header("Cache-Control", "no-store");
   return c.redirect(uri, 302); // never 307: the browser would post the owner's password on to the client
 }
 
@@ -1416,15 +1385,15 @@ function authorizationRequest(server: Server, params: URLSearchParams) {
 }
 
 /** Answers a request that names nobody who could be answered: a page, or JSON for a program that asks for it. */
-function faultPage(server: Server, c: Context, error: unknown): Response | Promise<Response> {
+function faultPage(server: Server, c: Context, error: unknown) {
   if (!(error instanceof OAuthError) || error.status >= 500) throw error;
   const { code, message, details: { event, reason, clientName, cause } } = error;
   if (event) server.emit(event, reason ?? message, defined({ clientName, cause }));
   const accept = c.req.header("Accept") ?? "";
   // mcp-remote asks for JSON before it opens the browser, and registers again if it reads invalid_client.
   if (accept.includes("application/json") && !accept.includes("text/html")) return errorResponse(server, c, error);
-  const [title = "", advice] = (FAULTS[event ?? code] ?? FAULTS.invalid_request!).split(" → ");
-  return messagePage(server, c, 400, title, `${message}.`, advice!);
+  const [title = "", advice = ""] = (FAULTS[event ?? code] ?? FAULTS.invalid_request!).split(" → ");
+  return messagePage(server, c, 400, title, `${message}.`, advice);
 }
 
 /** Title → advice for what a person sees, by event or error code. */
@@ -1438,9 +1407,9 @@ const FAULTS: Record<string, string> = {
 /**
  * Requires that every `resource` is this one. Clients differ in slashes, case and default ports, and some send the base
  * URL; the audience that is stored and checked is always the canonical URL.
- * @see {@link https://www.rfc-editor.org/rfc/rfc8707#section-2 | RFC 8707 §2}
+ * @see https://www.rfc-editor.org/rfc/rfc8707#section-2
  */
-function checkResource({ resource, resourceNames }: Server, params: URLSearchParams): void {
+function checkResource({ resource, resourceNames }: Server, params: URLSearchParams) {
   for (const asked of params.getAll("resource")) {
     if (resourceNames.includes(normalizeResource(asked) ?? "")) continue;
     const reason = `the client asked for ${quote(asked)}`;
@@ -1463,7 +1432,7 @@ function normalizeResource(resource: string): string | undefined {
 /**
  * Returns the scopes that are asked for and on offer, or the default if there are none, because clients ask for scopes
  * they know from other servers. `offline_access` is granted if asked.
- * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-3.3 | RFC 6749 §3.3}
+ * @see https://www.rfc-editor.org/rfc/rfc6749#section-3.3
  */
 function grantedScopes(asked: string | null | undefined, { all, byDefault }: { all: string[]; byDefault: string[] }) {
   const wanted = new Set(asked?.split(/\s/));
@@ -1478,7 +1447,7 @@ function narrowedScopes(asked: string | null, granted: string[]): string[] {
   return grantedScopes(asked, { all, byDefault: all }).filter((scope) => granted.includes(scope));
 }
 
-// --- Token and revocation endpoints ---------------------------------------------------------------------------------
+// --- Token and revocation endpoints ---
 
 function required(form: URLSearchParams, name: string): string {
   const value = form.get(name);
@@ -1486,7 +1455,7 @@ function required(form: URLSearchParams, name: string): string {
   return value;
 }
 
-/** Issues tokens ({@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-3.2 | §3.2}). */
+/** Issues tokens. @see https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-3.2 */
 async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
   const arrived = seconds();
   const form = await readForm(c);
@@ -1508,7 +1477,7 @@ async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
 /**
  * Ends the connection that a token belongs to, and answers 200 for an unknown one too. The client stays registered:
  * Claude Code signs out and comes back with the same client_id.
- * @see {@link https://www.rfc-editor.org/rfc/rfc7009#section-2.1 | RFC 7009 §2.1}
+ * @see https://www.rfc-editor.org/rfc/rfc7009#section-2.1
  */
 async function revocationEndpoint(server: Server, c: Context): Promise<Response> {
   const form = await readForm(c);
@@ -1520,7 +1489,7 @@ async function revocationEndpoint(server: Server, c: Context): Promise<Response>
 /**
  * Describes a token to a resource server that runs elsewhere. Only clients that the owner registered with a secret may
  * ask: anybody else could learn whether a token found somewhere is alive.
- * @see {@link https://www.rfc-editor.org/rfc/rfc7662#section-2 | RFC 7662 §2}
+ * @see https://www.rfc-editor.org/rfc/rfc7662#section-2
  */
 async function introspectionEndpoint(server: Server, c: Context): Promise<Response> {
   const form = await readForm(c);
@@ -1540,7 +1509,7 @@ async function introspectionEndpoint(server: Server, c: Context): Promise<Respon
   }
 }
 
-// --- Grants ---------------------------------------------------------------------------------------------------------
+// --- Grants ---
 
 /**
  * A connection: one record, `grant/<id>`. Every token names its grant, so checking a token is one read, every change is
@@ -1615,8 +1584,8 @@ const refused = (grant: Grant, reason: string): Transition => ({ grant, outcome:
 
 /**
  * Redeems a code once. A wrong attempt costs the client neither the code nor the connection.
- * @see {@link https://www.rfc-editor.org/rfc/rfc7636#section-4.6 | RFC 7636 §4.6}
- * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1.3 | OAuth 2.1 §4.1.3}
+ * @see https://www.rfc-editor.org/rfc/rfc7636#section-4.6
+ * @see https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1.3
  */
 function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: number): Transition {
   const { code } = grant;
@@ -1642,7 +1611,7 @@ function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: nu
 
 /**
  * Rotates a refresh token that this server made for this grant.
- * @see {@link https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.3.1 | OAuth 2.1 §4.3.1}
+ * @see https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.3.1
  */
 function refreshGrant(grant: Grant, request: Presented, issue: Issue, now: number): Transition {
   const { refresh } = grant;
@@ -1718,12 +1687,9 @@ const readGrant = ({ store }: Server, id: string) => store.get(`grant/${id}`) as
 
 /** Stores a new grant, or returns the one that the same form has made before. */
 async function insertGrant({ store }: Server, id: string, grant: Grant) {
-  let before: Grant | undefined;
-  await store.update(`grant/${id}`, (current) => {
-    before = current as Grant | undefined;
-    return before ?? grant;
-  }, { expiresAt: grant.expires });
-  return before;
+  const change = (current: unknown) => current ?? grant;
+  const kept = await store.update(`grant/${id}`, change, { expiresAt: grant.expires }) as Grant;
+  return kept === grant ? undefined : kept;
 }
 
 /** Changes a grant atomically, if there is one. Writes nothing if `change` returns the same object. */
@@ -1749,18 +1715,16 @@ async function approve(server: Server, form: string, request: AuthorizationReque
   const { client: { id: client_id, name, auth, refreshes }, redirect_uri, scopes, code_challenge: challenge } = request;
   const id = await formId(server, form);
   const code = `pac_${id}${await server.mac("code", form)}`;
-  let before: Grant | undefined;
-  if (lookOnly) before = await readGrant(server, id);
-  else {
-    const { found, introduced, shown } = server.attempts.get(client_id) ?? {};
-    const attempt = defined({ found, introduced, shown });
-    const client = { id: client_id, name, ...defined({ auth }) };
-    const approval = { client, redirect_uri, scopes, resource: server.resource, attempt };
-    const newCode = { hash: await hashToken(code), challenge, refreshes };
-    before = await insertGrant(server, id, approveGrant(approval, newCode, seconds()));
-    server.attempts.delete(client_id); // from here on, the record tells
-  }
-  if (!before) return lookOnly ? undefined : { code, repeated: false };
+  const { found, introduced, shown } = server.attempts.get(client_id) ?? {};
+  const attempt = defined({ found, introduced, shown });
+  const client = { id: client_id, name, ...defined({ auth }) };
+  const approval = { client, redirect_uri, scopes, resource: server.resource, attempt };
+  const newCode = { hash: await hashToken(code), challenge, refreshes };
+  const grant = approveGrant(approval, newCode, seconds());
+  const before = await (lookOnly ? readGrant(server, id) : insertGrant(server, id, grant));
+  if (!before && lookOnly) return undefined;
+  server.attempts.delete(client_id); // from here on, the record tells
+  if (!before) return { code, repeated: false };
   if (before.client.id !== client_id || before.redirect_uri !== redirect_uri) return undefined;
   // After a double click the browser follows the second response.
   return { code: hasOpenCode(before, seconds()) ? code : undefined, repeated: true };
@@ -1844,7 +1808,7 @@ async function deriveRefresh({ longMac }: Server, body: string) {
   return { token, hash: digest.slice(CHECK_DIGITS, 64), successor: body.slice(0, 32) + digest.slice(64) };
 }
 
-/** Returns the id of the grant that an access token, a refresh token or a code names. */
+/** Returns the id of the grant that a token or code names. */
 function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefined {
   if (typeof token !== "string" || !token.startsWith(`${prefix}_`)) return undefined;
   const digits = 32 + 64 + (prefix === "prt" ? CHECK_DIGITS : 0);
@@ -1866,7 +1830,7 @@ async function revokeAll(server: Server) {
   for (const { id } of await listConnections(server)) await revoke(server, id);
 }
 
-/** Ends the connection of a token. Tokens that are not ours are ignored (RFC 7009 §2.2). */
+/** Ends the connection of a token. Others' tokens are ignored (RFC 7009 §2.2). */
 async function revokeToken(server: Server, token: string, client: Client) {
   const id = grantId("pat", token) ?? grantId("prt", token);
   if (!id) return;
@@ -1942,7 +1906,7 @@ async function createToken(server: Server, request: TokenRequest, form = random(
   return { id, token, expiresAt: Math.floor((before ?? grant).expires) };
 }
 
-// --- Guard ----------------------------------------------------------------------------------------------------------
+// --- Guard ---
 
 /** `version`: the store's stamp before the token was read. */
 type VerifiedToken = { info: AuthInfo; version: number; until: number };
@@ -1951,12 +1915,12 @@ const MARK_PATIENCE = 200; // ms
 /** Never read from query or body: URLs are logged (RFC 6750 §2.1). */
 const BEARER = /^Bearer +([A-Za-z0-9._~+/-]+=*) *$/i;
 
-/** Makes the guard. It looks at the token alone: a client without one gets the 401, whatever it sent. */
-function createGuard(server: Server): MiddlewareHandler<AuthEnv> {
+/** Makes a guard. It looks at the token alone: a client without one gets the 401, whatever it sent. */
+function createGuard(server: Server, required: string[] = []): MiddlewareHandler<AuthEnv> {
   const { mcpPath } = server;
   const checkToken = withCors(async (c, next) => {
     try {
-      await authenticate(server, c);
+      assertScopes(server, (await authenticate(server, c)).scopes, required);
     } catch (error) {
       return errorResponse(server, c, error);
     }
@@ -1966,11 +1930,25 @@ function createGuard(server: Server): MiddlewareHandler<AuthEnv> {
   });
   return function personalAuthGuard(c, next) {
     // The common case, without a promise of its own.
-    const info = recall(server, c);
+    const info = required.length === 0 ? recall(server, c) : undefined;
     if (!info || c.req.raw.headers.has("Origin") || c.req.path.endsWith("/")) return checkToken(c, next);
     admit(server, c, info);
     return next();
   };
+}
+
+function createScopeGuard(server: Server, required: string[]) {
+  const { all } = server.scopes;
+  const isOffered = required.length > 0 && required.every((scope) => all.includes(scope));
+  assert(isOffered, `requireScopes: ${quote(required)} must be among the scopes on offer: ${all.join(", ")}`);
+  return createGuard(server, required);
+}
+
+function assertScopes(server: Server, scopes: string[], required: string[]) {
+  if (required.every((scope) => scopes.includes(scope))) return;
+  // With what the token has already: clients ask for exactly this list.
+  const needed = [...new Set([...scopes, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
+  throw challenge(server, 403, "insufficient_scope", "The token lacks a scope that this needs", needed);
 }
 
 /** Returns what is known of a token, unless any process has changed the store since. */
@@ -1981,13 +1959,13 @@ function recall({ passed, verified, store }: Server, c: Context): AuthInfo | und
   return known && known.version === store.version?.() && Date.now() / 1000 < known.until ? known.info : undefined;
 }
 
-function admit({ passed }: Server, c: Context, info: AuthInfo): AuthInfo {
+function admit({ passed }: Server, c: Context, info: AuthInfo) {
   c.set(passed, info); // c.var.auth alone would not do: any middleware can set it
   c.set("auth", info);
   return info;
 }
 
-async function authenticate(server: Server, c: Context): Promise<AuthInfo> {
+async function authenticate(server: Server, c: Context) {
   const known = recall(server, c);
   if (known) return admit(server, c, known);
   const header = c.req.raw.headers.get("Authorization");
@@ -2045,19 +2023,18 @@ function whyInvalid(id: string | undefined, grant: Grant | undefined, hash: stri
 /** Stores that a token was used, if it can: the owner may always read. */
 async function markPresented(server: Server, id: string, hash: string, now: number) {
   let isFirst = false;
-  const change = (grant: Grant) => {
+  const grant = await updateGrant(server, id, (grant) => {
     const access = verifyGrant(grant, hash, server.resource, now);
     isFirst = access !== undefined && grant.called === undefined;
     return access ? presentGrant(grant, access, now) : grant;
-  };
-  const grant = await updateGrant(server, id, change).catch(() => undefined); // the store reports it
+  }).catch(() => undefined); // the store reports it
   if (grant && isFirst) emitFor(server, "first_call", "the app called for the first time", id, grant);
 }
 
 /**
  * Returns an error with its challenge. Without `scope`, Claude would ask for every scope there is.
- * @see {@link https://www.rfc-editor.org/rfc/rfc9728#section-5.1 | RFC 9728 §5.1}
- * @see {@link https://www.rfc-editor.org/rfc/rfc6750#section-3 | RFC 6750 §3}
+ * @see https://www.rfc-editor.org/rfc/rfc9728#section-5.1
+ * @see https://www.rfc-editor.org/rfc/rfc6750#section-3
  */
 function challenge(server: Server, status: 401 | 403, code: string, description: string, scopes?: string[]) {
   // No error code where no token came (RFC 6750 §3.1).
@@ -2067,34 +2044,17 @@ function challenge(server: Server, status: 401 | 403, code: string, description:
   return new OAuthError(code, description, { status, headers: { "WWW-Authenticate": value } });
 }
 
-function createScopeGuard(server: Server, required: string[]): MiddlewareHandler<AuthEnv> {
-  const { all } = server.scopes;
-  const isOffered = required.length > 0 && required.every((scope) => all.includes(scope));
-  assert(isOffered, `requireScopes: ${quote(required)} must be among the scopes on offer: ${all.join(", ")}`);
-  return async function personalAuthScopes(c, next) {
-    try {
-      const { scopes } = await authenticate(server, c);
-      if (!required.every((scope) => scopes.includes(scope))) {
-        // With what the token has already: clients ask for exactly this list.
-        const needed = [...new Set([...scopes, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
-        throw challenge(server, 403, "insufficient_scope", "The token lacks a scope that this needs", needed);
-      }
-    } catch (error) {
-      return errorResponse(server, c, error);
-    }
-    await next();
-  };
-}
+// --- Owner ---
 
-// --- Owner ----------------------------------------------------------------------------------------------------------
-
-/** `browser`: the secret in its cookie. `anybody` may type the password; `authenticateOwner` refused a `stranger`. */
-type Session = { browser: string; known: boolean; who: "owner" | "anybody" | "stranger"; answer?: Response };
+/** `browser`: the secret in its cookie. `known`: it came with the request. */
+type Session = { browser: string; known: boolean; isOwner: boolean };
 type Problem = { status: 403 | 429; message: string };
 
 /** `browser/<hash of its secret>`: a browser that has signed in. */
-type BrowserRecord = { attempts?: Attempts; session?: { epoch: string; since: number; seen: number } };
-type Attempts = { left: number; at: number };
+interface BrowserRecord {
+  attempts?: { left: number; at: number };
+  session?: { epoch: string; since: number; seen: number };
+}
 
 /** `owner/<issuer>`: the password, or all that were printed until one is used. Sessions end with the epoch. */
 type OwnerRecord = { salt: string; hashes: string[]; generated: boolean; used: boolean; epoch: string };
@@ -2106,11 +2066,10 @@ const BROWSER_TTL = 400 * DAY; // the longest that browsers keep a cookie
 const MAX_ATTEMPTS = 10;
 const ATTEMPT_INTERVAL = MINUTE;
 const MAX_PRINTED_PASSWORDS = 10;
-const NOT_OWNER = "You are not signed in as the owner of this server.";
 const browserKey = async (browser: string) => `browser/${await hashToken(browser)}`;
-const ownerKey = ({ issuer }: Server) => `owner/${issuer}`;
+const ownerKey = ({ issuer }: Settings) => `owner/${issuer}`;
 
-/** Reads who is at the browser. Opening a page never writes to the store. */
+/** Reads who is at the browser, and throws the page for a stranger. Opening a page never writes to the store. */
 async function readSession(server: Server, c: Context): Promise<Session> {
   const { secure, store, password, authenticateOwner } = server;
   const held = getCookie(c, cookieName(server), secure ? "host" : undefined);
@@ -2118,18 +2077,19 @@ async function readSession(server: Server, c: Context): Promise<Session> {
   const browser = known ? held : random(32);
   // Another site's form comes without the cookie: a new one would replace it and sign the owner out.
   if (!known && c.req.method !== "POST") rememberBrowser(server, c, browser);
-  if (password === false) return { browser, known, who: "owner" };
+  if (password === false) return { browser, known, isOwner: true };
   if (authenticateOwner) {
     const answer = await authenticateOwner(c);
-    const who = answer === true ? "owner" : "stranger";
-    return { browser, known, who, ...(answer instanceof Response && { answer }) };
+    if (answer === true) return { browser, known, isOwner: true };
+    const notOwner = "You are not signed in as the owner of this server.";
+    throw answer instanceof Response ? answer : await messagePage(server, c, 403, "For the owner only", notOwner);
   }
   const { epoch } = await readOwner(server); // each time: another process may have ended all sessions
   const { session } = (await store.get(await browserKey(browser)) ?? {}) as BrowserRecord;
   const now = seconds();
-  const isSignedIn = session !== undefined && session.epoch === epoch && now - session.since < SESSION_TTL &&
+  const isOwner = session !== undefined && session.epoch === epoch && now - session.since < SESSION_TTL &&
     now - session.seen < SESSION_IDLE_TTL;
-  return { browser, known, who: isSignedIn ? "owner" : "anybody" };
+  return { browser, known, isOwner };
 }
 
 /** Servers on one host share cookies, so the name holds port and path. No path holds a "!". */
@@ -2156,22 +2116,18 @@ async function createCsrf({ mac }: Server, browser: string, request: string, hea
   return `${head}.${await mac("form", browser, request, head)}`;
 }
 
-async function checkCsrf(server: Server, browser: string, request: string, csrf: string): Promise<boolean> {
+async function checkCsrf(server: Server, browser: string, request: string, csrf: string) {
   const [time = "", nonce = ""] = csrf.split(".", 2);
   const expected = await createCsrf(server, browser, request, `${time}.${nonce}`);
   return equal(csrf, expected) && Math.abs(seconds() - parseInt(time, 36)) < FORM_TTL;
 }
 
-/** Returns why it is not proved, by a session or the password, that the owner is at the browser. */
-async function signIn(server: Server, c: Context, { browser, who }: Session, password: string) {
+/** Signs the owner in by the password, where that is needed. Returns why it failed. */
+async function signIn(server: Server, c: Context, { browser, isOwner }: Session, password: string) {
   const { store, emit } = server;
   const problem = (status: Problem["status"], message: string): Problem => ({ status, message });
   const key = await browserKey(browser);
-  if (who === "owner") return await touchSession(server, key);
-  if (who === "stranger") {
-    emit("sign_in_failed", "authenticateOwner did not recognise the owner");
-    return problem(403, NOT_OWNER);
-  }
+  if (isOwner) return await touchSession(server, key);
   // A form from before the session ended has no password: that costs no attempt.
   if (password === "") return problem(403, "Please type your password.");
   const bucket = await store.get(key) === undefined ? "throttle" : key;
@@ -2240,7 +2196,7 @@ async function signOutEverywhere(server: Server) {
  * Takes a password attempt, or gives it back (-1). Returns 0, or the seconds until there is one. All strangers share
  * one bucket, because an attacker has many addresses; a browser that has signed in has its own.
  */
-async function takeAttempt({ store }: Server, bucket: string, count: 1 | -1 = 1): Promise<number> {
+async function takeAttempt({ store }: Server, bucket: string, count: 1 | -1 = 1) {
   let wait = 0;
   await store.update(bucket, (current) => {
     const record = current as BrowserRecord | undefined;
@@ -2255,7 +2211,7 @@ async function takeAttempt({ store }: Server, bucket: string, count: 1 | -1 = 1)
   return wait;
 }
 
-async function readOwner(server: Server): Promise<OwnerRecord> {
+async function readOwner(server: Server) {
   await server.passwordReady();
   const record = await server.store.get(ownerKey(server)) as OwnerRecord | undefined;
   return record ?? await ensurePassword(server); // somebody emptied the store
@@ -2265,7 +2221,7 @@ async function readOwner(server: Server): Promise<OwnerRecord> {
  * Puts the password into the store. A configured one replaces what is there and ends all sessions. Until a generated
  * one is used, every start prints another, because the earlier output may be lost.
  */
-async function ensurePassword(server: Server): Promise<OwnerRecord> {
+async function ensurePassword(server: Settings & { store: Store }): Promise<OwnerRecord> {
   const { password, store } = server;
   const stored = await store.get(ownerKey(server)) as OwnerRecord | undefined;
   const configured = typeof password === "string";
@@ -2286,7 +2242,7 @@ async function ensurePassword(server: Server): Promise<OwnerRecord> {
 }
 
 /** Generates 100 bits, grouped to be typed on a phone. */
-function generatePassword(): string {
+function generatePassword() {
   const alphabet = "abcdefghjkmnpqrstuvwxyz123456789"; // 32, so that a byte's remainder is even; no look-alikes
   const letters = [...crypto.getRandomValues(new Uint8Array(20))].map((byte) => alphabet[byte % 32]).join("");
   return letters.match(/.{5}/g)!.join("-");
@@ -2313,7 +2269,7 @@ async function stretch(password: string, { salt, generated }: OwnerRecord) {
   return hex(secret);
 }
 
-// --- Owner's page ---------------------------------------------------------------------------------------------------
+// --- Owner's page ---
 
 /** What the page says after an action. Its address holds the action alone, so that no link can make it say more. */
 const DONE = new Map([
@@ -2324,22 +2280,21 @@ const DONE = new Map([
 const MAX_LABEL = 60; // characters of the owner's own name for a connection
 
 async function showConnections(server: Server, c: Context) {
-  const session = await readSession(server, c);
-  return turnAway(server, c, session) ?? connectionsPage(server, c, session);
+  await assertProtected(server, c);
+  return connectionsPage(server, c, await readSession(server, c));
 }
 
 async function changeConnections(server: Server, c: Context) {
   const path = `${server.basePath}/connections`;
   const form = await readForm(c, "scope");
   const field = (name: string) => form.get(name) ?? "";
+  await assertProtected(server, c);
   const session = await readSession(server, c);
-  const away = turnAway(server, c, session);
-  if (away) return away;
   const action = field("action");
   if (!await checkCsrf(server, session.browser, path, field("csrf"))) {
     if (!session.known) return expiredPage(server, c);
     // The second of two clicks, after the answer to the first one has signed the owner in.
-    if (session.who === "owner" && action === "") return c.redirect(path, 303);
+    if (session.isOwner && action === "") return c.redirect(path, 303);
     return connectionsPage(server, c, session, OPEN_TOO_LONG);
   }
   const problem = await signIn(server, c, session, field("password"));
@@ -2354,13 +2309,10 @@ async function changeConnections(server: Server, c: Context) {
   return c.redirect(DONE.has(action) ? `${path}?done=${action}` : path, 303); // 303: a reload must not do it again
 }
 
-/** Answers a visitor who may not see the page at all. */
-function turnAway(server: Server, c: Context, { who, answer }: Session) {
-  if (server.password === false) {
-    const advice = "Without it, everybody could open this page. To use it, give personalAuth() a password.";
-    return messagePage(server, c, 403, "The password check is off", advice);
-  }
-  return answer ?? (who === "stranger" ? strangerPage(server, c) : undefined);
+/** Throws a page where no password keeps anybody out. */
+async function assertProtected(server: Server, c: Context) {
+  const advice = "Without it, this page would be open to everybody. To use it, give personalAuth() a password.";
+  if (server.password === false) throw await messagePage(server, c, 403, "The password check is off", advice);
 }
 
 /** Makes a personal access token and shows it, this one time; nothing if the form's token is in use. */
@@ -2392,7 +2344,7 @@ function homePage({ basePath }: Server): MiddlewareHandler {
   };
 }
 
-// --- Timeline -------------------------------------------------------------------------------------------------------
+// --- Timeline ---
 
 /** The steps of a connection, in the words of the page. */
 const STEPS = {
@@ -2495,27 +2447,25 @@ function grantAdvice(server: Server, grant: Grant, now: number) {
     return `It is ${name}'s turn: it was sent back to ${target.host} and has not fetched its token yet.`;
   }
   const userAgent = /^claude\.(ai|com)$/.test(target.host) ? "the user agent Claude-User" : "its user agent";
-  const cause = (server.found.at ?? 0) > redeemed
-    ? "remove the Authorization header: a request without a token came since"
-    : `block ${userAgent}`;
+  const isStripped = (server.found.at ?? 0) > redeemed; // a request came without its token
+  const fault = isStripped ? "remove the Authorization header: a request without a token came" : `block ${userAgent}`;
   const expired = Math.max(...access.map(({ expires }) => expires));
   return {
-    pending: `${name} never fetched its token` +
-      (isLocal(target)
-        ? `: nothing listens at ${target.host} on the computer of your browser. If it is on another computer, connect ` +
-          "again and say so on the page."
-        : `. Its servers may not reach ${server.issuer}/token; ${hint(server)}`),
-    unused: `${name} got its token ${ago(now - redeemed)} and has not called since. Something in front of this ` +
-      `server may ${cause}; ${hint(server)}`,
-    silent: `${name}'s access token expired ${ago(now - expired)} and it has not come back. Open ${name} and connect ` +
-      "again.",
+    pending: isLocal(target)
+      ? `${name} never fetched its token: nothing listens at ${target.host} on your browser's computer. If it is on ` +
+        "another computer, connect again and say so on the page."
+      : `${name} never fetched its token. Its servers may not reach ${server.issuer}/token; ${hint(server)}`,
+    unused: `${name} got its token ${ago(now - redeemed)} and has not called since. ` +
+      `Something in front of this server may ${fault}; ${hint(server)}`,
+    silent: `${name}'s access token expired ${ago(now - expired)} and it has not come back. ` +
+      `Open ${name} and connect again.`,
     active: `${name} is connected.`,
   }[connectionState(grant, now)];
 }
 
 const hint = ({ resource }: Server) => `to see what a client meets, run: npx -y deno run -A mod.ts ${resource}`;
 
-// --- Events ---------------------------------------------------------------------------------------------------------
+// --- Events ---
 
 /** `events/<issuer>`: the latest of each type, so that a flood of one type cannot push out the others. */
 type EventRecord = Record<string, { count: number; latest: Omit<AuthEvent, "type" | "cause">[] }>;
@@ -2576,7 +2526,7 @@ function logEvent({ type, message, connection, clientName, cause }: AuthEvent) {
   if (type === "server_error") console.error(cause); // in full only what no stranger can cause at will
 }
 
-// --- Pages ----------------------------------------------------------------------------------------------------------
+// --- Pages ---
 
 type Html = ReturnType<typeof html>;
 type Text = string | Html | undefined; // a string is a paragraph
@@ -2687,9 +2637,9 @@ function scopeList({ scopes }: Server, granted: string[]) {
 }
 
 /** `ready`: with the cursor in it; not where that would scroll the question out of sight on a phone. */
-function passwordField(who: Session["who"], problem?: Problem, ready = problem !== undefined) {
+function passwordField(isOwner: boolean, problem?: Problem, ready = problem !== undefined) {
   const alert = problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`;
-  if (who !== "anybody") return alert;
+  if (isOwner) return alert;
   // Password managers store and fill in a password only where they see a user name.
   return html`
     ${alert}<input autocomplete="username" value="owner" hidden>
@@ -2703,7 +2653,7 @@ async function consentPage(
   server: Server,
   c: Context,
   { client, redirect_uri, scopes, encoded }: AuthorizationRequest,
-  { browser, who }: Session,
+  { browser, isOwner }: Session,
   csrf?: string,
   problem?: Problem,
 ) {
@@ -2736,7 +2686,7 @@ async function consentPage(
     <form method="post" action="${server.basePath}/authorize">
       <input type="hidden" name="request" value="${encoded}">
       <input type="hidden" name="csrf" value="${csrf ?? await createCsrf(server, browser, encoded)}">
-      ${passwordField(who, problem)}
+      ${passwordField(isOwner, problem)}
       <div class="pair">
         <button class="approve" name="decision" value="approve">Approve</button>
         <button name="decision" value="deny" formnovalidate>Deny</button>
@@ -2776,13 +2726,13 @@ function answeredPage(server: Server, c: Context, client: string, uri?: string) 
 }
 
 /** Shows the owner's page; to anybody else, the form to sign in. */
-async function connectionsPage(server: Server, c: Context, { browser, who }: Session, problem?: Problem) {
+async function connectionsPage(server: Server, c: Context, { browser, isOwner }: Session, problem?: Problem) {
   const path = `${server.basePath}/connections`;
   const csrf = await createCsrf(server, browser, path);
   const form = (content: Html) =>
     html`<form method="post" action="${path}"><input type="hidden" name="csrf" value="${csrf}">${content}</form>`;
-  if (who !== "owner") {
-    const fields = form(html`${passwordField(who, problem, true)}<button class="approve">Sign in</button>`);
+  if (!isOwner) {
+    const fields = form(html`${passwordField(isOwner, problem, true)}<button class="approve">Sign in</button>`);
     return messagePage(server, c, problem?.status, "Sign in", "This page is for the owner of this server.", fields);
   }
   const connections = await listConnections(server);
@@ -2807,7 +2757,7 @@ async function connectionsPage(server: Server, c: Context, { browser, who }: Ses
   const body = html`
     <h1>Connections</h1>
     ${done && html`<p class="flash" role="status">${done}</p>`}
-    ${passwordField(who, problem)}
+    ${passwordField(isOwner, problem)}
     ${connections.length === 0 && html`<p>Nothing is connected yet.</p>`}
     ${list(connections.map((connection) => connectionItem(server, connection, form)))}
     ${fold("Connect an app", address, connections.length === 0)}
@@ -2900,7 +2850,6 @@ function messagePage(server: Server, c: Context, status: PageStatus = 200, title
   return page(server, c, status, title, body);
 }
 
-const strangerPage: Handler = (server, c) => messagePage(server, c, 403, "For the owner only", NOT_OWNER);
 const expiredPage: Handler = (server, c) => {
   const advice = "Go back to the app and connect again. If that does not help, allow cookies for this site.";
   return messagePage(server, c, 403, "This page has expired", advice);
@@ -2935,13 +2884,11 @@ function page(server: Server, c: Context, status: PageStatus = 200, title: strin
     "Content-Security-Policy":
       `default-src 'none'; style-src 'nonce-${nonce}'; frame-ancestors 'none'; base-uri 'none'`,
     "X-Frame-Options": "DENY",
-    ...NOSNIFF,
     "Referrer-Policy": "same-origin", // not no-referrer: the form would then be sent with Origin: null
-    "Cache-Control": "no-store",
   });
 }
 
-// --- Stores ---------------------------------------------------------------------------------------------------------
+// --- Stores ---
 
 /** Keeps state in memory, until the process ends: for tests. */
 export function memoryStore(): Store {
@@ -3410,7 +3357,7 @@ function guardStore(store: Store, emit: Emit): Store {
   };
 }
 
-// --- Primitives -----------------------------------------------------------------------------------------------------
+// --- Primitives ---
 
 const utf8 = new TextEncoder();
 const promiseTry = <T>(call: () => T | Promise<T>) => new Promise<T>((resolve) => resolve(call()));
@@ -3460,7 +3407,7 @@ async function sha256(text: string): Promise<Uint8Array<ArrayBuffer>> {
   return new Uint8Array(await crypto.subtle.digest("SHA-256", utf8.encode(text)));
 }
 
-/** Makes a code_challenge ({@link https://www.rfc-editor.org/rfc/rfc7636#section-4.2 | RFC 7636 §4.2}). */
+/** Makes a code_challenge. @see https://www.rfc-editor.org/rfc/rfc7636#section-4.2 */
 const s256 = async (code_verifier: string) => base64url(await sha256(code_verifier));
 
 /** Hashes a secret for the store. Secrets are random, so they need no slow hash. */
@@ -3547,7 +3494,7 @@ function nodeModule(name: string, otherwise?: object): any {
   return module;
 }
 
-/** Reads OAuth parameters ({@link https://www.rfc-editor.org/rfc/rfc6749#section-3.1 | RFC 6749 §3.1}). */
+/** Reads OAuth parameters. @see https://www.rfc-editor.org/rfc/rfc6749#section-3.1 */
 function parameters(encoded: string, repeatable = "resource"): URLSearchParams {
   const seen = new Set<string>();
   const known = new URLSearchParams();
@@ -3618,30 +3565,27 @@ async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: num
   return text + decoder.decode();
 }
 
-// --- Errors ---------------------------------------------------------------------------------------------------------
+// --- Errors ---
 
 /** What an {@linkcode OAuthError} has besides its code and description. */
-export interface OAuthErrorDetails {
+export type OAuthErrorDetails = {
   /** The HTTP status. Default: 400. */
   status?: 400 | 401 | 403 | 405 | 413 | 415 | 500 | 503;
-  /** HTTP headers of the answer. */
   headers?: Record<string, string>;
   /** Why it was refused, for the owner only. */
   reason?: string | undefined;
   /** The event to raise. */
   event?: AuthEvent["type"];
-  /** The name the client gives itself. */
   clientName?: string;
-  /** What was thrown before. */
   cause?: unknown;
-}
+};
 
 type ErrorStatus = NonNullable<OAuthErrorDetails["status"]>;
 
 /**
  * An error in OAuth's own form. `code` and `message` go to the client; the reason is for the owner only.
  *
- * @see {@link https://www.rfc-editor.org/rfc/rfc6749#section-5.2 | RFC 6749 §5.2}
+ * @see https://www.rfc-editor.org/rfc/rfc6749#section-5.2
  */
 export class OAuthError extends Error {
   /** The name of the class. */
@@ -3669,20 +3613,15 @@ export class OAuthError extends Error {
 const errorDescription = (message: string) =>
   message.replaceAll('"', "'").replace(/[^\x20-\x21\x23-\x5b\x5d-\x7e]/g, "?");
 
-function methodNotAllowed(allow: string): never {
-  const headers = { Allow: allow };
-  throw invalidRequest(`The method must be one of ${allow}`, { status: 405, headers });
-}
-
 function asOAuthError({ emit }: Server, error: unknown): OAuthError {
   if (error instanceof OAuthError) return error;
   emit("server_error", "an unexpected error", { cause: error }); // the wire is told nothing of it
   return new OAuthError("server_error", "Something went wrong here", { status: 500 });
 }
 
-function errorResponse(server: Server, c: Context, thrown: unknown): Response {
+function errorResponse(server: Server, c: Context, thrown: unknown): Response | Promise<Response> {
   const { code, message, status, headers } = asOAuthError(server, thrown);
-  const all: Record<string, string> = { ...headers, "Cache-Control": "no-store", ...NOSNIFF };
+  const all: Record<string, string> = { ...headers, ...FIXED_HEADERS };
   // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own answers say it by themselves.
   if (status === 401) all["WWW-Authenticate"] ??= 'Basic realm="token"';
   return c.json({ error: code, error_description: errorDescription(message) }, status, all);
@@ -3695,24 +3634,13 @@ function errorPage(server: Server, c: Context, thrown: unknown): Response | Prom
   return messagePage(server, c, status, title, `${message}.`);
 }
 
-function withErrors(server: Server, handler: Handler, answer: typeof errorPage = errorResponse) {
-  return async (c: Context): Promise<Response> => {
-    for (const [name, value] of Object.entries(NOSNIFF)) c.header(name, value);
-    try {
-      return await handler(server, c);
-    } catch (error) {
-      return await answer(server, c, error);
-    }
-  };
-}
-
 const grantFunctions = { approveGrant, redeemGrant, refreshGrant, verifyGrant, presentGrant, revokeGrant };
 
 /** Parts that tests check on their own: they may change. */
 // deno-lint-ignore no-explicit-any
 export const internals: any = { ...grantFunctions, isPublicAddress };
 
-// --- Setup check ----------------------------------------------------------------------------------------------------
+// --- Setup check ---
 
 /** One thing that {@linkcode checkSetup} looked at. */
 export interface SetupFinding {
