@@ -2271,44 +2271,42 @@ async function stretch(password: string, { salt, generated }: OwnerRecord) {
 
 // --- Owner's page ---
 
-/** The action of a form, its name in the next page's address, and what that page says: no link can make it say more. */
-const DONE = [
-  ["revoke", "disconnected", "Disconnected. It has to ask you again."],
-  ["revoke_all", "all_disconnected", "Everything is disconnected."],
-  ["rename", "renamed", "Renamed."],
-] as const;
+/** What the page says after an action. Its address holds the action alone, so that no link can make it say more. */
+const DONE = new Map([
+  ["revoke", "Disconnected. It has to ask you again."],
+  ["revoke_all", "Everything is disconnected."],
+  ["rename", "Renamed."],
+]);
 const MAX_LABEL = 60; // characters of the owner's own name for a connection
 
-/** Shows `/connections`: connections, attempts to connect, personal access tokens, and the latest events. */
-async function showConnections(server: Server, c: Context): Promise<Response> {
+async function showConnections(server: Server, c: Context) {
   await assertProtected(server, c);
-  return await connectionsPage(server, c, await readSession(server, c));
+  return connectionsPage(server, c, await readSession(server, c));
 }
 
-/** Carries out a form of `/connections`. */
-async function changeConnections(server: Server, c: Context): Promise<Response> {
+async function changeConnections(server: Server, c: Context) {
   const path = `${server.basePath}/connections`;
   const form = await readForm(c, "scope");
+  const field = (name: string) => form.get(name) ?? "";
   await assertProtected(server, c);
   const session = await readSession(server, c);
-  const [action, id] = [form.get("action"), form.get("id") ?? ""];
-  if (!await checkCsrf(server, session.browser, path, form.get("csrf") ?? "")) {
+  const action = field("action");
+  if (!await checkCsrf(server, session.browser, path, field("csrf"))) {
     if (!session.known) return expiredPage(server, c);
     // The second of two clicks, after the answer to the first one has signed the owner in.
-    if (session.isOwner && action === null) return c.redirect(path, 303);
-    return await connectionsPage(server, c, session, OPEN_TOO_LONG);
+    if (session.isOwner && action === "") return c.redirect(path, 303);
+    return connectionsPage(server, c, session, OPEN_TOO_LONG);
   }
-  const problem = await signIn(server, c, session, form.get("password") ?? "");
-  if (problem) return await connectionsPage(server, c, session, problem);
+  const problem = await signIn(server, c, session, field("password"));
+  if (problem) return connectionsPage(server, c, session, problem);
   const tokenPage = action === "create_token" && await createAndShowToken(server, c, form);
   if (tokenPage) return tokenPage;
-  if (action === "revoke") await revoke(server, id);
-  if (action === "rename") await rename(server, id, printable(form.get("label") ?? ""));
+  if (action === "revoke") await revoke(server, field("id"));
+  if (action === "rename") await rename(server, field("id"), printable(field("label")));
   if (action === "revoke_all" || form.has("revoke_all")) await revokeAll(server); // the button, or the box at sign-out
   if (action === "sign_out") await signOut(server, session);
   if (action === "sign_out_everywhere") await signOutEverywhere(server);
-  const done = DONE.find(([it]) => it === action)?.[1];
-  return c.redirect(done ? `${path}?done=${done}` : path, 303); // 303: a reload must not do it again
+  return c.redirect(DONE.has(action) ? `${path}?done=${action}` : path, 303); // 303: a reload must not do it again
 }
 
 /** Throws a page where no password keeps anybody out. */
@@ -2317,20 +2315,23 @@ async function assertProtected(server: Server, c: Context) {
   if (server.password === false) throw await messagePage(server, c, 403, "The password check is off", advice);
 }
 
-/** Makes a personal access token and shows it, this one time. Returns `undefined` if the form's token is in use. */
-async function createAndShowToken(server: Server, c: Context, form: URLSearchParams): Promise<Response | undefined> {
+/** Makes a personal access token and shows it, this one time; nothing if the form's token is in use. */
+async function createAndShowToken(server: Server, c: Context, form: URLSearchParams) {
+  const { all } = server.scopes;
   const [name, expiresIn] = [form.get("name") ?? "", Number(form.get("days")) * DAY];
   // With one scope there is nothing to choose; with several, none ticked is none, not all.
-  const scopes = server.scopes.all.length > 1 && { scopes: form.getAll("scope") };
-  const made = await createToken(server, { name, expiresIn, ...scopes }, form.get("csrf")!).catch((error) => {
-    if (!(error instanceof TypeError)) throw error;
-    throw invalidRequest("The token needs a name, a lifetime and a scope");
+  const scopes = all.length > 1 ? form.getAll("scope") : all;
+  const made = await createToken(server, { name, expiresIn, scopes }, form.get("csrf")!).catch((error) => {
+    throw error instanceof TypeError ? invalidRequest("The token needs a name, a lifetime and a scope") : error;
   });
   if (!made) return undefined;
-  const once = html`<p class="warn">Copy it now: it is not shown again.</p>${copyable(made.token)}`;
-  const command = copyable(`${addCommand(name, server.resource)} --header "Authorization: Bearer ${made.token}"`);
-  const back = html`<a href="${server.basePath}/connections">Back to your connections</a>`;
-  return await messagePage(server, c, 200, "Your new token", once, "In Claude Code, for example:", command, back);
+  const body = html`
+    <p class="warn">Copy it now: it is not shown again.</p>${copyable(made.token)}
+    <p>In Claude Code, for example:</p>
+    ${copyable(`${addCommand(name, server)} --header "Authorization: Bearer ${made.token}"`)}
+    <a href="${server.basePath}/connections">Back to your connections</a>
+  `;
+  return messagePage(server, c, 200, "Your new token", body);
 }
 
 /** Leads a browser from the root to the owner's page if the app has nothing there. A program still finds nothing. */
@@ -2345,34 +2346,40 @@ function homePage({ basePath }: Server): MiddlewareHandler {
 
 // --- Timeline ---
 
-/** How far a client came before its approval, and when. In memory only: strangers can make any number of these. */
-type Attempt = { name: string; refused?: Refusal } & { [step in "found" | "introduced" | "shown" | "denied"]?: number };
+/** The steps of a connection, in the words of the page. */
+const STEPS = {
+  found: "found this server",
+  introduced: "introduced itself",
+  shown: "was shown to you for approval",
+  denied: "was denied by you",
+  approved: "was approved by you",
+  redeemed: "fetched its token",
+  called: "called for the first time",
+  refreshed: "refreshed its token, the last time",
+  used: "was used, the last time",
+};
+
+/** When a client took which step. In memory only until its approval: strangers can make any number of these. */
+type Attempt = { name: string; refused?: Refusal | undefined } & { [step in keyof typeof STEPS]?: number | undefined };
 type Refusal = { at: number; reason: string };
 type Timeline = ReturnType<typeof timeline>;
-type TimelineStep = [at: number | undefined, text: string, ok?: boolean];
-const MAX_KEPT_ATTEMPTS = 50;
-const MAX_SHOWN_TIMELINES = 15;
 const UNREDEEMED_KEPT = 7 * DAY; // to be shown
 
 /** Notes how far a client came. Attempts that nobody opened in a browser are forgotten first. */
 function noteAttempt({ attempts, found }: Server, { id, name }: Pick<Client, "id" | "name">, step: Partial<Attempt>) {
-  const before = attempts.get(id) ?? { name, ...defined({ found: found.at }) };
-  attempts.delete(id); // so that it moves to the end, where the latest are
-  attempts.set(id, { ...before, ...step });
-  if (attempts.size <= MAX_KEPT_ATTEMPTS) return;
-  const ids = [...attempts.keys()];
-  attempts.delete(ids.find((id) => attempts.get(id)?.shown === undefined) ?? ids[0]!);
+  const before = attempts.get(id) ?? { name, found: found.at };
+  remember(attempts, id, { ...before, ...step }, ({ shown }) => shown !== undefined);
 }
 
 /** Tells the owner why a request was refused: on its connection if it names one, else on the client's attempt. */
-async function noteRefusal(server: Server, error: unknown, id: string | undefined, client?: Client): Promise<void> {
+async function noteRefusal(server: Server, error: unknown, id: string | undefined, client?: Client) {
   if (!(error instanceof OAuthError) || error.status >= 500 || error.details.event) return;
-  const refused: Refusal = { at: seconds(), reason: error.details.reason ?? error.message };
+  const refused = { at: seconds(), reason: error.details.reason ?? error.message };
   const grant = id ? await readGrant(server, id).catch(() => undefined) : undefined;
-  if (!grant && !client) return; // a made-up token: anybody's, any number of times
-  const clientName = grant?.client.name ?? client?.name;
-  server.emit("token_refused", refused.reason, defined({ connection: grant && id, clientName }));
-  if (!grant) noteAttempt(server, client!, { refused });
+  const named = grant?.client ?? client;
+  if (!named) return; // a made-up token: anybody's, any number of times
+  server.emit("token_refused", refused.reason, defined({ connection: grant && id, clientName: named.name }));
+  if (!grant) noteAttempt(server, named, { refused });
   else if (refused.at - (grant.refused?.at ?? 0) > MINUTE) { // a client that asks without pause must not write so
     await updateGrant(server, id!, (grant) => ({ ...grant, refused })).catch(() => {});
   }
@@ -2386,15 +2393,18 @@ function connectionState(grant: Grant, now: number): Connection["state"] {
 }
 
 /** Returns what the owner should see of connecting: what is new, unfinished, or fell silent, newest first. */
-async function listTimelines(server: Server): Promise<Timeline[]> {
+async function listTimelines(server: Server) {
   const now = seconds();
   const approved: Timeline[] = [];
   for await (const [, value] of server.store.list("grant/")) {
     const grant = value as Grant;
+    const { client, label, created, called, used, code, refresh, refused, attempt } = grant;
     const isOver = grant.revoked !== undefined || grant.expires <= now;
-    const isSettled = connectionState(grant, now) === "active" && now - grant.created > DAY;
-    if (grant.client.id === PERSONAL || grant.resource !== server.resource || isOver || isSettled) continue;
-    approved.push(grantTimeline(server, grant, now));
+    const isSettled = connectionState(grant, now) === "active" && now - created > DAY;
+    if (client.id === PERSONAL || grant.resource !== server.resource || isOver || isSettled) continue;
+    const times = { approved: created, redeemed: code?.redeemed, refreshed: refresh?.rotated[0]?.[1], called };
+    const steps = { ...attempt, ...times, used: called && used, refused };
+    approved.push(timeline(label || client.name, grantAdvice(server, grant, now), steps));
   }
   approved.sort((a, b) => b.steps.at(-1)!.at - a.steps.at(-1)!.at);
   const attempts = [...server.attempts.values()].reverse();
@@ -2402,37 +2412,21 @@ async function listTimelines(server: Server): Promise<Timeline[]> {
   const opened = attempts.filter(({ shown }) => shown !== undefined);
   const unopened = attempts.filter(({ shown }) => shown === undefined).slice(0, 3);
   const unapproved = [...opened, ...unopened].map((it) => timeline(it.name, attemptAdvice(server, it), it));
-  return [...approved, ...unapproved].slice(0, MAX_SHOWN_TIMELINES);
+  return [...approved, ...unapproved].slice(0, 15);
 }
 
-/** Returns an attempt as the page shows it, with the steps that happened, in order. */
-function timeline(title: string, advice: string, attempt: Partial<Attempt>, more: TimelineStep[] = []) {
-  const { found, introduced, shown, denied, refused } = attempt;
-  const all: TimelineStep[] = [
-    [found, "found this server"],
-    [introduced, "introduced itself"],
-    [shown, "was shown to you for approval"],
-    [denied, "was denied by you", false],
-    ...more,
-    [refused?.at, `was refused: ${refused?.reason}`, false],
-  ];
-  const steps = all.flatMap(([at, text, ok = true]) => at === undefined ? [] : [{ at, text, ok }]);
+/** Puts the steps that were taken into their order. */
+function timeline(title: string, advice: string, { refused, ...times }: Partial<Attempt>) {
+  const steps = Object.entries(STEPS).flatMap(([step, text]) => {
+    const at = times[step as keyof typeof STEPS];
+    return at === undefined ? [] : [{ at, text, ok: step !== "denied" }];
+  });
+  if (refused) steps.push({ at: refused.at, text: `was refused: ${refused.reason}`, ok: false });
   return { title, advice, steps: steps.sort((a, b) => a.at - b.at) };
 }
 
-function grantTimeline(server: Server, grant: Grant, now: number): Timeline {
-  const { label, client, code, refresh, created, called, used, refused, attempt } = grant;
-  return timeline(label || client.name, grantAdvice(server, grant, now), { ...attempt, ...defined({ refused }) }, [
-    [created, "was approved by you"],
-    [code?.redeemed, "fetched its token"],
-    [called, "called for the first time"],
-    [refresh?.rotated[0]?.[1], "refreshed its token, the last time"],
-    [called && used, "was used, the last time"],
-  ]);
-}
-
 /** Returns what the owner should know and do about an attempt that is not approved. */
-function attemptAdvice(server: Server, { name, shown = 0, denied = 0, refused }: Attempt): string {
+function attemptAdvice(server: Server, { name, shown = 0, denied = 0, refused }: Attempt) {
   // What came last counts: an app that was refused and then came again properly waits for the owner.
   const last = Math.max(shown, denied, refused?.at ?? 0);
   if (last === 0) return `It introduced itself, but no browser has opened the page. Connect again; ${hint(server)}`;
@@ -2442,10 +2436,10 @@ function attemptAdvice(server: Server, { name, shown = 0, denied = 0, refused }:
 }
 
 /** Returns the same about a connection, by where it stopped. */
-function grantAdvice(server: Server, grant: Grant, now: number): string {
-  const { client, code, refused, created, access, redirect_uri = server.issuer, used = 0, called = 0 } = grant;
-  const target = new URL(redirect_uri);
-  const [name, redeemed] = [client.name || "the app", code?.redeemed ?? created];
+function grantAdvice(server: Server, grant: Grant, now: number) {
+  const { client, code, refused, access, used = 0 } = grant;
+  const target = new URL(grant.redirect_uri!);
+  const [name, redeemed] = [client.name || "the app", code?.redeemed ?? 0];
   if (refused && refused.at > Math.max(used, redeemed)) {
     return `${name} was refused ${ago(now - refused.at)}: ${refused.reason}. Connect again in ${name}.`;
   }
@@ -2453,17 +2447,18 @@ function grantAdvice(server: Server, grant: Grant, now: number): string {
     return `It is ${name}'s turn: it was sent back to ${target.host} and has not fetched its token yet.`;
   }
   const userAgent = /^claude\.(ai|com)$/.test(target.host) ? "the user agent Claude-User" : "its user agent";
-  const cause = (server.found.at ?? 0) > redeemed
-    ? "Then a request without a token came: something in front of this server may remove the Authorization header"
-    : `Something in front of this server may block ${userAgent}`;
-  const expired = ago(now - Math.max(...access.map(({ expires }) => expires), called));
+  const isStripped = (server.found.at ?? 0) > redeemed; // a request came without its token
+  const fault = isStripped ? "remove the Authorization header: a request without a token came" : `block ${userAgent}`;
+  const expired = Math.max(...access.map(({ expires }) => expires));
   return {
     pending: isLocal(target)
-      ? `${name} never fetched its token: nothing listens at ${target.host} on the computer of your browser. If it ` +
-        "is on another computer, connect again and say so on the page."
+      ? `${name} never fetched its token: nothing listens at ${target.host} on your browser's computer. If it is on ` +
+        "another computer, connect again and say so on the page."
       : `${name} never fetched its token. Its servers may not reach ${server.issuer}/token; ${hint(server)}`,
-    unused: `${name} got its token ${ago(now - redeemed)} and has not called since. ${cause}; ${hint(server)}`,
-    silent: `${name}'s access token expired ${expired} and it has not come back. Open ${name} and connect again.`,
+    unused: `${name} got its token ${ago(now - redeemed)} and has not called since. ` +
+      `Something in front of this server may ${fault}; ${hint(server)}`,
+    silent: `${name}'s access token expired ${ago(now - expired)} and it has not come back. ` +
+      `Open ${name} and connect again.`,
     active: `${name} is connected.`,
   }[connectionState(grant, now)];
 }
@@ -2474,20 +2469,19 @@ const hint = ({ resource }: Server) => `to see what a client meets, run: npx -y 
 
 /** `events/<issuer>`: the latest of each type, so that a flood of one type cannot push out the others. */
 type EventRecord = Record<string, { count: number; latest: Omit<AuthEvent, "type" | "cause">[] }>;
-/** Where events are kept, and those that are not written yet. */
 type EventLog = { store: Store; key: string; waiting: EventRecord; writing: Promise<unknown> };
 const MAX_EVENTS_PER_TYPE = 5;
 /** Events that strangers can cause at will: they wait in memory for one that is worth a write. */
 const CHEAP_EVENTS = /^(\w+_refused|connection_denied|sign_in_throttled|owner_unprotected|password_weak|server_error)$/;
 
 /** Passes an event to `onEvent`, and keeps it for the owner's page. */
-function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happened: Omit<AuthEvent, "at">): void {
-  const event: AuthEvent = { at: Math.floor(seconds()), ...happened };
+function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happened: Omit<AuthEvent, "at">) {
+  const event = { at: Math.floor(seconds()), ...happened };
+  const { type, cause: _cause, ...rest } = event;
   // A broken alarm must break neither the request it reports nor, if it is asynchronous, the process.
   promiseTry(() => onEvent(event)).catch((error) => console.error("personal-auth: onEvent threw", error));
-  const { at, type, message, clientName, connection } = event;
   if (type === "client_registered") return; // anybody's, any number of times, and nothing the owner could act on
-  const kept = { at, message: message.slice(0, 500), ...defined({ clientName, connection }) };
+  const kept = { ...rest, message: rest.message.slice(0, 500) };
   log.waiting = mergeEvents(log.waiting, { [type]: { count: 1, latest: [kept] } });
   if (CHEAP_EVENTS.test(type)) return;
   const batch = log.waiting;
@@ -2497,18 +2491,19 @@ function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happene
 }
 
 /** Adds newer events to a record. An event that repeats an earlier one replaces it. */
-function mergeEvents(record: unknown, newer: EventRecord): EventRecord {
+function mergeEvents(record: unknown, newer: EventRecord) {
   const merged = { ...record as EventRecord | undefined };
   for (const [type, { count, latest }] of Object.entries(newer)) {
-    const all = [...latest, ...merged[type]?.latest ?? []];
-    const keys = all.map(({ message, clientName }) => JSON.stringify([message, clientName]));
-    const distinct = all.filter((_, i) => keys.indexOf(keys[i]!) === i);
-    merged[type] = { count: count + (merged[type]?.count ?? 0), latest: distinct.slice(0, MAX_EVENTS_PER_TYPE) };
+    const before = merged[type] ?? { count: 0, latest: [] };
+    const others = before.latest.filter((old) =>
+      !latest.some(({ message, clientName }) => message === old.message && clientName === old.clientName)
+    );
+    merged[type] = { count: before.count + count, latest: [...latest, ...others].slice(0, MAX_EVENTS_PER_TYPE) };
   }
   return merged;
 }
 
-/** Returns the latest events, newest first. The latest of a type says how many there were of that type. */
+/** Returns the latest events, newest first. The first of each type says how many there were. */
 async function latestEvents(log: EventLog) {
   await log.writing;
   const record = mergeEvents(await log.store.get(log.key), log.waiting);
@@ -2517,19 +2512,24 @@ async function latestEvents(log: EventLog) {
     .sort((a, b) => b.at - a.at);
 }
 
-/** Writes an event to the console, but for those that anyone can cause at will; these go to `onEvent` only. */
-function logEvent({ type, message, connection, clientName, cause }: AuthEvent): void {
+/** Writes an event to the console, but for those that anyone can cause at will. */
+function logEvent({ type, message, connection, clientName, cause }: AuthEvent) {
   if (type === "client_registered" || (type === "token_refused" && !connection)) return;
-  // quote() keeps what a client controls on one line, so that no name can forge a second log entry.
-  const why = cause instanceof Error ? quote(cause.message) : undefined;
-  const parts = [clientName && `client ${quote(clientName)}`, connection && `connection ${connection}`, why];
-  console.log(["personal-auth", type, message, ...parts.filter(Boolean)].join(" | "));
+  const parts = [
+    ...["personal-auth", type, message],
+    // quote() keeps what a client controls on one line, so that no name can forge a second log entry.
+    clientName && `client ${quote(clientName)}`,
+    connection && `connection ${connection}`,
+    cause instanceof Error && quote(cause.message),
+  ];
+  console.log(parts.filter(Boolean).join(" | "));
   if (type === "server_error") console.error(cause); // in full only what no stranger can cause at will
 }
 
 // --- Pages ---
 
 type Html = ReturnType<typeof html>;
+type Text = string | Html | undefined; // a string is a paragraph
 type PageStatus = 200 | 409 | 429 | ErrorStatus;
 
 /** How the owner's pages look. */
@@ -2550,46 +2550,51 @@ const OPEN_TOO_LONG: Problem = { status: 403, message: "This page was open for t
 const STYLE = `
 :root{color-scheme:light dark;--ink:#1d1b18;--soft:#5c574f;--paper:#f5f3ee;--card:#fff;--line:#e0dbd0;--link:#1d4f9c;
 --accent:var(--link);--on-accent:var(--card);--warn:#7a3d00;--warn-paper:#fff4e0;--good:#1b6b3a;--good-paper:#e8f5ec;
---bad:#a3241b}@media(prefers-color-scheme:dark){:root{--ink:#f1efe9;--soft:#b8b2a7;--paper:#161513;--card:#211f1d;
---line:#3d3a35;--link:#8db4f5;--warn:#ffcf8f;--warn-paper:#36260f;--good:#8fd8a8;--good-paper:#16301f;--bad:#ff9d94}}
+--bad:#a3241b}
+@media(prefers-color-scheme:dark){:root{--ink:#f1efe9;--soft:#b8b2a7;--paper:#161513;--card:#211f1d;--line:#3d3a35;
+--link:#8db4f5;--warn:#ffcf8f;--warn-paper:#36260f;--good:#8fd8a8;--good-paper:#16301f;--bad:#ff9d94}}
 @media(prefers-contrast:more){:root{--soft:var(--ink);--line:var(--ink)}}*{box-sizing:border-box;margin:0;padding:0}
 body{min-height:100vh;display:grid;grid-template-columns:100%;place-items:center;padding:1rem;background:var(--paper);
-color:var(--ink);font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere;text-wrap:pretty}main{width:100%;
-max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);
-border-radius:1.1rem}.wide{max-width:44rem;align-self:start}header,.row,.pair,fieldset label{display:flex;gap:.7rem;
-align-items:center}header{min-height:2.75rem;margin-bottom:.5rem;color:var(--soft);font-size:.9rem}
-header b,.to b{color:var(--ink)}header form{margin-left:auto}h1{margin-bottom:.5rem;font-size:1.5rem;line-height:1.2;
-text-wrap:balance}h2{margin:1.6rem 0 .3rem;font-size:1rem}p{margin:.5rem 0}small{display:block}
-small,code,.row p,.name,.av{overflow:clip}small,.soft,.to{color:var(--soft);font-size:.875rem}
-ul,ol,summary.row{list-style:none}a{color:var(--link)}.name{display:-webkit-box;-webkit-box-orient:vertical;
--webkit-line-clamp:2;font-weight:600;text-align:left}.card,.flash,.warn{margin:1rem 0;padding:.8rem}
+color:var(--ink);font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere;text-wrap:pretty}
+main{width:100%;max-width:28rem;padding:clamp(1.1rem,5vw,2rem);background:var(--card);border:1px solid var(--line);
+border-radius:1.1rem}
+.wide{max-width:44rem;align-self:start}header,.row,.pair,fieldset label{display:flex;gap:.7rem;align-items:center}
+header{color:var(--soft);font-size:.9rem}header b,.to b{color:var(--ink)}header form{margin-left:auto}
+header,h1{margin-bottom:.5rem}h1{font-size:1.5rem;line-height:1.2;text-wrap:balance}
+h2{margin:1.6rem 0 .3rem;font-size:1rem}p,code{margin:.5rem 0}small{display:block}
+small,code,.row p,.name,.av{overflow:clip}small,.soft,.to{color:var(--soft);font-size:.875rem}ul,ol{list-style:none}
+a{color:var(--link)}
+.name{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;font-weight:600;text-align:left}
+.card,.flash,.warn{margin:1rem 0}.card,.flash,.warn,code{padding:.8rem}
 .card,.flash,.warn,.chip,.av,code,input,select,button,.button{border:1px solid transparent;border-radius:.75rem}
 .card,code{border-color:var(--line)}.flash,.chip{background:var(--good-paper);color:var(--good)}
-.warn{background:var(--warn-paper);color:var(--warn)}.warn,.chip{font-weight:600}.chip{padding:0 .5rem;font-size:.8rem;
-white-space:nowrap}.row{padding:.7rem 0}.row>div{flex:1;min-width:0}.row p{margin:0}
-.row p::first-letter{text-transform:uppercase}.card>.row{padding:0 0 .7rem}.row+.card{margin:0 0 .8rem}.av{flex:none;
-width:2.5rem;height:2.5rem;display:grid;place-items:center;color:#fff;font-weight:700}.c0{background:#b0492a}
-.c1{background:#2d66a8}.c2{background:#6a53c0}.c3{background:#1f7350}.c4{background:#a23b72}
+.warn{background:var(--warn-paper);color:var(--warn)}.warn,.chip{font-weight:600}
+.chip{padding:0 .5rem;font-size:.8rem;white-space:nowrap}.row{padding:.7rem 0}.row>div{flex:1;min-width:0}
+.row p{margin:0}.row p::first-letter{text-transform:uppercase}.card>.row{padding:0 0 .7rem}.row+.card{margin:0 0 .8rem}
+.av{flex:none;width:2.5rem;height:2.5rem;display:grid;place-items:center;color:#fff;font-weight:700}
+.c0{background:#b0492a}.c1{background:#2d66a8}.c2{background:#6a53c0}.c3{background:#1f7350}.c4{background:#a23b72}
 .list>li,.to{border-top:1px solid var(--line)}.to{margin:0;padding-top:.7rem}.to b{font-size:1.2rem}
-.marks li{padding:.2rem 0 .2rem 1.6rem;position:relative}.marks li::before{content:"✓";position:absolute;left:.2rem;
-color:var(--good);font-weight:700}.marks .more::before{content:"!";left:.45rem;color:var(--warn)}
-.marks .bad::before{content:"✗";color:var(--bad)}label,legend{display:block;margin-top:1rem;font-weight:600}
-fieldset{border:0}fieldset label{min-height:2.75rem;margin:0;font-weight:400}input,select,button,.button{width:100%;
-min-height:3rem;margin-top:.5rem;padding:.6rem .9rem;font:inherit;border-color:var(--soft);color:inherit;
-background:var(--card)}[type=checkbox]{width:1.35rem;min-height:1.35rem;margin:0;accent-color:var(--accent)}
-button,.button,summary{font-weight:600;cursor:pointer}.button{display:block;text-align:center;text-decoration:none}
-.approve{margin-top:1rem;background:var(--accent);border-color:var(--accent);color:var(--on-accent)}.plain{width:auto;
-min-height:2.75rem;margin:0;padding:0;border:0;background:none;color:var(--link)}.danger{color:var(--bad)}
+.marks li{padding:.2rem 0 .2rem 1.6rem;position:relative}
+.marks li::before{content:"✓";position:absolute;left:.2rem;color:var(--good);font-weight:700}
+.marks .more::before{content:"!";left:.45rem;color:var(--warn)}.marks .bad::before{content:"✗";color:var(--bad)}
+label,legend{display:block;margin-top:1rem;font-weight:600}fieldset{border:0}fieldset label{margin:0;font-weight:400}
+input,select,button,.button{width:100%;min-height:3rem;margin-top:.5rem;padding:.6rem .9rem;font:inherit;
+border-color:var(--soft);color:inherit;background:var(--card)}
+[type=checkbox]{width:1.35rem;min-height:1.35rem;margin:0;accent-color:var(--accent)}
+button,.button,summary{font-weight:600;cursor:pointer}.button{display:block;text-decoration:none}
+.approve{margin-top:1rem;background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
+.plain{width:auto;margin:0;padding:0;border:0;background:none;color:var(--link)}.danger{color:var(--bad)}
 .pair{margin-top:.75rem}.pair>*{margin:0}.pair button{flex:none;width:auto}.pair .approve{flex:1}
-summary{min-height:2.75rem;padding:.6rem 0;color:var(--link)}summary.row{padding:.7rem .3rem .7rem 0;color:inherit;
-font-weight:400}summary.row::-webkit-details-marker{display:none}summary.row::after{content:"";padding:.2rem;
-border:solid var(--soft);border-width:0 2px 2px 0;rotate:45deg}[open]>summary.row::after{rotate:225deg}
-code{display:block;margin:.5rem 0;padding:.8rem;background:var(--paper);white-space:pre-wrap;user-select:all;
-font-size:.875rem}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+header,fieldset label,.plain,summary{min-height:2.75rem}summary{padding:.6rem 0;color:var(--link)}
+summary.row{padding:.7rem .3rem .7rem 0;color:inherit;font-weight:400}summary.row::-webkit-details-marker{display:none}
+summary.row::after{content:"";padding:.2rem;border:solid var(--soft);border-width:0 2px 2px 0;rotate:45deg}
+[open]>summary.row::after{rotate:225deg}
+code{display:block;background:var(--paper);white-space:pre-wrap;user-select:all;font-size:.875rem}
+:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 `;
 
 const serverName = ({ pages, issuer }: Server) => pages.title || issuer.replace("https://", "");
-/** Where an answer goes: a web site by its host, anything else with its scheme. Never shortened: the end counts. */
+/** Where an answer goes. Never shortened: the end of a host counts. */
 const hostOf = ({ protocol, host }: URL) => protocol === "https:" ? host : `${protocol}//${host}`;
 /** Whether an app on the browser's own computer listens there. A private-use scheme may have a host `localhost` too. */
 const isLocal = ({ protocol, hostname }: URL) => /^https?:$/.test(protocol) && isLoopback(hostname);
@@ -2597,19 +2602,22 @@ const nameOf = (name: string) => html`<bdi class="name">${name || UNNAMED}</bdi>
 const link = (uri: string, text: string) => html`<a class="button approve" href="${uri}">${nameOf(text)}</a>`;
 const copyable = (text: string) => html`<code tabindex="0">${text}</code>`;
 const list = (items: Html[]) => html`<ul class="list">${items.map((item) => html`<li>${item}</li>`)}</ul>`;
-const fold = (title: string, content: Html, open = false) =>
-  html`<details ${open && raw("open")}><summary>${title}</summary>${content}</details>`;
+const fold = (line: string | Html, content: Html, isOpen = false) =>
+  html`<details ${isOpen && "open"}>
+    <summary class="${typeof line !== "string" && "row"}">${line}</summary>${content}</details>`;
 
-/** Shows a name beside its first letters in one of five colours, so that rows are told apart at a glance. */
-function heading(name: string, where: string, more: Html, label?: string): Html {
-  const letters = name.split(/\s+/).map((word) => word.match(/[\p{L}\p{N}]/u)?.[0] ?? "").slice(0, 2).join("");
+/** Shows a name beside its first letters, in one of five colours: so rows are told apart at a glance. */
+function heading(name: string, where: string, more: Html, label?: string) {
+  const letters = name.split(/\s+/, 2).map((word) => word.match(/[\p{L}\p{N}]/u)?.[0]).join("").toUpperCase();
   const sum = [...(name + where)].reduce((sum, char) => (sum * 31 + char.codePointAt(0)!) % 9973, 0);
-  const avatar = html`<span class="av c${sum % 5}" aria-hidden="true">${letters.toUpperCase() || "?"}</span>`;
-  return html`${avatar}<div>${nameOf(label || name)}${more}</div>`;
+  return html`
+    <span class="av c${sum % 5}" aria-hidden="true">${letters || "?"}</span>
+    <div>${nameOf(label || name)}${more}</div>
+  `;
 }
 
-/** Shows a time from now, as a page without script does not know the owner's time zone; exactly in the title. */
-function timeOf(at: number): Html {
+/** Shows a time from now, because a page without script knows no time zone; exactly in the title. */
+function timeOf(at: number) {
   const left = at - seconds();
   const units = [["month", 30 * DAY], ["day", DAY], ["hour", HOUR], ["minute", MINUTE]] as const;
   const [unit, size] = units.find(([, size]) => Math.abs(left) >= size) ?? [];
@@ -2620,26 +2628,27 @@ function timeOf(at: number): Html {
 const formatTime = (at: number) => `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
 
 /** Says what a connection may do; what is granted on request only is marked. */
-function scopeList({ scopes }: Server, granted: string[]): Html {
-  const item = (scope: string) =>
-    scopes.byDefault.includes(scope)
-      ? html`<li class="">${scopes.words(scope)}</li>`
-      : html`<li class="more">${scopes.words(scope)} <span class="chip warn">extra</span></li>`;
-  return html`<ul class="marks">${granted.filter((scope) => scope !== OFFLINE_ACCESS).map(item)}</ul>`;
+function scopeList({ scopes }: Server, granted: string[]) {
+  const items = granted.filter((scope) => scope !== OFFLINE_ACCESS).map((scope) => {
+    const extra = !scopes.byDefault.includes(scope) && html`<span class="chip warn">extra</span>`;
+    return html`<li class="${extra && "more"}">${scopes.words(scope)} ${extra}</li>`;
+  });
+  return html`<ul class="marks">${items}</ul>`;
 }
 
 /** `ready`: with the cursor in it; not where that would scroll the question out of sight on a phone. */
-function passwordField(isOwner: boolean, problem?: Problem, ready = problem !== undefined): Html {
+function passwordField(isOwner: boolean, problem?: Problem, ready = problem !== undefined) {
   const alert = problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`;
-  if (isOwner) return html`${alert}`;
-  const more = raw((problem ? 'aria-describedby="problem" aria-invalid="true"' : "") + (ready ? " autofocus" : ""));
+  if (isOwner) return alert;
   // Password managers store and fill in a password only where they see a user name.
-  return html`${alert}<input autocomplete="username" value="owner" hidden>
-    <label for="password">Your password for this server</label>
-    <input id="password" name="password" type="password" autocomplete="current-password" required ${more}>`;
+  return html`
+    ${alert}<input autocomplete="username" value="owner" hidden>
+        <label for="password">Your password for this server</label>
+        <input id="password" name="password" type="password" autocomplete="current-password" required
+      ${problem && "aria-describedby=problem aria-invalid=true"} ${ready && "autofocus"}>
+  `;
 }
 
-/** Asks the owner, and for the password if nobody is signed in. */
 async function consentPage(
   server: Server,
   c: Context,
@@ -2648,18 +2657,18 @@ async function consentPage(
   csrf?: string,
   problem?: Problem,
 ) {
-  const { issuer, basePath } = server;
   const target = new URL(redirect_uri);
-  // Beside what is on the list: the site of the document, or else of the answer; never a mere name, or any program.
   const isDocument = client.source === "document";
+  // What may be on the list: the site of the document, or else of the answer; never a mere name, or any program.
   const site = isDocument ? new URL(client.id) : target;
-  const isListedSite = site.protocol === "https:" && !isLocal(site) && isListed(server.allowed, site);
-  const chip = isListedSite && html`<span class="chip">on your list</span>`;
-  const own = client.source === "registered" ? "The app chose this name; it is not verified" : "You registered it";
-  const origin = isDocument ? html`Described by ${new URL(client.id).host} ${chip}` : own;
-  const isWeb = /^https?:$/.test(target.protocol);
-  const device = isLocal(target) ? "an app on this computer" : isWeb ? "" : "an app on this device";
-  const place = html`<b title="${redirect_uri}">${hostOf(target)}</b> ${!isDocument && chip}`;
+  const isOnList = site.protocol === "https:" && !isLocal(site) && isListed(server.allowed, site);
+  const chip = isOnList && html`<span class="chip">on your list</span>`;
+  const origin = {
+    preregistered: "You registered it",
+    registered: "The app chose this name; it is not verified",
+    document: html`Described by ${site.host} ${chip}`,
+  }[client.source];
+  const device = target.protocol === "https:" ? "" : "an app on this device";
   const elsewhere = html`
     <p>This browser cannot reach it there. Approve here, then copy the address that is shown into the app.</p>
     <button name="decision" value="approve_elsewhere">Approve and show the address</button>
@@ -2668,12 +2677,13 @@ async function consentPage(
     <h1>Connect this app to ${serverName(server)}?</h1>
     <div class="card">
       <div class="row">${heading(client.name, target.host, html`<small>${origin}</small>`)}</div>
-      <p class="to">Sends you back to ${device}<br>${place}</p>
+      <p class="to">Sends you back to ${isLocal(target) ? "an app on this computer" : device}<br>
+        <b title="${redirect_uri}">${hostOf(target)}</b> ${!isDocument && chip}</p>
     </div>
     <h2>It will be able to</h2>
     ${scopeList(server, scopes)}
     <p class="warn">Approve only if you just started this.</p>
-    <form method="post" action="${basePath}/authorize">
+    <form method="post" action="${server.basePath}/authorize">
       <input type="hidden" name="request" value="${encoded}">
       <input type="hidden" name="csrf" value="${csrf ?? await createCsrf(server, browser, encoded)}">
       ${passwordField(isOwner, problem)}
@@ -2683,93 +2693,97 @@ async function consentPage(
       </div>
       ${isLocal(target) && fold("The app is on another computer", elsewhere)}
     </form>
-    <p class="soft">Stays connected until you revoke it at <a href="${issuer}/connections">/connections</a>.</p>
+    <p class="soft">Stays connected until you revoke it at <a href="${server.issuer}/connections">/connections</a>.</p>
   `;
-  return page(server, c, `Connect ${client.name || UNNAMED}?`, body, { status: problem?.status });
+  return page(server, c, problem?.status, `Connect ${client.name || UNNAMED}?`, body);
 }
 
 /** Leads to a private-use scheme. A redirect would leave the form on the screen, as if nothing had happened. */
 function openAppPage(server: Server, c: Context, uri: string, name: string, approved: boolean) {
   c.header("Refresh", `0; url=${uri}`);
-  const texts = ["The app opens now. If it does not, press the button.", link(uri, `Open ${name || "the app"}`)];
-  return messagePage(server, c, 200, approved ? "Approved" : "Not connected", ...texts, "Then close this page.");
+  const body = html`
+    <p>The app opens now. If it does not, press the button.</p>
+    ${link(uri, `Open ${name || "the app"}`)}<p>Then close this page.</p>
+  `;
+  return messagePage(server, c, 200, approved ? "Approved" : "Not connected", body);
 }
 
-/** Shows the address of the callback, to be carried by hand to the computer that the app runs on. */
+/** Shows the address of the callback, to be carried by hand to the app's computer. */
 function elsewherePage(server: Server, c: Context, uri: string) {
-  const what = "Paste this address where the app on the other computer asks for it, or into a browser there:";
-  const warning = html`<p class="warn">Give it only to the app that you started yourself.</p>`;
-  const limit = `It works once, within ${CODE_TTL / MINUTE} minutes.`;
-  return messagePage(server, c, 200, "Approved", what, copyable(uri), warning, limit);
+  const body = html`
+    <p>Paste this address where the app on the other computer asks for it, or into a browser there:</p>
+    ${copyable(uri)}
+    <p class="warn">Give it only to the app that you started yourself.</p>
+    <p>It works once, within ${CODE_TTL / MINUTE} minutes.</p>
+  `;
+  return messagePage(server, c, 200, "Approved", body);
 }
 
-/** Answers a form that was sent before, with the way on if the first answer did not get through. */
+/** Answers a form that was sent before; with the way on, as the first answer may not have got through. */
 function answeredPage(server: Server, c: Context, client: string, uri?: string) {
-  const text = "You approved this request before. If the app is not connected, go back to it and connect again.";
-  const way = uri ? [link(uri, `Go on to ${client || "the app"}`)] : [];
-  return messagePage(server, c, 409, "Already answered", text, ...way);
+  const text = "You approved this before. If the app is not connected, go back to it and connect again.";
+  return messagePage(server, c, 409, "Already answered", text, uri && link(uri, `Go on to ${client || "the app"}`));
 }
 
 /** Shows the owner's page; to anybody else, the form to sign in. */
 async function connectionsPage(server: Server, c: Context, { browser, isOwner }: Session, problem?: Problem) {
-  const { basePath, resource } = server;
-  const csrf = await createCsrf(server, browser, `${basePath}/connections`);
+  const path = `${server.basePath}/connections`;
+  const csrf = await createCsrf(server, browser, path);
   const form = (content: Html) =>
-    html`<form method="post" action="${basePath}/connections">
-      <input type="hidden" name="csrf" value="${csrf}">${content}</form>`;
+    html`<form method="post" action="${path}"><input type="hidden" name="csrf" value="${csrf}">${content}</form>`;
   if (!isOwner) {
-    const fields = form(html`${passwordField(false, problem, true)}<button class="approve">Sign in</button>`);
-    const text = "This page is for the owner of this server.";
-    return await messagePage(server, c, problem?.status ?? 200, "Sign in", text, fields);
+    const fields = form(html`${passwordField(isOwner, problem, true)}<button class="approve">Sign in</button>`);
+    return messagePage(server, c, problem?.status, "Sign in", "This page is for the owner of this server.", fields);
   }
   const connections = await listConnections(server);
-  const [attempts, events] = [await listTimelines(server), await latestEvents(server.events)];
-  const done = DONE.find(([, it]) => it === c.req.query("done"))?.[2];
+  const attempts = await listTimelines(server);
+  const events = await latestEvents(server.events);
+  const done = DONE.get(c.req.query("done") ?? "");
   const isNew = ({ type, at }: typeof events[0]) => !ROUTINE.test(type) && seconds() - at < 30 * DAY;
   const section = (title: string, items: Html[]) => items.length > 0 && html`<h2>${title}</h2>${list(items)}`;
-  const signOut = (name: string, text: string, choice?: Html) =>
+  const signOut = (action: string, text: string, choice?: Html) =>
     !server.authenticateOwner &&
-    form(html`${choice}<button class="plain" name="action" value="${name}">${text}</button>`);
+    form(html`${choice}<button class="plain" name="action" value="${action}">${text}</button>`);
   const address = html`
-    <p>Give it this address, in Claude as a custom connector:</p>${copyable(resource)}
-    <p>In Claude Code:</p>${copyable(addCommand(serverName(server), resource))}
+    <p>Give it this address, in Claude as a custom connector:</p>${copyable(server.resource)}
+    <p>In Claude Code:</p>${copyable(addCommand(serverName(server), server))}
   `;
-  const token = html`<p class="soft">For scripts, and for clients without a browser.</p>${form(tokenFields(server))}`;
-  const disconnect = html`
+  const all = form(html`
     <p>Every app and every token has to be connected again.</p>
-    ${form(html`<button class="danger" name="action" value="revoke_all">Disconnect all</button>`)}
-  `;
+    <button class="danger" name="action" value="revoke_all">Disconnect all</button>
+  `);
   const box = html`<fieldset><label>
     <input type="checkbox" name="revoke_all" value="yes">Disconnect every app and token as well</label></fieldset>`;
   const body = html`
     <h1>Connections</h1>
     ${done && html`<p class="flash" role="status">${done}</p>`}
-    ${passwordField(true, problem)}
+    ${passwordField(isOwner, problem)}
     ${connections.length === 0 && html`<p>Nothing is connected yet.</p>`}
     ${list(connections.map((connection) => connectionItem(server, connection, form)))}
     ${fold("Connect an app", address, connections.length === 0)}
-    ${fold("New token for a script", token)}
-    ${connections.length > 1 && fold("Disconnect all", disconnect)}
+    ${fold("New token for a script", form(tokenFields(server)))}
+    ${connections.length > 1 && fold("Disconnect all", all)}
     ${section("Attempts to connect", attempts.map(attemptItem))}
     ${section("Needs a look", events.filter(isNew).map(eventItem))}
     ${section("Recent activity", events.filter((event) => !isNew(event)).map(eventItem))}
     ${events.length === 0 && html`<p class="soft">No activity yet.</p>`}
     ${signOut("sign_out_everywhere", "Sign out everywhere", box)}
   `;
-  const more = { status: problem?.status, wide: true, aside: signOut("sign_out", "Sign out") };
-  return await page(server, c, "Connections", body, more);
+  return page(server, c, problem?.status, "Connections", body, signOut("sign_out", "Sign out"));
 }
 
-/** Shows a connection in a row; opened, what can be done with it. */
-function connectionItem(server: Server, connection: Connection, form: (content: Html) => Html): Html {
+function connectionItem(server: Server, connection: Connection, form: (content: Html) => Html) {
   const { id, kind, clientName, label, redirectUri, scopes, state, createdAt, lastUsedAt, expiresAt } = connection;
   const name = label || clientName || UNNAMED;
   const where = redirectUri ? hostOf(new URL(redirectUri)) : "token";
   const short = scopes.filter((scope) => scope !== OFFLINE_ACCESS).join(" · ");
   const expires = kind === "token" && html`<span> · expires ${timeOf(expiresAt)}</span>`;
-  const used = lastUsedAt ? html`used ${timeOf(lastUsedAt)}` : state === "pending" ? "not finished" : "never used";
-  const silent = state === "silent" && html`<span class="chip warn">silent</span>`;
-  const facts = html`<small>${where} · ${used} ${silent}</small><small>${short}${expires}</small>`;
+  const unused = state === "pending" ? "not finished" : "never used";
+  const facts = html`
+    <small>${where} · ${lastUsedAt ? html`used ${timeOf(lastUsedAt)}` : unused}
+      ${state === "silent" && html`<span class="chip warn">silent</span>`}</small>
+    <small>${short}${expires}</small>
+  `;
   const actions = html`
     <input type="hidden" name="id" value="${id}">
     <label for="label-${id}">Your name for it</label>
@@ -2777,66 +2791,63 @@ function connectionItem(server: Server, connection: Connection, form: (content: 
       <input id="label-${id}" name="label" value="${label ?? ""}" maxlength="${MAX_LABEL}" autocomplete="off">
       <button name="action" value="rename" aria-label="Rename: ${name}">Rename</button>
     </div>
-    <p>Once disconnected, it has to ask you again before it can use this server.</p>
+    <p>Once disconnected, it has to ask you again.</p>
     <button class="danger" name="action" value="revoke" aria-label="Disconnect: ${name}">Disconnect</button>
   `;
-  return html`
-    <details>
-      <summary class="row">${heading(clientName, where, facts, label)}</summary>
-      <div class="card">
-        ${label && nameOf(clientName)} ${scopeList(server, scopes)}
-        <small>Connected ${timeOf(createdAt)} · ${formatTime(createdAt)}</small>
-        ${form(actions)}
-      </div>
-    </details>
+  const content = html`
+    <div class="card">
+      ${label && nameOf(clientName)} ${scopeList(server, scopes)}
+      <small>Connected ${timeOf(createdAt)} · ${formatTime(createdAt)}</small>
+      ${form(actions)}
+    </div>
   `;
+  return fold(heading(clientName, where, facts, label), content);
 }
 
-/** Shows how far an attempt came, step by step, and the same as text, to ask somebody about it. */
-function attemptItem({ title, steps, advice }: Timeline): Html {
+/** Shows an attempt step by step, and as a text to ask somebody about it. */
+function attemptItem({ title, steps, advice }: Timeline) {
   const lines = steps.map(({ at, text, ok }) => `${ok ? "ok    " : "FAILED"} ${formatTime(at)} ${text}`);
   const items = steps.map((it) => html`<li class="${!it.ok && "bad"}">${it.text}<small>${timeOf(it.at)}</small></li>`);
-  return html`
-    <details>
-      <summary class="row"><div>${nameOf(title)}<small>${advice}</small></div></summary>
-      <ol class="marks">${items}</ol>
-      ${copyable([title, ...lines, advice].join("\n"))}
-    </details>
-  `;
+  const content = html`<ol class="marks">${items}</ol>${copyable([title, ...lines, advice].join("\n"))}`;
+  return fold(html`<div>${nameOf(title)}<small>${advice}</small></div>`, content);
 }
 
-function eventItem({ at, message, clientName, count }: Awaited<ReturnType<typeof latestEvents>>[number]): Html {
-  const when = html`<small>${timeOf(at)}${count > 1 && ` · ${count} times in all`}</small>`;
+function eventItem({ at, message, clientName, count }: Awaited<ReturnType<typeof latestEvents>>[number]) {
+  const times = count > 1 && ` · ${count} times in all`;
   return html`
     <div class="row">
-      <div>${clientName && nameOf(clientName)}<p>${message}</p>${when}</div>
+      <div>${clientName && nameOf(clientName)}<p>${message}</p><small>${timeOf(at)}${times}</small></div>
     </div>
   `;
 }
 
-/** Returns the command that adds this server to Claude Code, under a name that needs no quotes in any shell. */
-function addCommand(name: string, resource: string): string {
+/** Returns a command for Claude Code, with a name that needs no quotes in any shell. */
+function addCommand(name: string, { resource }: Server) {
   const word = name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "personal";
   return `claude mcp add --transport http ${word} ${resource}`;
 }
 
-function tokenFields({ scopes }: Server): Html {
-  const days = [30, 90, 365].map((days) => html`<option value="${days}">${days} days</option>`);
+function tokenFields({ scopes }: Server) {
   const choices = scopes.all.map((scope) =>
     html`<label><input type="checkbox" name="scope" value="${scope}"
-      ${scopes.byDefault.includes(scope) && raw("checked")}>${scopes.words(scope)}</label>`
+      ${scopes.byDefault.includes(scope) && "checked"}>${scopes.words(scope)}</label>`
   );
-  return html`<label for="name">What is it for?</label>
+  return html`
+    <p class="soft">For scripts, and for clients without a browser.</p>
+    <label for="name">What is it for?</label>
     <input id="name" name="name" required maxlength="200" autocomplete="off">
     <label for="days">Expires after</label>
-    <select id="days" name="days">${days}</select>
+    <select id="days" name="days">
+      ${[30, 90, 365].map((days) => html`<option value="${days}">${days} days</option>`)}
+    </select>
     ${choices.length > 1 && html`<fieldset><legend>It may</legend>${choices}</fieldset>`}
-    <button name="action" value="create_token">Create token</button>`;
+    <button name="action" value="create_token">Create token</button>
+  `;
 }
 
-function messagePage(server: Server, c: Context, status: PageStatus, title: string, ...texts: (string | Html)[]) {
+function messagePage(server: Server, c: Context, status: PageStatus = 200, title: string, ...texts: Text[]) {
   const body = html`<h1>${title}</h1>${texts.map((text) => typeof text === "string" ? html`<p>${text}</p>` : text)}`;
-  return page(server, c, title, body, { status });
+  return page(server, c, status, title, body);
 }
 
 const expiredPage: Handler = (server, c) => {
@@ -2844,29 +2855,18 @@ const expiredPage: Handler = (server, c) => {
   return messagePage(server, c, 403, "This page has expired", advice);
 };
 
-/** Returns black or white, whichever is easier to read on a colour `#rrggbb` (relative luminance, WCAG 2). */
-function readableOn(colour: string): string {
+/** Returns what is easier to read on a colour `#rrggbb`, black or white (relative luminance, WCAG 2). */
+function readableOn(colour: string) {
   const [r = 0, g = 0, b = 0] = colour.slice(1).match(/../g)!.map((pair) => (parseInt(pair, 16) / 255) ** 2.2);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? "#000" : "#fff";
 }
 
-type PageMore = { status?: PageStatus | undefined; wide?: boolean; aside?: Html | false };
-
-/** Sends a page. `aside` stands at the end of its head line. */
-function page(server: Server, c: Context, title: string, body: Html, { status = 200, wide, aside }: PageMore = {}) {
-  const { issuer, pages } = server;
-  const nonce = random(16);
-  const headers = {
-    // No script, frame or image: nobody can decorate or frame the page. No form-action: browsers apply it to the
-    // redirect after the form too, and would stop the way back to the app.
-    "Content-Security-Policy":
-      `default-src 'none'; style-src 'nonce-${nonce}'; frame-ancestors 'none'; base-uri 'none'`,
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "same-origin", // not no-referrer: the form would then be sent with Origin: null
-  };
-  const name = serverName(server);
-  const address = pages.title && html`<span>${issuer.replace("https://", "")}</span>`;
-  const accent = pages.accent ? `:root{--accent:${pages.accent};--on-accent:${readableOn(pages.accent)}}` : "";
+/** Sends a page. `aside` stands at the end of its head line; the page that has one is wide. */
+function page(server: Server, c: Context, status: PageStatus = 200, title: string, body: Html, aside?: Html | false) {
+  const { issuer, pages: { title: own, accent } } = server;
+  const [name, nonce] = [serverName(server), random(16)];
+  const colours = accent ? `:root{--accent:${accent};--on-accent:${readableOn(accent)}}` : "";
+  const address = own && html`<span>${issuer.replace("https://", "")}</span>`;
   const document = html`
     <!doctype html>
     <html lang="en">
@@ -2874,11 +2874,18 @@ function page(server: Server, c: Context, title: string, body: Html, { status = 
       <meta name="viewport" content="width=device-width, initial-scale=1">
       <meta name="robots" content="noindex">
       <title>${title} · ${name}</title>
-      <style nonce="${nonce}">${raw(STYLE + accent)}</style>
-      <main class="${wide && "wide"}"><header><b>${name}</b>${address}${aside}</header>${body}</main>
+      <style nonce="${nonce}">${raw(STYLE + colours)}</style>
+      <main class="${aside !== undefined && "wide"}"><header><b>${name}</b>${address}${aside}</header>${body}</main>
     </html>
   `;
-  return c.html(document, status, headers);
+  return c.html(document, status, {
+    // No script, frame or image: nobody can decorate or frame the page. No form-action: browsers apply it to the
+    // redirect after the form too, and would stop the way back to the app.
+    "Content-Security-Policy":
+      `default-src 'none'; style-src 'nonce-${nonce}'; frame-ancestors 'none'; base-uri 'none'`,
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin", // not no-referrer: the form would then be sent with Origin: null
+  });
 }
 
 // --- Stores ---

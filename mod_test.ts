@@ -2556,7 +2556,7 @@ test("/connections shows what is connected, and revokes one or all", async () =>
   const [connection] = (await auth.connections()).filter(({ clientName }) => clientName === "Second");
   const revoke = formsOf(page).find(({ action, id }) => action === "revoke" && id === connection!.id)!;
   const answer = await browser.open(PAGE, form(revoke));
-  assertEquals([answer.status, answer.location?.href], [303, `${PAGE}?done=disconnected`]);
+  assertEquals([answer.status, answer.location?.href], [303, `${PAGE}?done=revoke`]);
   assert((await browser.open(answer.location!.href)).text.includes("Disconnected. It has to ask you again."));
   assertEquals([(await callMcp(app, one)).status, (await callMcp(app, two)).status], [200, 401]);
   await auth.createToken({ name: "script" });
@@ -2576,7 +2576,7 @@ test("/connections gives a connection the owner's own name", async (t) => {
     return await browser.open(PAGE, form({ ...button, label }));
   };
   const named = await rename(`  <b onclick='x'>"Laptop"\u202e\n`);
-  assertEquals([named.status, named.location?.href], [303, `${PAGE}?done=renamed`]);
+  assertEquals([named.status, named.location?.href], [303, `${PAGE}?done=rename`]);
   const label = `<b onclick='x'>"Laptop"`;
   assertEquals((await auth.connections()).map((it) => [it.label, it.clientName]), [[label, "script"]]);
   const { text } = await browser.open(named.location!.href);
@@ -2602,7 +2602,7 @@ test("/connections says what was done in words of its own, whatever its address 
     const { status, text } = await browser.open(`${PAGE}?done=${encodeURIComponent(done)}`);
     assertEquals([status, text.includes('class="flash"'), text.includes("<script>")], [200, false, false], done);
   }
-  assert(!(await browse(app).open(`${PAGE}?done=disconnected`)).text.includes("Disconnected"), "told to a stranger");
+  assert(!(await browse(app).open(`${PAGE}?done=revoke`)).text.includes("Disconnected"), "told to a stranger");
 });
 
 test("/connections tells times from now, and exactly", async (t) => {
