@@ -44,14 +44,14 @@ import { html, raw } from "hono/html";
 
 /** Options of {@linkcode personalAuth}. Only `baseUrl` is required. */
 export interface PersonalAuthOptions {
-  /** The public URL, without a slash at the end: `https`, or `http` on loopback. It is the issuer (RFC 8414 §2). */
+  /** The public URL, and issuer (RFC 8414 §2), without a slash at the end: `https`, or `http` on loopback. */
   baseUrl: string;
   /** The owner's password. Default: one is generated, and printed until it is used. `false`: **anybody gets in**. */
   password?: string | false | undefined;
   /**
-   * Which apps may ask, by where they are sent back to: `example.com` (https), `*.example.com` (its subdomains),
-   * `localhost` (any loopback address and port), `scheme://host` (a private-use scheme). `null`: all. Default:
-   * claude.ai, claude.com, localhost and Claude Desktop's `claude://claude.ai`.
+   * Where apps that may ask are sent back to: `example.com` (https), `*.example.com` (its subdomains), `localhost` (any
+   * loopback address and port), `scheme://host` (a private-use scheme). `null`: anywhere. Default: claude.ai,
+   * claude.com, localhost and Claude Desktop's `claude://claude.ai`.
    */
   allowedRedirectDomains?: readonly string[] | null;
   /** Lifetime of an access token, in seconds. Default: 30 days. */
@@ -60,15 +60,15 @@ export interface PersonalAuthOptions {
   refreshTokenTtl?: number;
   /** Where state is kept. Default: `fileStore(".oauth-state")`. */
   store?: Store;
-  /** `false`: no dynamic client registration, only clients with a metadata document and those of `clients`. */
+  /** `false`: no dynamic registration, only clients with a metadata document and those of `clients`. */
   registration?: boolean;
-  /** The path of the MCP endpoint below `baseUrl`. Both together are the resource identifier. Default: `/mcp`. */
+  /** The path of the MCP endpoint below `baseUrl`; together they are the resource identifier. Default: `/mcp`. */
   mcpPath?: string;
-  /** The scopes on offer: a list of names, or an object from name to description. Default: `mcp`, every tool. */
+  /** The scopes on offer: names, or an object from name to description. Default: `mcp`, every tool. */
   scopes?: string[] | Record<string, string | ScopeOption>;
-  /** Clients registered by hand, for apps where a person types in an id and a secret. */
+  /** Clients registered by hand, for apps into which a person types an id and a secret. */
   clients?: PreregisteredClient[];
-  /** Replaces the password: `true` if the owner sent the request. A `Response` is sent in place of the page. */
+  /** Replaces the password: `true` if the owner sent the request. A `Response` replaces the page. */
   authenticateOwner?: (c: Context) => boolean | Response | Promise<boolean | Response>;
   /**
    * Fetches a client's metadata document or keys where the built-in function, which needs `node:https`, cannot. It
@@ -77,7 +77,7 @@ export interface PersonalAuthOptions {
   fetchClientMetadata?: (url: string, signal: AbortSignal) => Promise<Response>;
   /** How the owner's pages look. */
   pages?: PageOptions;
-  /** Receives every security-relevant event. Default: one line each on the console. */
+  /** Receives every event. Default: one line each on the console. */
   onEvent?: (event: AuthEvent) => void;
 }
 
@@ -134,7 +134,7 @@ export type AuthEvent = {
   cause?: unknown;
 };
 
-/** A client that the owner approved, or a personal access token. Times are in seconds since the epoch. */
+/** A client that the owner approved, or a personal access token; times in seconds since the epoch. */
 export type Connection = {
   id: string;
   kind: "client" | "token";
@@ -144,8 +144,8 @@ export type Connection = {
   /** The owner's own name for it. */
   label?: string;
   /**
-   * `pending`: approved, but its token is not fetched yet. `unused`: it has a token and never called. `active`: it
-   * calls. `silent`: its access token has run out, or it was refused, and it did not come back.
+   * `pending`: its token is not fetched yet. `unused`: it never called. `active`: it calls. `silent`: its access token
+   * has run out, or it was refused, and it did not come back.
    */
   state: "pending" | "unused" | "active" | "silent";
   redirectUri?: string;
@@ -202,7 +202,7 @@ export interface PersonalAuth extends Hono<AuthEnv> {
   revoke(id: string): Promise<boolean>;
   /**
    * Makes a personal access token, for scripts and headless clients: by default with every scope, for 365 days.
-   * `expiresIn` is in seconds. The token is shown only here; `id` is that of its {@linkcode Connection}.
+   * `expiresIn` is in seconds; `id` is that of its {@linkcode Connection}.
    *
    * @throws {TypeError} if the name is empty, a scope is not on offer, or the lifetime is not a positive number.
    */
@@ -235,7 +235,7 @@ export interface Store {
   close?(): void | Promise<void>;
 }
 
-/** Entries of `allowedRedirectDomains` for common apps: `[...redirects.claude, ...redirects.cursor]`. */
+/** Entries of `allowedRedirectDomains`: `[...redirects.claude, ...redirects.cursor]`. */
 export const redirects = {
   /** Claude on the web, the phone and the desktop; the scheme is for the Code tab of Claude Desktop. */
   claude: ["claude.ai", "claude.com", "claude://claude.ai"],
@@ -265,7 +265,7 @@ const LIFETIME = "must be a number of seconds, from 1 to 100 years";
 /** A path whose segments do not begin with a dot: neither `/..` nor `/.well-known`. */
 const PATH = /^(\/(?!\.)[A-Za-z0-9._~-]+)+$/;
 
-/** For every option: what a good value is, and what to say of a bad one. These are also all the names there are. */
+/** For every option there is: what a good value is, and what to say of a bad one. */
 // deno-lint-ignore no-explicit-any
 const OPTIONS: Record<keyof PersonalAuthOptions, [isGood: (it: any) => unknown, must: string]> = {
   baseUrl: [(it) => isString(it) && URL.canParse(it), `must be a URL such as "https://your-domain.com"`],
@@ -358,11 +358,10 @@ function readBaseUrl(baseUrl: string): URL {
   const { protocol, hostname, host, origin, pathname } = url;
   const isPrivate = !hostname.includes(".") || /\.(local|lan|home|internal)$/.test(hostname) ||
     /^(10|192\.168|172\.(1[6-9]|2\d|3[01]))\./.test(hostname);
-  const tunnel = "put a tunnel or a proxy with https in front of a server on a local network";
-  const advice = isPrivate ? tunnel : `write "https://${host}"`;
+  const advice = isPrivate ? "put a tunnel or a proxy with https in front of it" : `write "https://${host}"`;
   const isSafe = protocol === "https:" || (protocol === "http:" && isLoopback(hostname));
   assert(isSafe, `baseUrl must be https, or http on localhost, because tokens would be sent unencrypted; ${advice}`);
-  // Clients compare the issuer byte for byte (RFC 8414 §3.3), so only the one way to write a URL is accepted.
+  // Clients compare the issuer byte for byte (RFC 8414 §3.3), so a URL counts in one form only.
   const canonical = origin + pathname.replace(/\/+$/, "");
   assert(baseUrl === canonical, `baseUrl is ${quote(baseUrl)}; write it exactly like this: "${canonical}"`);
   const fault = `the path of baseUrl may contain letters, digits and ._~- only, not ${quote(pathname)}`;
@@ -370,27 +369,26 @@ function readBaseUrl(baseUrl: string): URL {
   return url;
 }
 
-/** One scope-token (RFC 6749 §3.3). */
+/** RFC 6749 §3.3. */
 const SCOPE = /^[\x21\x23-\x5b\x5d-\x7e]+$/;
 
 /** The scope by which clients ask for a refresh token. */
 const OFFLINE_ACCESS = "offline_access";
 
 function readScopes(scopes: string[] | Record<string, string | ScopeOption>) {
-  const entries = Array.isArray(scopes) ? scopes.map((name) => [name, {}] as const) : Object.entries(scopes);
-  const options = new Map<string, ScopeOption>(
-    entries.map(([name, it]) => [name, typeof it === "string" ? { description: it } : it]),
-  );
+  const options = new Map<string, ScopeOption>();
+  if (Array.isArray(scopes)) { for (const name of scopes) options.set(name, {}); }
+  else for (const [name, it] of Object.entries(scopes)) options.set(name, isString(it) ? { description: it } : it);
   const all = [...options.keys()];
   const byDefault = all.filter((name) => !options.get(name)?.onRequest);
   assert(byDefault.length > 0, `scopes must name a scope that is granted by default, such as ["mcp"]`);
   for (const [name, { description = "", includes = [] }] of options) {
-    const isGood = SCOPE.test(name) && name !== OFFLINE_ACCESS && name !== "openid";
-    const rule = "a scope is printable ASCII without spaces and quotes; openid and offline_access cannot be offered";
-    assert(isGood, `scopes contains ${quote(name)}: ${rule}`);
-    assert(isString(description), `scopes: the description of ${quote(name)} must be a string`);
+    const check = (good: unknown, fault: string) => assert(good, `scopes: ${quote(name)} ${fault}`);
+    check(SCOPE.test(name), "must be printable ASCII without spaces and quotes");
+    check(name !== OFFLINE_ACCESS && name !== "openid", "cannot be offered");
+    check(isString(description), "needs a string as its description");
     const unknown = includes.find((scope) => !options.has(scope));
-    assert(unknown === undefined, `scopes: ${quote(name)} includes ${quote(unknown)}, which is not on offer`);
+    check(unknown === undefined, `includes ${quote(unknown)}, which is not on offer`);
   }
   return {
     all,
@@ -415,8 +413,7 @@ function readAllowed(allowed: readonly string[] | null = [...redirects.claude, .
     assert(
       entry === better && ALLOW_ENTRY.test(entry),
       `allowedRedirectDomains holds ${quote(entry)}: write ${better ? `${quote(better)}. An entry is ` : ""}` +
-        `"example.com", "*.example.com", "localhost" for every loopback address and port, or "scheme://host" for an ` +
-        "app's own scheme",
+        `"example.com", "*.example.com", "localhost" (any loopback address and port) or "scheme://host"`,
     );
   }
   return allowed;
