@@ -442,7 +442,7 @@ function readClients(clients: PreregisteredClient[]): PreregisteredClient[] {
 type Server = ReturnType<typeof createServer>;
 type Handler = (server: Server, c: Context) => Response | Promise<Response>;
 
-/** What programs post to. None of them reads a cookie. */
+/** Programs post to these. None reads a cookie. */
 const ENDPOINTS: Record<string, Handler> = {
   "/register": registerClient,
   "/token": tokenEndpoint,
@@ -456,8 +456,8 @@ const OWNER_PAGES: Record<string, [show: Handler, change: Handler]> = {
 };
 
 /**
- * Makes a complete OAuth 2.1 authorization server and the guard of one person's MCP server, as a Hono app. Mount it at
- * "/" and put its guard before your handler: `app.route("/", auth); app.all("/mcp", auth.guard, handler)`.
+ * Makes an OAuth 2.1 authorization server and the guard of one person's MCP server, as a Hono app. Mount it at "/" and
+ * put its guard before your handler: `app.route("/", auth); app.all("/mcp", auth.guard, handler)`.
  *
  * @throws {TypeError} if an option is wrong; the message says what to write instead.
  * @throws {Error} if the state folder cannot be used; the message says which file and what to do.
@@ -475,7 +475,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
     const GET: Handler = (_, c) => c.json(document, 200, { "Cache-Control": "public, max-age=300" });
     add(path, CORS, endpoint(server, { GET }));
   }
-  // Answer 404 explicitly: OpenID clients fail on partial documents and on an app's catch-all page.
+  // Answer 404 explicitly: OpenID clients fail on half a document, and on an app's catch-all page.
   const openid = "/.well-known/openid-configuration";
   for (const path of new Set([openid + basePath, openid + mcpPath, basePath + openid, mcpPath + openid])) {
     app.all(path, (c) => c.json({ error: "not_found" }, 404, FIXED_HEADERS));
@@ -489,7 +489,7 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   }
   for (const path of new Set([basePath || "/", `${basePath}/`])) app.get(path, homePage(server));
 
-  // A second line behind `auth.guard`, also without the path of baseUrl: a handler at the wrong path is not open.
+  // A second line behind `auth.guard`, also without the path of baseUrl, for a handler at the wrong path.
   for (const path of new Set([mcpPath, mcpPath.slice(basePath.length)])) app.use(`${path}/*`, guard);
 
   return Object.assign(app, {
@@ -512,14 +512,14 @@ function createServer(options: PersonalAuthOptions) {
   const events: EventLog = { store, key: `events/${issuer}`, waiting: {}, writing: Promise.resolve() };
   const longMac = serverMac(store, issuer, emit);
   const passwordReady = once(() => ensurePassword({ ...settings, store }));
-  // At start, so that a store that another server uses is noticed. A failure is reported, and tried again when needed.
+  // At start, to notice that another server uses the store. A failure is reported, and tried again when needed.
   longMac("start").catch(() => {});
   if (password === false) {
     emit("owner_unprotected", "password is false: anybody who knows the address can connect");
   } else if (!authenticateOwner) {
     const isShort = password !== undefined && password.length < 12;
     if (isShort) emit("password_weak", "the owner's password is short: take 12 characters or more");
-    passwordReady().catch(() => {}); // also at start, so that a generated password is printed
+    passwordReady().catch(() => {}); // also at start, to print a generated password
   }
   const documents: DocumentCache = { copies: new Map(), underWay: new Map(), asked: new Map(), own: new Set() };
   return {
@@ -528,9 +528,9 @@ function createServer(options: PersonalAuthOptions) {
     store, // its failures are reported, and answered with 503
     mac: (async (...parts) => (await longMac(...parts)).slice(0, 64)) as Mac,
     verified: new Map<string, VerifiedToken>(), // by Authorization header
-    passed: Symbol("passed"), // where a Hono context holds what a guard has found: the next guard does no more
-    attempts: new Map<string, Attempt>(), // to connect, not approved yet, by client_id, the latest last
-    found: { at: undefined as number | undefined }, // when somebody last called without a token
+    passed: Symbol("passed"), // where a Hono context holds what a guard has found, for the next guard
+    attempts: new Map<string, Attempt>(), // not approved yet, by client_id, the latest last
+    found: { at: undefined as number | undefined }, // the last call without a token
   };
 }
 
@@ -558,10 +558,10 @@ function endpoint(
   };
 }
 
-/** Lets apps in a web page read an answer. `*` is safe: nothing behind it looks at a cookie; the owner's pages do. */
+/** Lets apps in a web page read an answer. `*` is safe: nothing behind it looks at a cookie. */
 const CORS = cors({ origin: "*", exposeHeaders: ["WWW-Authenticate", "Retry-After", "Mcp-Session-Id"] });
 
-/** Adds CORS for browsers, which send Origin. A preflight carries no token, so it is answered before the handler. */
+/** Adds CORS for browsers, which send Origin. A preflight carries no token, so it is answered first. */
 function withCors(handler: MiddlewareHandler<AuthEnv>): MiddlewareHandler<AuthEnv> {
   return (c, next) => {
     if (!c.req.raw.headers.has("Origin")) return handler(c, next);
@@ -574,7 +574,7 @@ function withCors(handler: MiddlewareHandler<AuthEnv>): MiddlewareHandler<AuthEn
 
 /**
  * Returns both metadata documents at every place where clients look. They are built from `baseUrl`, never from the
- * request: a forged Host header would be believed, and behind a proxy that ends TLS the request claims to be http.
+ * request, whose Host can be forged, and which claims to be http behind a proxy that ends TLS.
  */
 function discoveryDocuments(server: Server) {
   const { basePath, mcpPath } = server;
@@ -630,7 +630,7 @@ function protectedResourceMetadata({ issuer, resource, scopes, pages }: Server) 
     resource,
     resource_name: pages.title ?? new URL(issuer).host,
     authorization_servers: [issuer],
-    scopes_supported: scopes.byDefault, // without offline_access, which concerns only the authorization server
+    scopes_supported: scopes.byDefault, // offline_access concerns only the authorization server
     bearer_methods_supported: ["header"],
   };
 }
@@ -1179,8 +1179,8 @@ function wellKnownClient(client_id: string): Client | undefined {
 // --- Redirect policy ---
 
 /**
- * Returns why a redirect URI is refused, or `undefined`. The list keeps other apps off the owner's page. It does not
- * keep strangers out: all Claude accounts use one redirect URI.
+ * Returns why a redirect URI is refused. The list keeps other apps off the owner's page. It does not keep strangers
+ * out: all Claude accounts use one redirect URI.
  */
 function redirectRefusal(allowed: readonly string[] | null, uri: string): string | undefined {
   const fault = unsafeRedirect(uri);
@@ -1197,18 +1197,18 @@ function isListed(allowed: readonly string[] | null, url: URL): boolean {
   return allowed?.some((item) => item === entry || (url.protocol === "https:" && isBelow(item))) ?? false;
 }
 
-/** The entry of `allowedRedirectDomains` that lets a URL in. */
+/** Returns the entry of `allowedRedirectDomains` that lets a URL in. */
 function allowEntry(url: URL): string {
   if (isLocal(url)) return "localhost";
   return url.protocol === "https:" ? url.host : `${url.protocol}//${url.host}`;
 }
 
-/** What no list can allow. Each row closes a way to make a URI look like another one, or run as script. */
+/** What no list can allow: ways to make a URI look like another one, or run as script. */
 const UNSAFE: [pattern: RegExp, fault: string][] = [
   [/^$|[^\x21-\x7e]/, "must be printable ASCII without spaces"],
   [/\\/, "must not hold a backslash"], // https://claude.ai\@evil.example
   [/#/, "must not have a fragment"], // RFC 6749 §3.1.2
-  // A browser acts on these itself: a code sent there is script, or a file, or readable on the way.
+  // A browser acts on these itself: the code would be script, or a file, or readable on the way.
   [
     /^(javascript|data|file|blob|filesystem|vbscript|about|view-source|intent|ftp|wss?):/i,
     "has a scheme that browsers run or open themselves",
@@ -1225,7 +1225,7 @@ function unsafeRedirect(uri: unknown): string | undefined {
   const url = URL.parse(uri);
   if (!url) return "is not an absolute URI";
   if (url.protocol === "http:" && !isLoopback(url.hostname)) return "must be https, or http on localhost";
-  // A client that takes the first of two equal parameters would read the one that stood there before.
+  // A client that takes the first of two equal parameters would read the one in its redirect URI.
   const taken = ["code", "state", "iss", "error"].find((name) => url.searchParams.has(name));
   return taken && `must not carry the parameter ${taken}`;
 }
@@ -1233,8 +1233,8 @@ function unsafeRedirect(uri: unknown): string | undefined {
 const isLoopback = (hostname: string) => ["localhost", "127.0.0.1", "[::1]"].includes(hostname);
 
 /**
- * Compares exactly (OAuth 2.1 §4.1.1), but lets a native app listen on any port of loopback (RFC 8252 §7.3). The three
- * names of loopback stay different: whoever holds one need not hold the others.
+ * Compares exactly (OAuth 2.1 §4.1.1), but lets a native app listen on any port of loopback (RFC 8252 §7.3). Loopback's
+ * three names stay different: whoever holds one need not hold the others.
  */
 function sameRedirect(registered: string, requested: string): boolean {
   const portless = (uri: string) =>
@@ -1262,7 +1262,7 @@ async function showConsent(server: Server, c: Context) {
   return await consentPage(server, c, request, session);
 }
 
-/** Carries out the owner's decision. The form holds the request word for word, and it is checked again. */
+/** Carries out the owner's decision. The form holds the whole request, which is checked again. */
 async function decideConsent(server: Server, c: Context) {
   const form = Object.fromEntries(await readForm(c));
   const { request: encoded = "", csrf = "", decision = "", password = "" } = form;
@@ -1271,16 +1271,16 @@ async function decideConsent(server: Server, c: Context) {
   const request = await readRequest(server, c, encoded);
   const { client, redirect_uri } = request;
   const elsewhere = decision === "approve_elsewhere";
-  // Only the address of a loopback listener is ever shown: any other app is reached from here, and its code is no text
-  // that somebody could be talked into sending on.
+  // Only a loopback address is ever shown: any other app is reached from here, and nobody can be talked into sending
+  // its code on.
   if (elsewhere && !isLocal(new URL(redirect_uri))) throw invalidRequest("This app can be reached from this browser");
   const isDecided = elsewhere || decision === "approve" || decision === "deny";
   if (!isDecided || !await checkCsrf(server, session.browser, encoded, csrf)) {
-    // The first of two clicks may have signed the owner in and replaced the browser's secret. The form proves nothing
-    // then, but the session does: only the owner is told what came of the first click.
+    // The first of two clicks may have signed the owner in and replaced the browser's secret, which the form is bound
+    // to. So the session decides: only the owner is told what came of that click.
     const earlier = session.isOwner ? await approve(server, csrf, request, true) : undefined;
     if (earlier) return approvedPage(server, c, request, earlier.code, elsewhere);
-    // It was open too long, or in a second tab while the first one signed in: ask again, and lose nothing.
+    // It was open too long, or in a second tab while the first signed in: ask again, and lose nothing.
     return await consentPage(server, c, request, session, undefined, OPEN_TOO_LONG);
   }
   if (decision === "deny") {
@@ -1299,7 +1299,7 @@ async function decideConsent(server: Server, c: Context) {
   return redirectBack(server, c, request, { code: code! });
 }
 
-/** Returns the checked request. A faulty one is answered to the client, or on a page if nobody is trusted with it. */
+/** Checks a request. A fault is answered to the client, or on a page while the target is not trusted. */
 async function readRequest(server: Server, c: Context, encoded: string): Promise<AuthorizationRequest> {
   let target: Target | undefined;
   try {
@@ -1316,33 +1316,33 @@ async function readRequest(server: Server, c: Context, encoded: string): Promise
   }
 }
 
-/** Answers with the code on a page: to be carried to another computer, or because the form was sent before. */
+/** Answers with the code on a page: for another computer, or because the form was sent before. */
 function approvedPage(server: Server, c: Context, request: AuthorizationRequest, code = "", elsewhere: boolean) {
   const uri = code && answerUri(server, request, { code });
   return uri && elsewhere ? elsewherePage(server, c, uri) : answeredPage(server, c, request.client.name, uri);
 }
 
 /**
- * Returns the redirect URI with the answer and `iss`, so that a client of several servers knows which one answered.
+ * Returns the redirect URI with the answer and `iss`, which tells a client of several servers who answered.
  * @see https://www.rfc-editor.org/rfc/rfc9207#section-2
  */
 function answerUri({ issuer }: Server, { redirect_uri, state }: Target, answer: Record<string, string>): string {
   const params = new URLSearchParams({ ...answer, ...(state !== null && { state }), iss: issuer });
-  // Appended, so that the URI stays byte for byte what was registered. %20, because some clients show a + as it is.
+  // Appended, to keep the URI byte for byte as it was registered. %20, because some clients show a + as it is.
   return `${redirect_uri}${redirect_uri.includes("?") ? "&" : "?"}${params.toString().replaceAll("+", "%20")}`;
 }
 
-/** Sends the browser back to the client, by way of a page if the target is a private-use scheme. */
+/** Sends the browser back to the client; to a private-use scheme by way of a page. */
 function redirectBack(server: Server, c: Context, target: Target, answer: Record<string, string>) {
   const uri = answerUri(server, target, answer);
   if (!/^https?:/i.test(uri)) return openAppPage(server, c, uri, target.client.name, "code" in answer);
-  return c.redirect(uri, 302); // never 307: the browser would post the owner's password on to the client
+  return c.redirect(uri, 302); // never 307: it would post the owner's password on to the client
 }
 
 const invalidRequest = (description: string, details?: OAuthErrorDetails) =>
   new OAuthError("invalid_request", description, details);
 
-/** Finds client and redirect URI. Until both are known good, nothing may be redirected (OAuth 2.1 §4.1.2.1). */
+/** Finds client and redirect URI. Before that, nothing may be redirected (OAuth 2.1 §4.1.2.1). */
 async function authorizationTarget(server: Server, params: URLSearchParams): Promise<Target> {
   const client = await resolveClient(server, required(params, "client_id"));
   const unknown = "This server does not know the app that sent you here";
@@ -1355,14 +1355,14 @@ async function authorizationTarget(server: Server, params: URLSearchParams): Pro
     const description = `redirect_uri ${quote(redirect_uri)} is not one that the client registered`;
     throw invalidRequest(description, { ...event, reason: `${description}: ${quote(redirect_uris)}` });
   }
-  // Checked again although registration did: the owner may have shortened the list, and a signed client_id stays valid.
+  // Again, although registration did: the owner may have shortened the list, and a signed client_id stays valid.
   const isOwn = source === "preregistered";
   const refused = isOwn ? unsafeRedirect(redirect_uri) : redirectRefusal(server.allowed, redirect_uri);
   if (refused) throw invalidRequest(refused, event);
   return { client, redirect_uri, state: params.get("state") };
 }
 
-/** Reads the rest of the request. What is wrong with it goes back to the client (OAuth 2.1 §4.1.1, RFC 7636 §4.3). */
+/** Reads the rest. What is wrong with it goes back to the client (OAuth 2.1 §4.1.1, RFC 7636 §4.3). */
 function authorizationRequest(server: Server, params: URLSearchParams) {
   for (const name of ["request", "request_uri"]) {
     if (params.has(name)) throw new OAuthError(`${name}_not_supported`, "Request objects are not supported");
@@ -1371,7 +1371,7 @@ function authorizationRequest(server: Server, params: URLSearchParams) {
     throw new OAuthError("unsupported_response_type", "response_type must be code");
   }
   if ((params.get("response_mode") ?? "query") !== "query") throw invalidRequest("response_mode must be query");
-  // Without PKCE a stolen code is a stolen connection; "plain" sends the verifier where codes are stolen from.
+  // Without PKCE a stolen code is a stolen connection; "plain" sends the verifier along the same way.
   const code_challenge = params.get("code_challenge");
   if (code_challenge === null) throw invalidRequest("code_challenge is missing: PKCE is required");
   if (params.get("code_challenge_method") !== "S256") throw invalidRequest("code_challenge_method must be S256");
@@ -1381,19 +1381,19 @@ function authorizationRequest(server: Server, params: URLSearchParams) {
   return { code_challenge, scopes: grantedScopes(params.get("scope"), server.scopes) };
 }
 
-/** Answers a request that names nobody who could be answered: a page, or JSON for a program that asks for it. */
+/** Answers a request without a trusted target: on a page, or in JSON for a program that asks for it. */
 function faultPage(server: Server, c: Context, error: unknown) {
   if (!(error instanceof OAuthError) || error.status >= 500) throw error;
   const { code, message, details: { event, reason, clientName, cause } } = error;
   if (event) server.emit(event, reason ?? message, defined({ clientName, cause }));
   const accept = c.req.header("Accept") ?? "";
-  // mcp-remote asks for JSON before it opens the browser, and registers again if it reads invalid_client.
+  // mcp-remote asks for JSON before it opens the browser, and registers again at invalid_client.
   if (accept.includes("application/json") && !accept.includes("text/html")) return errorResponse(server, c, error);
   const [title = "", advice = ""] = (FAULTS[event ?? code] ?? FAULTS.invalid_request!).split(" → ");
   return messagePage(server, c, 400, title, `${message}.`, advice);
 }
 
-/** Title → advice for what a person sees, by event or error code. */
+/** Title → advice, by event or error code. */
 const FAULTS: Record<string, string> = {
   invalid_client: "This server does not know the app → Remove this server from the app and add it again.",
   client_document_refused: "This app cannot be checked → This server must be able to read its address. Try later.",
@@ -1403,7 +1403,7 @@ const FAULTS: Record<string, string> = {
 
 /**
  * Requires that every `resource` is this one. Clients differ in slashes, case and default ports, and some send the base
- * URL; the audience that is stored and checked is always the canonical URL.
+ * URL; the audience is always stored and checked as the canonical URL.
  * @see https://www.rfc-editor.org/rfc/rfc8707#section-2
  */
 function checkResource({ resource, resourceNames }: Server, params: URLSearchParams) {
@@ -1420,15 +1420,15 @@ function normalizeResource(resource: string): string | undefined {
   if (resource.length > MAX_RESOURCE_LENGTH || resource.includes("#")) return undefined;
   const url = URL.parse(resource);
   if (!url || url.username || url.password || !/^https?:$/.test(url.protocol)) return undefined;
-  // A loop, not /\/+$/: that takes quadratic time on a stranger's "////…x" and stopped the whole server.
+  // Not /\/+$/, which takes quadratic time on a stranger's "////…x" and would stop the server.
   let end = url.pathname.length;
   while (url.pathname[end - 1] === "/") end--;
   return url.origin + url.pathname.slice(0, end) + url.search;
 }
 
 /**
- * Returns the scopes that are asked for and on offer, or the default if there are none, because clients ask for scopes
- * they know from other servers. `offline_access` is granted if asked.
+ * Returns the scopes that are asked for and on offer, or the default if there are none: clients ask for scopes that
+ * they know from other servers.
  * @see https://www.rfc-editor.org/rfc/rfc6749#section-3.3
  */
 function grantedScopes(asked: string | null | undefined, { all, byDefault }: { all: string[]; byDefault: string[] }) {
@@ -1437,7 +1437,7 @@ function grantedScopes(asked: string | null | undefined, { all, byDefault }: { a
   return [...(granted.length > 0 ? granted : byDefault), ...(wanted.has(OFFLINE_ACCESS) ? [OFFLINE_ACCESS] : [])];
 }
 
-/** Returns the scopes of a refresh: fewer than were granted if it asks for fewer, and never more (RFC 6749 §6). */
+/** Returns the scopes of a refresh: what it asks for of those granted, and never more (RFC 6749 §6). */
 function narrowedScopes(asked: string | null, granted: string[]): string[] {
   if (asked === null) return granted;
   const all = granted.filter((scope) => scope !== OFFLINE_ACCESS);
@@ -2053,7 +2053,7 @@ interface BrowserRecord {
   session?: { epoch: string; since: number; seen: number };
 }
 
-/** `owner/<issuer>`: the password, or all that were printed until one is used. Sessions end with the epoch. */
+/** `owner/<issuer>`: the password, or all that were printed until one is used. A new epoch ends all sessions. */
 type OwnerRecord = { salt: string; hashes: string[]; generated: boolean; used: boolean; epoch: string };
 
 const FORM_TTL = 10 * MINUTE;
@@ -2066,13 +2066,13 @@ const MAX_PRINTED_PASSWORDS = 10;
 const browserKey = async (browser: string) => `browser/${await hashToken(browser)}`;
 const ownerKey = ({ issuer }: Settings) => `owner/${issuer}`;
 
-/** Reads who is at the browser, and throws the page for a stranger. Opening a page never writes to the store. */
+/** Reads who is at the browser, and throws the page for a stranger. Never writes to the store. */
 async function readSession(server: Server, c: Context): Promise<Session> {
   const { secure, store, password, authenticateOwner } = server;
   const held = getCookie(c, cookieName(server), secure ? "host" : undefined);
   const known = held !== undefined && /^[0-9a-f]{64}$/.test(held);
   const browser = known ? held : random(32);
-  // Another site's form comes without the cookie: a new one would replace it and sign the owner out.
+  // Another site's form comes without the cookie: a new one would sign the owner out.
   if (!known && c.req.method !== "POST") rememberBrowser(server, c, browser);
   if (password === false) return { browser, known, isOwner: true };
   if (authenticateOwner) {
@@ -2081,7 +2081,7 @@ async function readSession(server: Server, c: Context): Promise<Session> {
     const notOwner = "You are not signed in as the owner of this server.";
     throw answer instanceof Response ? answer : await messagePage(server, c, 403, "For the owner only", notOwner);
   }
-  const { epoch } = await readOwner(server); // each time: another process may have ended all sessions
+  const { epoch } = await readOwner(server); // each time, because another process may have ended all sessions
   const { session } = (await store.get(await browserKey(browser)) ?? {}) as BrowserRecord;
   const now = seconds();
   const isOwner = session !== undefined && session.epoch === epoch && now - session.since < SESSION_TTL &&
@@ -2089,7 +2089,7 @@ async function readSession(server: Server, c: Context): Promise<Session> {
   return { browser, known, isOwner };
 }
 
-/** Servers on one host share cookies, so the name holds port and path. No path holds a "!". */
+/** Servers on one host share cookies: the name holds port and path. No path holds a "!". */
 function cookieName({ origin, basePath }: Server) {
   const { port } = new URL(origin);
   return `personal-auth${port && `.${port}`}${basePath.replaceAll("/", "!")}`;
@@ -2099,15 +2099,15 @@ function rememberBrowser(server: Server, c: Context, browser: string) {
   setCookie(c, cookieName(server), browser, {
     path: "/",
     httpOnly: true,
-    sameSite: "Lax", // sent when an app leads the owner here, but not with another site's form
+    sameSite: "Lax", // comes along when an app leads here, but not with another site's form
     maxAge: BROWSER_TTL,
-    secure: server.secure, // not on loopback, where Safari refuses to keep a Secure cookie
-    // __Host-: no other host can make the owner use a secret that it knows.
+    secure: server.secure, // Safari keeps no Secure cookie on loopback
+    // __Host-: no other host can plant a secret that it knows.
     ...(server.secure && { prefix: "host" as const }),
   });
 }
 
-/** Binds a form to one browser and one request. Another site can neither read nor make such a token. */
+/** Binds a form to one browser and one request. Another site can neither read nor make it. */
 async function createCsrf({ mac }: Server, browser: string, request: string, head?: string) {
   head ??= `${Math.floor(seconds()).toString(36)}.${random(8)}`;
   return `${head}.${await mac("form", browser, request, head)}`;
@@ -2119,18 +2119,18 @@ async function checkCsrf(server: Server, browser: string, request: string, csrf:
   return equal(csrf, expected) && Math.abs(seconds() - parseInt(time, 36)) < FORM_TTL;
 }
 
-/** Signs the owner in by the password, where that is needed. Returns why it failed. */
+/** Signs the owner in by the password if need be. Returns why it failed. */
 async function signIn(server: Server, c: Context, { browser, isOwner }: Session, password: string) {
   const { store, emit } = server;
   const problem = (status: Problem["status"], message: string): Problem => ({ status, message });
   const key = await browserKey(browser);
   if (isOwner) return await touchSession(server, key);
-  // A form from before the session ended has no password: that costs no attempt.
+  // A form from before the session ended has no password: that is no attempt.
   if (password === "") return problem(403, "Please type your password.");
   const bucket = await store.get(key) === undefined ? "throttle" : key;
   const wait = await takeAttempt(server, bucket);
   const record = await readOwner(server);
-  // Nobody guesses a generated password, so a lack of attempts does not lock it. A chosen one is not even looked at.
+  // Nobody guesses a generated password, so a lack of attempts does not lock it. A chosen one is not looked at.
   const hash = wait === 0 || record.generated ? await matchingHash(password, record) : undefined;
   if (hash === undefined && wait > 0) {
     emit("sign_in_throttled", "too many wrong passwords");
@@ -2141,13 +2141,13 @@ async function signIn(server: Server, c: Context, { browser, isOwner }: Session,
     emit("sign_in_failed", "a wrong password was entered");
     return problem(403, "That is not the password.");
   }
-  // The owner's own sign-ins from new browsers must not use up the shared attempts.
+  // The owner's sign-ins from new browsers must not use up the shared attempts.
   if (wait === 0) await takeAttempt(server, bucket, -1);
   if (!record.used) {
-    // Of the passwords that were printed, only the one in use stays good.
+    // Of the printed passwords, only this one stays good.
     await store.update(ownerKey(server), (current) => current && { ...current, hashes: [hash], used: true });
   }
-  // A new secret, because somebody else may know the one that was in the browser before.
+  // A new secret, because somebody else may know the old one.
   const fresh = random(32);
   const now = seconds();
   const session = { epoch: record.epoch, since: now, seen: now };
@@ -2161,7 +2161,7 @@ async function signIn(server: Server, c: Context, { browser, isOwner }: Session,
 function assertOwnSite({ origin }: Server, c: Context): undefined {
   const site = c.req.header("Sec-Fetch-Site") ?? "none";
   const sender = c.req.header("Origin") ?? origin;
-  // Under another name of this server, Origin and Host agree.
+  // At another name of this server, Origin and Host agree.
   const isOwn = sender === origin || (sender.includes("://") && sender.split("://")[1] === c.req.header("Host")) ||
     (sender === "null" && site === "same-origin");
   if (isOwn && (site === "same-origin" || site === "none")) return undefined;
@@ -2176,7 +2176,7 @@ async function touchSession({ store }: Server, key: string): Promise<undefined> 
   }, { expiresAt: now + BROWSER_TTL });
 }
 
-/** Ends the session. The browser keeps its own bucket of attempts. */
+/** Ends the session. The browser keeps its attempts. */
 async function signOut({ store }: Server, { browser }: Session) {
   await store.update(await browserKey(browser), (current) => {
     const { session: _session, ...rest } = (current ?? {}) as BrowserRecord;
@@ -2190,8 +2190,8 @@ async function signOutEverywhere(server: Server) {
 }
 
 /**
- * Takes a password attempt, or gives it back (-1). Returns 0, or the seconds until there is one. All strangers share
- * one bucket, because an attacker has many addresses; a browser that has signed in has its own.
+ * Takes a password attempt, or gives it back (-1). Returns 0, or the seconds until there is one. Strangers share one
+ * bucket, because an attacker has many addresses; a browser that has signed in has its own.
  */
 async function takeAttempt({ store }: Server, bucket: string, count: 1 | -1 = 1) {
   let wait = 0;
@@ -2199,7 +2199,7 @@ async function takeAttempt({ store }: Server, bucket: string, count: 1 | -1 = 1)
     const record = current as BrowserRecord | undefined;
     const now = seconds();
     const { left, at } = record?.attempts ?? { left: MAX_ATTEMPTS, at: now };
-    // `at` follows a clock that was set back, or it would stop the refill.
+    // If the clock was set back, `at` follows, or the refill would stop.
     const refilled = Math.min(MAX_ATTEMPTS, left + Math.max(0, now - at) / ATTEMPT_INTERVAL);
     wait = refilled >= count ? 0 : Math.ceil((1 - refilled) * ATTEMPT_INTERVAL);
     if (wait > 0 && at <= now) return current;
@@ -2215,8 +2215,8 @@ async function readOwner(server: Server) {
 }
 
 /**
- * Puts the password into the store. A configured one replaces what is there and ends all sessions. Until a generated
- * one is used, every start prints another, because the earlier output may be lost.
+ * Puts the password into the store. A configured one replaces any other and ends all sessions. Until a generated one
+ * is used, every start prints another, because earlier output may be lost.
  */
 async function ensurePassword(server: Settings & { store: Store }): Promise<OwnerRecord> {
   const { password, store } = server;
@@ -2232,7 +2232,7 @@ async function ensurePassword(server: Settings & { store: Store }): Promise<Owne
   const before = JSON.stringify(stored);
   const change = (current: unknown) => JSON.stringify(current) === before ? fresh : current;
   const kept = await store.update(ownerKey(server), change) as OwnerRecord;
-  if (!kept.hashes.includes(hash)) return await ensurePassword(server); // another process was faster: look again
+  if (!kept.hashes.includes(hash)) return await ensurePassword(server); // another process was faster
   const notice = `\n  The owner's password for this server, shown until the first sign-in:\n\n      ${next}\n`;
   if (!configured) console.log(notice);
   return kept;
@@ -2253,11 +2253,11 @@ async function matchingHash(typed: string, record: OwnerRecord) {
   return record.hashes.find((stored) => equal(stored, hash));
 }
 
-/** Hashes slowly, so that a stolen store does not give up a password; 100 random bits do not need it. */
+/** Hashes slowly, so that a stolen store gives up no password; 100 random bits do not need it. */
 async function stretch(password: string, { salt, generated }: OwnerRecord) {
-  // In rounds, because Cloudflare Workers refuse more than 100,000 in one call.
+  // In rounds: Cloudflare Workers refuse more than 100,000 in one call.
   const [rounds, iterations] = generated ? [1, 1] : [6, 100_000];
-  let secret = await sha256(password); // HMAC pads its key with NULs: "secret\0" would open what "secret" opens
+  let secret = await sha256(password); // HMAC pads its key with NULs: "secret\0" would do for "secret"
   for (let round = 0; round < rounds; round++) {
     const key = await crypto.subtle.importKey("raw", secret, "PBKDF2", false, ["deriveBits"]);
     const params = { name: "PBKDF2", hash: "SHA-256", salt: utf8.encode(salt), iterations };
@@ -2268,13 +2268,13 @@ async function stretch(password: string, { salt, generated }: OwnerRecord) {
 
 // --- Owner's page ---
 
-/** What the page says after an action. Its address holds the action alone, so that no link can make it say more. */
+/** What the page says after an action. Its address names the action only: no link can make it say more. */
 const DONE = new Map([
   ["revoke", "Disconnected. It has to ask you again."],
   ["revoke_all", "Everything is disconnected."],
   ["rename", "Renamed."],
 ]);
-const MAX_LABEL = 60; // characters of the owner's own name for a connection
+const MAX_LABEL = 60; // characters
 
 async function showConnections(server: Server, c: Context) {
   await assertProtected(server, c);
@@ -2290,7 +2290,7 @@ async function changeConnections(server: Server, c: Context) {
   const action = field("action");
   if (!await checkCsrf(server, session.browser, path, field("csrf"))) {
     if (!session.known) return expiredPage(server, c);
-    // The second of two clicks, after the answer to the first one has signed the owner in.
+    // The second of two clicks; the first has signed the owner in.
     if (session.isOwner && action === "") return c.redirect(path, 303);
     return connectionsPage(server, c, session, OPEN_TOO_LONG);
   }
@@ -2306,17 +2306,17 @@ async function changeConnections(server: Server, c: Context) {
   return c.redirect(DONE.has(action) ? `${path}?done=${action}` : path, 303); // 303: a reload must not do it again
 }
 
-/** Throws a page where no password keeps anybody out. */
+/** Throws a page where the password is off. */
 async function assertProtected(server: Server, c: Context) {
   const advice = "Without it, this page would be open to everybody. To use it, give personalAuth() a password.";
   if (server.password === false) throw await messagePage(server, c, 403, "The password check is off", advice);
 }
 
-/** Makes a personal access token and shows it, this one time; nothing if the form's token is in use. */
+/** Makes a personal access token and shows it once; returns nothing if the form's token is in use. */
 async function createAndShowToken(server: Server, c: Context, form: URLSearchParams) {
   const { all } = server.scopes;
   const [name, expiresIn] = [form.get("name") ?? "", Number(form.get("days")) * DAY];
-  // With one scope there is nothing to choose; with several, none ticked is none, not all.
+  // With one scope there is nothing to choose; with several, none ticked is none.
   const scopes = all.length > 1 ? form.getAll("scope") : all;
   const made = await createToken(server, { name, expiresIn, scopes }, form.get("csrf")!).catch((error) => {
     throw error instanceof TypeError ? invalidRequest("The token needs a name, a lifetime and a scope") : error;
@@ -2331,10 +2331,10 @@ async function createAndShowToken(server: Server, c: Context, form: URLSearchPar
   return messagePage(server, c, 200, "Your new token", body);
 }
 
-/** Leads a browser from the root to the owner's page if the app has nothing there. A program still finds nothing. */
+/** Leads a browser from the root to the owner's page if the app has nothing there. */
 function homePage({ basePath }: Server): MiddlewareHandler {
   return async (c, next) => {
-    await next(); // asks all routes that come after this one
+    await next(); // asks all routes after this one
     if (c.res.status !== 404 || !c.req.header("Accept")?.includes("text/html")) return;
     c.res = undefined; // or its headers would be kept
     c.res = new Response(null, { status: 302, headers: { Location: `${basePath}/connections` } });
@@ -2343,7 +2343,6 @@ function homePage({ basePath }: Server): MiddlewareHandler {
 
 // --- Timeline ---
 
-/** The steps of a connection, in the words of the page. */
 const STEPS = {
   found: "found this server",
   introduced: "introduced itself",
@@ -2356,28 +2355,28 @@ const STEPS = {
   used: "was used, the last time",
 };
 
-/** When a client took which step. In memory only until its approval: strangers can make any number of these. */
+/** When a client took which step. In memory until its approval, because strangers can make any number of them. */
 type Attempt = { name: string; refused?: Refusal | undefined } & { [step in keyof typeof STEPS]?: number | undefined };
 type Refusal = { at: number; reason: string };
 type Timeline = ReturnType<typeof timeline>;
 const UNREDEEMED_KEPT = 7 * DAY; // to be shown
 
-/** Notes how far a client came. Attempts that nobody opened in a browser are forgotten first. */
+/** Notes how far a client came. What nobody opened in a browser is forgotten first. */
 function noteAttempt({ attempts, found }: Server, { id, name }: Pick<Client, "id" | "name">, step: Partial<Attempt>) {
   const before = attempts.get(id) ?? { name, found: found.at };
   remember(attempts, id, { ...before, ...step }, ({ shown }) => shown !== undefined);
 }
 
-/** Tells the owner why a request was refused: on its connection if it names one, else on the client's attempt. */
+/** Tells the owner why a request was refused: on the connection that it names, or on the client's attempt. */
 async function noteRefusal(server: Server, error: unknown, id: string | undefined, client?: Client) {
   if (!(error instanceof OAuthError) || error.status >= 500 || error.details.event) return;
   const refused = { at: seconds(), reason: error.details.reason ?? error.message };
   const grant = id ? await readGrant(server, id).catch(() => undefined) : undefined;
   const named = grant?.client ?? client;
-  if (!named) return; // a made-up token: anybody's, any number of times
+  if (!named) return; // a made-up token
   server.emit("token_refused", refused.reason, defined({ connection: grant && id, clientName: named.name }));
   if (!grant) noteAttempt(server, named, { refused });
-  else if (refused.at - (grant.refused?.at ?? 0) > MINUTE) { // a client that asks without pause must not write so
+  else if (refused.at - (grant.refused?.at ?? 0) > MINUTE) { // at most once a minute
     await updateGrant(server, id!, (grant) => ({ ...grant, refused })).catch(() => {});
   }
 }
@@ -2389,7 +2388,7 @@ function connectionState(grant: Grant, now: number): Connection["state"] {
   return isRefused || !grant.access.some(({ expires }) => expires > now) ? "silent" : "active";
 }
 
-/** Returns what the owner should see of connecting: what is new, unfinished, or fell silent, newest first. */
+/** Returns what is new, unfinished, or fell silent, newest first. */
 async function listTimelines(server: Server) {
   const now = seconds();
   const approved: Timeline[] = [];
@@ -2405,14 +2404,14 @@ async function listTimelines(server: Server) {
   }
   approved.sort((a, b) => b.steps.at(-1)!.at - a.steps.at(-1)!.at);
   const attempts = [...server.attempts.values()].reverse();
-  // Some of each kind, so that no number of strangers' attempts hides what the owner approved or opened.
+  // Some of each kind: no number of strangers' attempts hides what the owner approved or opened.
   const opened = attempts.filter(({ shown }) => shown !== undefined);
   const unopened = attempts.filter(({ shown }) => shown === undefined).slice(0, 3);
   const unapproved = [...opened, ...unopened].map((it) => timeline(it.name, attemptAdvice(server, it), it));
   return [...approved, ...unapproved].slice(0, 15);
 }
 
-/** Puts the steps that were taken into their order. */
+/** Puts the steps into their order. */
 function timeline(title: string, advice: string, { refused, ...times }: Partial<Attempt>) {
   const steps = Object.entries(STEPS).flatMap(([step, text]) => {
     const at = times[step as keyof typeof STEPS];
@@ -2422,9 +2421,9 @@ function timeline(title: string, advice: string, { refused, ...times }: Partial<
   return { title, advice, steps: steps.sort((a, b) => a.at - b.at) };
 }
 
-/** Returns what the owner should know and do about an attempt that is not approved. */
+/** Says what to know and do about an attempt that is not approved. */
 function attemptAdvice(server: Server, { name, shown = 0, denied = 0, refused }: Attempt) {
-  // What came last counts: an app that was refused and then came again properly waits for the owner.
+  // The latest step counts: an app that was refused, and then came properly, waits for the owner.
   const last = Math.max(shown, denied, refused?.at ?? 0);
   if (last === 0) return `It introduced itself, but no browser has opened the page. Connect again; ${hint(server)}`;
   if (last === shown) return "It is your turn: approve or deny on the page that the app opened, or connect again.";
@@ -2432,7 +2431,7 @@ function attemptAdvice(server: Server, { name, shown = 0, denied = 0, refused }:
   return `This server refused it. Mend that, and connect again in ${name || "the app"}.`;
 }
 
-/** Returns the same about a connection, by where it stopped. */
+/** Says the same of a connection. */
 function grantAdvice(server: Server, grant: Grant, now: number) {
   const { client, code, refused, access, used = 0 } = grant;
   const target = new URL(grant.redirect_uri!);
@@ -2464,20 +2463,20 @@ const hint = ({ resource }: Server) => `to see what a client meets, run: npx -y 
 
 // --- Events ---
 
-/** `events/<issuer>`: the latest of each type, so that a flood of one type cannot push out the others. */
+/** `events/<issuer>`: the latest of each type, so that a flood of one pushes out no other. */
 type EventRecord = Record<string, { count: number; latest: Omit<AuthEvent, "type" | "cause">[] }>;
 type EventLog = { store: Store; key: string; waiting: EventRecord; writing: Promise<unknown> };
 const MAX_EVENTS_PER_TYPE = 5;
-/** Events that strangers can cause at will: they wait in memory for one that is worth a write. */
+/** Strangers can cause these at will: they wait in memory for one that is worth a write. */
 const CHEAP_EVENTS = /^(\w+_refused|connection_denied|sign_in_throttled|owner_unprotected|password_weak|server_error)$/;
 
 /** Passes an event to `onEvent`, and keeps it for the owner's page. */
 function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happened: Omit<AuthEvent, "at">) {
   const event = { at: Math.floor(seconds()), ...happened };
   const { type, cause: _cause, ...rest } = event;
-  // A broken alarm must break neither the request it reports nor, if it is asynchronous, the process.
+  // A broken alarm must break neither the request nor, if it is asynchronous, the process.
   promiseTry(() => onEvent(event)).catch((error) => console.error("personal-auth: onEvent threw", error));
-  if (type === "client_registered") return; // anybody's, any number of times, and nothing the owner could act on
+  if (type === "client_registered") return; // anybody's, and nothing the owner could act on
   const kept = { ...rest, message: rest.message.slice(0, 500) };
   log.waiting = mergeEvents(log.waiting, { [type]: { count: 1, latest: [kept] } });
   if (CHEAP_EVENTS.test(type)) return;
@@ -2487,7 +2486,7 @@ function recordEvent(log: EventLog, onEvent: (event: AuthEvent) => void, happene
     .catch(() => log.waiting = mergeEvents(batch, log.waiting)); // the next event tries again
 }
 
-/** Adds newer events to a record. An event that repeats an earlier one replaces it. */
+/** Adds newer events to a record. A repeated event replaces the earlier one. */
 function mergeEvents(record: unknown, newer: EventRecord) {
   const merged = { ...record as EventRecord | undefined };
   for (const [type, { count, latest }] of Object.entries(newer)) {
@@ -2500,7 +2499,7 @@ function mergeEvents(record: unknown, newer: EventRecord) {
   return merged;
 }
 
-/** Returns the latest events, newest first. The first of each type says how many there were. */
+/** Returns the latest events, newest first. The first of a type says how many there were. */
 async function latestEvents(log: EventLog) {
   await log.writing;
   const record = mergeEvents(await log.store.get(log.key), log.waiting);
@@ -2509,12 +2508,12 @@ async function latestEvents(log: EventLog) {
     .sort((a, b) => b.at - a.at);
 }
 
-/** Writes an event to the console, but for those that anyone can cause at will. */
+/** Writes an event to the console, unless anyone can cause it at will. */
 function logEvent({ type, message, connection, clientName, cause }: AuthEvent) {
   if (type === "client_registered" || (type === "token_refused" && !connection)) return;
   const parts = [
     ...["personal-auth", type, message],
-    // quote() keeps what a client controls on one line, so that no name can forge a second log entry.
+    // quote() keeps it on one line, so that no name can forge a second log entry.
     clientName && `client ${quote(clientName)}`,
     connection && `connection ${connection}`,
     cause instanceof Error && quote(cause.message),
@@ -2533,17 +2532,17 @@ type PageStatus = 200 | 409 | 429 | ErrorStatus;
 export interface PageOptions {
   /** What the owner calls this server. Default: its address. */
   title?: string;
-  /** The colour of the button that approves, as `#rrggbb`; its text is black or white by itself. */
+  /** The colour of the button that approves, as `#rrggbb`. */
   accent?: string;
 }
 
 const UNNAMED = "an app without a name";
 const RELATIVE_TIME = new Intl.RelativeTimeFormat("en");
-/** Events that happen when all is well; every other one needs a look. */
+/** Events when all is well; every other one needs a look. */
 const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|code_redeemed|first_call|token_created)$/;
 const OPEN_TOO_LONG: Problem = { status: 403, message: "This page was open for too long. Check it and answer again." };
 
-// What apps say of themselves is a .name: at most two lines, and clipped, so that combining marks draw over nothing.
+// Apps' own names are a .name: two lines at most, and clipped, so that combining marks draw over nothing else.
 const STYLE = `
 :root{color-scheme:light dark;--ink:#1d1b18;--soft:#5c574f;--paper:#f5f3ee;--card:#fff;--line:#e0dbd0;--link:#1d4f9c;
 --accent:var(--link);--on-accent:var(--card);--warn:#7a3d00;--warn-paper:#fff4e0;--good:#1b6b3a;--good-paper:#e8f5ec;
@@ -2591,9 +2590,9 @@ code{display:block;background:var(--paper);white-space:pre-wrap;user-select:all;
 `;
 
 const serverName = ({ pages, issuer }: Server) => pages.title || issuer.replace("https://", "");
-/** Where an answer goes. Never shortened: the end of a host counts. */
+/** Never shortened: the end of a host counts. */
 const hostOf = ({ protocol, host }: URL) => protocol === "https:" ? host : `${protocol}//${host}`;
-/** Whether an app on the browser's own computer listens there. A private-use scheme may have a host `localhost` too. */
+/** Whether the target is an app on the browser's computer. A private-use scheme may have a host `localhost` too. */
 const isLocal = ({ protocol, hostname }: URL) => /^https?:$/.test(protocol) && isLoopback(hostname);
 const nameOf = (name: string) => html`<bdi class="name">${name || UNNAMED}</bdi>`;
 const link = (uri: string, text: string) => html`<a class="button approve" href="${uri}">${nameOf(text)}</a>`;
@@ -2603,7 +2602,7 @@ const fold = (line: string | Html, content: Html, isOpen = false) =>
   html`<details ${isOpen && "open"}>
     <summary class="${typeof line !== "string" && "row"}">${line}</summary>${content}</details>`;
 
-/** Shows a name beside its first letters, in one of five colours: so rows are told apart at a glance. */
+/** Shows a name beside its first letters in one of five colours, to tell rows apart at a glance. */
 function heading(name: string, where: string, more: Html, label?: string) {
   const letters = name.split(/\s+/, 2).map((word) => word.match(/[\p{L}\p{N}]/u)?.[0]).join("").toUpperCase();
   const sum = [...(name + where)].reduce((sum, char) => (sum * 31 + char.codePointAt(0)!) % 9973, 0);
@@ -2613,7 +2612,7 @@ function heading(name: string, where: string, more: Html, label?: string) {
   `;
 }
 
-/** Shows a time from now, because a page without script knows no time zone; exactly in the title. */
+/** Shows a time from now, because a page without script knows no time zone; the exact one is its title. */
 function timeOf(at: number) {
   const left = at - seconds();
   const units = [["month", 30 * DAY], ["day", DAY], ["hour", HOUR], ["minute", MINUTE]] as const;
@@ -2624,7 +2623,7 @@ function timeOf(at: number) {
 
 const formatTime = (at: number) => `${new Date(at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
 
-/** Says what a connection may do; what is granted on request only is marked. */
+/** Lists what a connection may do, and marks what is granted on request only. */
 function scopeList({ scopes }: Server, granted: string[]) {
   const items = granted.filter((scope) => scope !== OFFLINE_ACCESS).map((scope) => {
     const extra = !scopes.byDefault.includes(scope) && html`<span class="chip warn">extra</span>`;
@@ -2633,11 +2632,11 @@ function scopeList({ scopes }: Server, granted: string[]) {
   return html`<ul class="marks">${items}</ul>`;
 }
 
-/** `ready`: with the cursor in it; not where that would scroll the question out of sight on a phone. */
+/** `ready`: with the cursor in it, unless that scrolls the question out of sight on a phone. */
 function passwordField(isOwner: boolean, problem?: Problem, ready = problem !== undefined) {
   const alert = problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`;
   if (isOwner) return alert;
-  // Password managers store and fill in a password only where they see a user name.
+  // Password managers fill in a password only where they see a user name.
   return html`
     ${alert}<input autocomplete="username" value="owner" hidden>
         <label for="password">Your password for this server</label>
@@ -2656,7 +2655,7 @@ async function consentPage(
 ) {
   const target = new URL(redirect_uri);
   const isDocument = client.source === "document";
-  // What may be on the list: the site of the document, or else of the answer; never a mere name, or any program.
+  // On the list can be the site of the document, or else of the answer; never a mere name, or any program.
   const site = isDocument ? new URL(client.id) : target;
   const isOnList = site.protocol === "https:" && !isLocal(site) && isListed(server.allowed, site);
   const chip = isOnList && html`<span class="chip">on your list</span>`;
@@ -2695,7 +2694,7 @@ async function consentPage(
   return page(server, c, problem?.status, `Connect ${client.name || UNNAMED}?`, body);
 }
 
-/** Leads to a private-use scheme. A redirect would leave the form on the screen, as if nothing had happened. */
+/** Leads to a private-use scheme. After a redirect the form would stay on the screen. */
 function openAppPage(server: Server, c: Context, uri: string, name: string, approved: boolean) {
   c.header("Refresh", `0; url=${uri}`);
   const body = html`
@@ -2705,7 +2704,7 @@ function openAppPage(server: Server, c: Context, uri: string, name: string, appr
   return messagePage(server, c, 200, approved ? "Approved" : "Not connected", body);
 }
 
-/** Shows the address of the callback, to be carried by hand to the app's computer. */
+/** Shows the callback's address, to be carried to the app's computer. */
 function elsewherePage(server: Server, c: Context, uri: string) {
   const body = html`
     <p>Paste this address where the app on the other computer asks for it, or into a browser there:</p>
@@ -2716,13 +2715,13 @@ function elsewherePage(server: Server, c: Context, uri: string) {
   return messagePage(server, c, 200, "Approved", body);
 }
 
-/** Answers a form that was sent before; with the way on, as the first answer may not have got through. */
+/** Answers a form that was sent before, with the way on: the first answer may be lost. */
 function answeredPage(server: Server, c: Context, client: string, uri?: string) {
   const text = "You approved this before. If the app is not connected, go back to it and connect again.";
   return messagePage(server, c, 409, "Already answered", text, uri && link(uri, `Go on to ${client || "the app"}`));
 }
 
-/** Shows the owner's page; to anybody else, the form to sign in. */
+/** Shows the owner's page, or the form to sign in. */
 async function connectionsPage(server: Server, c: Context, { browser, isOwner }: Session, problem?: Problem) {
   const path = `${server.basePath}/connections`;
   const csrf = await createCsrf(server, browser, path);
@@ -2801,7 +2800,7 @@ function connectionItem(server: Server, connection: Connection, form: (content: 
   return fold(heading(clientName, where, facts, label), content);
 }
 
-/** Shows an attempt step by step, and as a text to ask somebody about it. */
+/** Shows an attempt step by step, and as text to ask somebody about it. */
 function attemptItem({ title, steps, advice }: Timeline) {
   const lines = steps.map(({ at, text, ok }) => `${ok ? "ok    " : "FAILED"} ${formatTime(at)} ${text}`);
   const items = steps.map((it) => html`<li class="${!it.ok && "bad"}">${it.text}<small>${timeOf(it.at)}</small></li>`);
@@ -2818,7 +2817,7 @@ function eventItem({ at, message, clientName, count }: Awaited<ReturnType<typeof
   `;
 }
 
-/** Returns a command for Claude Code, with a name that needs no quotes in any shell. */
+/** Returns a command for Claude Code. Its name needs no quotes in any shell. */
 function addCommand(name: string, { resource }: Server) {
   const word = name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "personal";
   return `claude mcp add --transport http ${word} ${resource}`;
@@ -2852,13 +2851,13 @@ const expiredPage: Handler = (server, c) => {
   return messagePage(server, c, 403, "This page has expired", advice);
 };
 
-/** Returns what is easier to read on a colour `#rrggbb`, black or white (relative luminance, WCAG 2). */
+/** Returns black or white, whichever is easier to read on a colour (relative luminance, WCAG 2). */
 function readableOn(colour: string) {
   const [r = 0, g = 0, b = 0] = colour.slice(1).match(/../g)!.map((pair) => (parseInt(pair, 16) / 255) ** 2.2);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? "#000" : "#fff";
 }
 
-/** Sends a page. `aside` stands at the end of its head line; the page that has one is wide. */
+/** Sends a page. `aside` ends its head line; the page that has one is wide. */
 function page(server: Server, c: Context, status: PageStatus = 200, title: string, body: Html, aside?: Html | false) {
   const { issuer, pages: { title: own, accent } } = server;
   const [name, nonce] = [serverName(server), random(16)];
@@ -2887,7 +2886,7 @@ function page(server: Server, c: Context, status: PageStatus = 200, title: strin
 
 // --- Stores ---
 
-/** Keeps state in memory, until the process ends: for tests. */
+/** Keeps state in memory, for tests. */
 export function memoryStore(): Store {
   const entries = new Map<string, Entry>();
   let changes = 0;
@@ -2916,13 +2915,13 @@ function valueOf(entry: Entry | undefined): unknown {
   return isLive ? JSON.parse(entry.value) : undefined;
 }
 
-/** Returns what `list` yields for an entry: nothing if it has expired. */
+/** Returns what `list` yields for an entry: nothing once it has expired. */
 function listed(key: string, entry: Entry | undefined): [key: string, value: unknown][] {
   const value = valueOf(entry);
   return value === undefined ? [] : [[key, value]];
 }
 
-/** Returns what `update` answers. Writes the entry if it changes, or no entry to delete it. */
+/** Returns what `update` answers. Writes the entry if it changes, or none to delete it. */
 function applyChange(found: Entry | undefined, [key, change, options]: Update, write: Write) {
   const current = valueOf(found);
   const next = change(current);
@@ -2943,8 +2942,8 @@ const LAST_CHARACTER = "\u{10ffff}"; // follows a prefix to make the end of its 
 
 /**
  * Keeps state in one SQLite file, `<dir>/oauth.sqlite`. What `update` has answered survives `kill -9` and a power cut.
- * Processes on one machine may share it, but not over a network file system. If it is removed or replaced while open,
- * every call throws until it is back or the server is restarted.
+ * Processes on one machine may share it, but not over a network file system. While it is removed or replaced, every
+ * call throws.
  *
  * @throws {Error} if the folder cannot be written, or the file is damaged or not ours; it is then left as it is.
  */
@@ -2980,11 +2979,11 @@ function prepareStatements(db: Sqlite) {
   const range = db.prepare("SELECT * FROM entries WHERE key >= ? AND key < ? ORDER BY key");
   const upsert = db.prepare("INSERT INTO entries VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = ?2, expires = ?3");
   const remove = db.prepare("DELETE FROM entries WHERE key = ?");
-  // Two per change, so that nothing waits. The latest stay: a clock that was wrong must not cost a connection.
+  // Two per change: nothing waits. The latest stay, because a clock that was wrong must not cost a connection.
   const sweep = db.prepare(`DELETE FROM entries WHERE key IN
     (SELECT key FROM entries WHERE expires < ? ORDER BY expires DESC LIMIT 2 OFFSET 1000)`);
 
-  /** Performs all updates in one transaction, because the commit dominates the cost. */
+  /** Performs all updates in one transaction: the commit dominates the cost. */
   function writeTogether(updates: Update[]) {
     let changed = false;
     const write: Write = (key, entry) => {
@@ -3026,7 +3025,7 @@ function watchFile(db: Sqlite, file: string) {
     if (missing) throw new StateFileError(missing, fault);
   }
 
-  /** Looks once a millisecond: a token revoked by another process might as well have been used just before. */
+  /** Looks once a millisecond: a token revoked by another process might have been used just before. */
   function look() {
     const now = performance.now();
     if (now - lookedAt >= 1) {
@@ -3040,12 +3039,12 @@ function watchFile(db: Sqlite, file: string) {
   return { assertInPlace, look };
 }
 
-/** Repeats a call while another process has the lock: SQLite's own wait would stop the whole server. */
+/** Repeats a call while another process has the lock: SQLite's own wait would stop the server. */
 async function retry<T>(call: () => T | Promise<T>, check = () => {}): Promise<T> {
   const deadline = performance.now() + LOCK_PATIENCE;
   for (let wait = 1;; wait = Math.min(wait * 2, 50)) {
     try {
-      check(); // or a write to a deleted log may end in a file that others use by now
+      check(); // or a write to a deleted log may end in a file that others use
       const answer = call();
       check(); // or a write that is gone after a restart is answered as done
       return await answer;
@@ -3060,7 +3059,7 @@ const isLocked = (error: unknown) =>
   error instanceof Error && /database (table )?is locked|busy/i.test(error.message) &&
   !(error instanceof StateFileError); // its path may say anything
 
-/** Performs together the updates of one turn of the event loop. If one fails, each is tried alone. */
+/** Performs the updates of one turn of the event loop together. If that fails, each is tried alone. */
 function batch(perform: (updates: Update[]) => Promise<unknown[]>) {
   const { setImmediate } = nodeModule("node:timers");
   let updates: Update[] = [];
@@ -3079,7 +3078,7 @@ function batch(perform: (updates: Update[]) => Promise<unknown[]>) {
     try {
       return (await answers.promise)[position];
     } catch (error) {
-      if (isLocked(error)) throw error; // it holds up all of them, and each has waited long enough
+      if (isLocked(error)) throw error; // each has waited long enough
       return (await perform([update]))[0];
     }
   }
@@ -3126,11 +3125,11 @@ function ensureStateFile(dir: string, file: string) {
   const fresh = `${file}.${mark}.new`;
   fs.mkdirSync(dir, { recursive: true, mode: 0o700 });
   try {
-    // Always: Deno's accessSync() does not notice a read-only file system. SQLite gives its side files this mode too.
+    // Always: Deno's accessSync() overlooks a read-only file system. SQLite gives its side files this mode too.
     fs.closeSync(fs.openSync(fresh, "wx", 0o600));
     if (!fs.existsSync(file)) {
-      // SQLite would take the log of a file that was moved away for the new one's. Looks for the file once more:
-      // another process may make it, and then its log, at this moment.
+      // SQLite would take the log of a file that was moved away for the new one's. Looks for the file again, because
+      // another process may make it, and its log, at this moment.
       const isOrphaned = fs.existsSync(`${file}-wal`) && !fs.existsSync(file);
       const fault = "is there without its state file: put that back, or move -wal and -shm away as well";
       if (isOrphaned) throw new StateFileError(`${file}-wal`, fault);
@@ -3144,19 +3143,19 @@ function ensureStateFile(dir: string, file: string) {
   fs.accessSync(file, fs.constants.R_OK | fs.constants.W_OK);
 }
 
-/** Makes the file elsewhere and puts it in place whole, so that one without our mark is always damage. */
+/** Makes the file elsewhere and puts it in place whole: one without our mark is always damage. */
 function createStateFile(fresh: string, file: string) {
   const fs = nodeModule("node:fs");
   const db = openSqlite(fresh);
-  // In WAL mode at once: a kill later on would leave a journal, which the read-only check cannot roll back.
+  // In WAL mode at once: after a kill there would be a journal, which the read-only check cannot roll back.
   db.exec(`PRAGMA application_id = ${APPLICATION_ID}; PRAGMA user_version = ${FORMAT};
     CREATE TABLE entries (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires REAL);
     CREATE INDEX expiring ON entries (expires) WHERE expires IS NOT NULL;
     PRAGMA journal_mode = WAL`);
   db.close();
   try {
-    fs.linkSync(fresh, file); // unlike a rename, it does not replace what another process has put there
-  } catch { // there are no hard links; "wx" replaces nothing either
+    fs.linkSync(fresh, file); // unlike a rename, it replaces nothing
+  } catch { // no hard links here; "wx" replaces nothing either
     fs.writeFileSync(file, fs.readFileSync(fresh), { flag: "wx", mode: 0o600, flush: true });
   }
 }
@@ -3170,15 +3169,15 @@ function removeTemporaryFiles(dir: string, mark: string) {
       const isOld = Date.now() - fs.statSync(`${dir}/${name}`).mtimeMs > MINUTE * 1000;
       if (isOld || name.includes(mark)) fs.rmSync(`${dir}/${name}`);
     } catch {
-      // It is gone, or a virus scanner holds it: then a later start removes it.
+      // It is gone, or a virus scanner holds it; a later start removes it.
     }
   }
 }
 
-/** Throws unless this is a sound state file of ours. It only reads: SQLite may change a damaged one, or its log. */
+/** Throws unless this is a sound state file of ours. Only reads: SQLite may change a damaged one, or its log. */
 function checkStateFile(file: string) {
   assert(nodeModule("node:fs").statSync(file).size > 0, "it is empty"); // SQLite would delete its log
-  // By SQLite, because any other close of the file drops this process's locks on it (POSIX).
+  // By SQLite: any other close of the file drops this process's locks on it (POSIX).
   const db = openSqlite(file, { readOnly: true });
   const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).get()[name];
   try {
@@ -3209,8 +3208,8 @@ export type KvLike = {
 };
 
 /**
- * Keeps state in a `Deno.Kv`: a local file, or the distributed store of Deno Deploy or denokv. `await Deno.openKv()`
- * makes one; so does `openKv()` of `@deno/kv` on Node and Bun. All three read what the others wrote.
+ * Keeps state in a `Deno.Kv`: a local file, Deno Deploy or denokv. `await Deno.openKv()` makes one; so does `openKv()`
+ * of `@deno/kv` on Node and Bun. All three read what the others wrote.
  */
 export function kvStore(kv: KvLike): Store {
   assert(typeof kv?.atomic === "function", "kvStore needs an open Deno.Kv: kvStore(await Deno.openKv())");
@@ -3224,7 +3223,7 @@ export function kvStore(kv: KvLike): Store {
     return retry(async () => {
       const { value, versionstamp } = await kv.get(path(key));
       const found = decodeEntry(key, value);
-      // A commit whose answer is lost on a network is repeated by the KV's client, and loses the race against itself.
+      // A KV's client repeats a commit whose answer was lost, and loses the race against itself.
       if (found?.mark === mark) return next;
       let committed = Promise.resolve({ ok: true });
       next = applyChange(found, update, (_, entry) => {
@@ -3263,11 +3262,11 @@ export function kvStore(kv: KvLike): Store {
   };
 }
 
-/** Lets the KV remove an entry long after it expired, by the KV's own clock, because ours may have been wrong. */
+/** Lets the KV remove an entry long after its expiry, because our clock may have been wrong. */
 const removal = ({ expires }: Entry) =>
   expires === null ? {} : { expireIn: Math.max(0, Math.ceil((expires - seconds() + 30 * DAY) * 1000)) };
 
-/** Writes `[expires, value, mark]` as bytes: how a KV keeps anything else depends on the version of V8. */
+/** Writes `[expires, value, mark]` as bytes: anything else depends on the version of V8. */
 function encodeEntry(key: string, { value, expires, mark }: Entry) {
   const bytes = utf8.encode(`[${JSON.stringify(expires)},${value},"${mark}"]`);
   assert(bytes.length <= 65536, `${quote(key)} would take ${bytes.length} bytes, and a Deno.Kv holds 65536`);
@@ -3294,11 +3293,11 @@ function withDeadline<T>(answer: Promise<T>) {
   });
 }
 
-/** Wraps the store for the rest of the server: if it fails or is too slow, the answer is 503. */
+/** Wraps the store: if it fails or is too slow, the answer is 503. */
 function guardStore(store: Store, emit: Emit): Store {
   async function guarded<T>(ask: (changeInTime: Update[1]) => Promise<T>, change?: Update[1]): Promise<T> {
     let isOver = false;
-    // A store that wakes up late must not apply what was answered with 503: the client has moved on.
+    // A store that wakes up late must not change anything: the client was answered 503.
     const changeInTime = (current: unknown) => {
       assert(!isOver, "the store came back after the answer: nothing was changed");
       return change!(current);
@@ -3338,7 +3337,7 @@ const delay = (milliseconds: number) => new Promise<void>((resolve) => setTimeou
 
 let latest = 0;
 
-/** Returns seconds since the epoch, with their fraction. No two calls return the same: moments have an order. */
+/** Returns seconds since the epoch, with their fraction. No two calls return the same. */
 function seconds() {
   const now = Date.now() / 1000;
   latest = now > latest || latest - now > 1 ? now : latest + 1e-6; // a clock that was set back is followed
@@ -3373,7 +3372,7 @@ function decodeBase64(text: string) {
   }
 }
 
-/** Used where it exists: a digest of Web Crypto takes forty times as long. */
+/** Used where it exists: Web Crypto takes forty times as long for a digest. */
 const nodeCrypto = once(() => nodeModule("node:crypto", {}));
 
 const sha256 = async (text: string) => new Uint8Array(await crypto.subtle.digest("SHA-256", utf8.encode(text)));
@@ -3381,7 +3380,7 @@ const sha256 = async (text: string) => new Uint8Array(await crypto.subtle.digest
 /** Makes a code_challenge. @see https://www.rfc-editor.org/rfc/rfc7636#section-4.2 */
 const s256 = async (code_verifier: string) => base64url(await sha256(code_verifier));
 
-/** Hashes a secret for the store. Secrets are random, so they need no slow hash. */
+/** Hashes a secret for the store. A random one needs no slow hash. */
 async function hashToken(token: string): Promise<string> {
   const { hash } = nodeCrypto();
   return hash ? hash("sha256", token, "base64url") : base64url(await sha256(token));
@@ -3395,10 +3394,10 @@ async function hmac(key: string) {
   return async (text: string) => hex(new Uint8Array(await crypto.subtle.sign("HMAC", imported, utf8.encode(text))));
 }
 
-/** Computes HMAC-SHA-512 under the server's key, in hex. The purpose keeps one use apart from another. */
+/** Computes HMAC-SHA-512 under the server's key, in hex. `purpose` keeps one use apart from another. */
 type Mac = (purpose: string, ...parts: string[]) => Promise<string>;
 
-/** Makes the server's MAC. Its key, drawn at the first start, opens nothing: what it signs is checked in the store. */
+/** Makes the server's MAC. Its key, drawn at the first start, opens nothing: tokens are checked in the store. */
 function serverMac(store: Store, issuer: string, emit: Emit): Mac {
   const keyed = once(async () => {
     let before: { key: string; issuer: string } | undefined;
@@ -3417,7 +3416,7 @@ function serverMac(store: Store, issuer: string, emit: Emit): Mac {
   return async (purpose, ...parts) => (await keyed())(JSON.stringify([purpose, ...parts]));
 }
 
-/** Compares in constant time, so that it leaks only the lengths. */
+/** Compares in constant time; leaks only the lengths. */
 function equal(a: string, b: string) {
   let difference = a.length ^ b.length;
   for (let i = 0; i < a.length; i++) difference |= a.charCodeAt(i) ^ b.charCodeAt(i);
@@ -3448,14 +3447,14 @@ function defined<T extends Record<string, unknown>>(members: T) {
   return Object.fromEntries(entries) as { [K in keyof T]?: Exclude<T[K], undefined> };
 }
 
-/** Quotes any value for a message: short, on one line, in ASCII, so that it cannot forge a log entry. */
+/** Quotes any value: short, on one line, in ASCII, so that it cannot forge a log entry. */
 function quote(value: unknown) {
   const json = JSON.stringify(value) ?? String(value);
   const escape = (char: string) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`;
   return json.slice(0, 200).replace(/[^\x20-\x7e]/g, escape);
 }
 
-/** Returns a module of Node's, asked for where it is used, so that this file loads without it. */
+/** Returns a module of Node's where it is used, so that this file loads without it. */
 // deno-lint-ignore no-explicit-any
 function nodeModule(name: string, otherwise?: object): any {
   const { process } = globalThis as { process?: { getBuiltinModule?: (name: string) => unknown } };
@@ -3497,16 +3496,16 @@ async function readBody(c: Context, type: string) {
     throw invalidRequest(`The Content-Type must be ${type}`, { status: 415 });
   }
   const announced = Number(c.req.header("Content-Length"));
-  // No more than was announced arrives, but for chunks (RFC 9112 §6.3), which are counted, and slower to read.
+  // No more arrives than was announced, but for chunks (RFC 9112 §6.3), which are counted and slower to read.
   const isBounded = announced <= MAX_BODY_BYTES && c.req.header("Transfer-Encoding") === undefined;
   try {
     if (announced > MAX_BODY_BYTES) throw new TooLarge();
     const text = isBounded ? await c.req.text() : await readLimited(c.req.raw.body, MAX_BODY_BYTES);
-    if (text.length > MAX_BODY_BYTES) throw new TooLarge(); // no server was in between
+    if (text.length > MAX_BODY_BYTES) throw new TooLarge(); // in process
     return text;
   } catch (cause) {
     if (!(cause instanceof TooLarge)) throw invalidRequest("The body did not arrive whole", { cause });
-    // The rest of the body would be taken for the next request, so the connection ends.
+    // The rest would be taken for the next request, so the connection ends.
     const details = { status: 413, headers: { Connection: "close" } } as const;
     throw invalidRequest(`The body is larger than ${MAX_BODY_BYTES} bytes`, details);
   }
@@ -3515,7 +3514,7 @@ async function readBody(c: Context, type: string) {
 class TooLarge extends Error {}
 
 async function readLimited(stream: ReadableStream<Uint8Array> | null, limit: number) {
-  const reader = stream?.getReader(); // not every set of types knows that a stream can be iterated
+  const reader = stream?.getReader(); // not every set of types can iterate a stream
   const decoder = new TextDecoder();
   let [text, length] = ["", 0];
   while (reader) {
@@ -3549,14 +3548,13 @@ export type OAuthErrorDetails = {
 type ErrorStatus = NonNullable<OAuthErrorDetails["status"]>;
 
 /**
- * An error in OAuth's own form. `code` and `message` go to the client; the reason is for the owner only.
- *
+ * An error in OAuth's own form. `code` and `message` go to the client; the reason is for the owner.
  * @see https://www.rfc-editor.org/rfc/rfc6749#section-5.2
  */
 export class OAuthError extends Error {
   /** The name of the class. */
   override name = "OAuthError";
-  /** The error code of the standard, such as `invalid_grant`. */
+  /** The standard's error code, such as `invalid_grant`. */
   readonly code: string;
   /** The HTTP status. */
   readonly status: NonNullable<OAuthErrorDetails["status"]>;
@@ -3565,7 +3563,7 @@ export class OAuthError extends Error {
   /** What it was made with. */
   readonly details: OAuthErrorDetails;
 
-  /** Makes an error with a description for the client's developer. */
+  /** Makes an error; `description` is for the client's developer. */
   constructor(code: string, description: string, details: OAuthErrorDetails = {}) {
     super(description, { cause: details.cause });
     this.code = code;
@@ -3588,7 +3586,7 @@ function asOAuthError({ emit }: Server, error: unknown): OAuthError {
 function errorResponse(server: Server, c: Context, thrown: unknown): Response | Promise<Response> {
   const { code, message, status, headers } = asOAuthError(server, thrown);
   const all: Record<string, string> = { ...headers, ...FIXED_HEADERS };
-  // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own answers say it by themselves.
+  // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own says it by itself.
   if (status === 401) all["WWW-Authenticate"] ??= 'Basic realm="token"';
   return c.json({ error: code, error_description: errorDescription(message) }, status, all);
 }
