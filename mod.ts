@@ -3709,13 +3709,13 @@ export const internals: any = { ...grantFunctions, isPublicAddress };
 export interface SetupFinding {
   /** The part of the setup. */
   heading: "Address" | "Guard" | "Discovery" | "Sign-in" | "Browser apps";
-  /** `failed`: some client cannot connect. `warning`: some clients stumble, or something is weaker than need be. */
+  /** `failed`: some client cannot connect. `warning`: some clients stumble, or it is weaker than need be. */
   result: "ok" | "warning" | "failed";
   /** What was found, or the name of the check that passed. */
   what: string;
   /** What any server should do instead. */
   fix?: string;
-  /** What to change on a server with `personalAuth()`, where it can be named. */
+  /** The same for a server with `personalAuth()`, where it can be named. */
   withPersonalAuth?: string;
 }
 
@@ -3749,8 +3749,9 @@ const CHECKS = {
   "no slash at the end": "The address ends with a slash → Leave it out.",
   "answer": "No answer from {} → Check DNS, the port and the certificate.",
   "proxy": "The proxy answers {}, your server does not → Start the server on the proxy's port.",
-  "own URLs": "The server names {}, which is not asked → Build https URLs from the public base URL. → set baseUrl to it",
-  "speed": "It takes {} s → Make it faster: Claude gives up after 10 s.",
+  "own URLs":
+    "The server names {}, which is not asked → Build https URLs from the public base URL. → set baseUrl to it",
+  "speed": "It takes {} s → Answer sooner: Claude gives up after 10 s.",
   "closed": 'Anybody is let in: {} → Check the token first. → app.all("/mcp", auth.guard, handler)',
   "path": "Nothing is served at {}: it answers 404 → Check path and proxy. → type the path of mcpPath",
   "401": "A request without a token is answered {} → Send 401 first, whatever Accept says. → put auth.guard first",
@@ -3829,14 +3830,17 @@ function startCheckup(url: URL, { token = "", onProgress, fetch: send = fetch }:
     (result: "warning" | "failed", isRootCause = false) =>
     (good: unknown, check: keyof typeof CHECKS, found: unknown = state.answered) => {
       const { heading, findings } = state;
+      if (good) {
+        findings.push({ heading, result: "ok", what: check });
+        return true;
+      }
       const plain = isString(found) && token ? found.replaceAll(token, "[token]") : found;
       // Quoted in ASCII, so that it cannot control a terminal. An object may be too deep for JSON.stringify().
       const shown = plain instanceof Object ? "an object" : quote(plain);
       const [what = "", fix, withPersonalAuth] = CHECKS[check].replace("{}", () => shown).split(" → ");
-      const failure = { heading, result, what, ...defined({ fix, withPersonalAuth }) };
-      findings.push(good ? { heading, result: "ok", what: check } : failure);
-      if (!good && isRootCause) throw new RootCause();
-      return Boolean(good);
+      findings.push({ heading, result, what, ...defined({ fix, withPersonalAuth }) });
+      if (isRootCause) throw new RootCause();
+      return false;
     };
   const should = judge("warning"); // else some clients stumble
   const must = judge("failed"); // else some client cannot connect
@@ -3858,10 +3862,9 @@ function startCheckup(url: URL, { token = "", onProgress, fetch: send = fetch }:
         signal: limit.signal,
       });
       const answer = await inTime(exchange(request, send), limit.signal);
-      const { status, location, type, text, json } = answer;
       // A busy server answers in JSON (RFC 6749 §5.2), a proxy with a page.
-      if ([502, 503, 504].includes(status) && !json) need(false, "proxy", status);
-      state.answered = `${method} ${target!.pathname}: ${status} ${location || `${type} ${text}`}`;
+      if ([502, 503, 504].includes(answer.status) && !answer.json) need(false, "proxy", answer.status);
+      state.answered = `${method} ${target!.pathname}: ${answer.summary}`;
       return answer;
     } catch (error) {
       if (error instanceof RootCause) throw error;
@@ -3886,8 +3889,9 @@ function webUrl(value: unknown, base?: URL): URL | undefined {
 async function mayAsk({ origin, hostname, protocol }: URL, typed: URL): Promise<boolean> {
   if (origin === typed.origin || (isLoopback(hostname) && isLoopback(typed.hostname))) return true;
   if (protocol !== "https:") return false;
-  const lookup: Promise<{ address: string }[]> = nodeModule("node:dns").promises.lookup(hostname, { all: true });
-  const found = await lookup.catch(() => []); // if the addresses change after this, the certificate does not fit
+  const { lookup } = nodeModule("node:dns").promises;
+  // If the addresses change after this, the certificate does not fit.
+  const found: { address: string }[] = await lookup(hostname, { all: true }).catch(() => []);
   return found.length > 0 && found.every(({ address }) => isPublicAddress(address));
 }
 
@@ -3902,7 +3906,9 @@ async function exchange(request: Request, fetch: NonNullable<SetupOptions["fetch
   const text = await (isStream ? readMessage(body, isCall) : readLimited(body, MAX_ANSWER_BYTES));
   const parsed: unknown = /json|event-stream/i.test(type) && await new Response(text).json().catch(() => {});
   const json = isObject(parsed) ? parsed : undefined;
-  return { status, ok, headers, location: headers.get("Location") ?? "", type, text, json, took: seconds() - start };
+  const location = headers.get("Location") ?? "";
+  const summary = `${status} ${location || `${type} ${text}`}`;
+  return { status, ok, headers, location, text, json, summary, took: seconds() - start };
 }
 
 /** Reads the first JSON-RPC response of an event stream, which may stay open for ever. */
@@ -3935,13 +3941,17 @@ function checkAddress({ url, need, must, should }: Checkup) {
 }
 
 const AS_JSON = { "Content-Type": "application/json" };
-const AS_MCP = { ...AS_JSON, Accept: "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25" };
-const AS_CLAUDE = { ...AS_MCP, "User-Agent": "Claude-User" };
+const AS_CLAUDE = {
+  ...AS_JSON,
+  Accept: "application/json, text/event-stream",
+  "MCP-Protocol-Version": "2025-11-25",
+  "User-Agent": "Claude-User",
+};
 const AS_BROWSER = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
 const PARAMS = { protocolVersion: "2025-11-25", capabilities: {}, clientInfo: { name: "setup-check", version: "1" } };
 const INITIALIZE = { jsonrpc: "2.0", id: 0, method: "initialize", params: PARAMS };
 
-/** Asks without a token: from the 401 a client learns that it has to sign in, and where. Returns where. */
+/** Asks without a token. Returns where the metadata is: a client learns that from the 401. */
 async function checkGuard(checkup: Checkup) {
   const { url, token, ask, need, must, should } = checkup;
   const { status, ok, headers, took } = await ask(url, AS_JSON, INITIALIZE);
@@ -3953,10 +3963,8 @@ async function checkGuard(checkup: Checkup) {
   if (must(/^Bearer\b/i.test(challenge), "challenge", "Bearer challenge")) {
     should(/scope="[^"]+"/.test(challenge), "challenge", "scope");
   }
-  const get = await ask(url, { Accept: "text/event-stream" });
-  must(get.status === 401, "401");
-  const claude = await ask(url, AS_CLAUDE, INITIALIZE);
-  need(claude.status === 401, "Claude-User");
+  must((await ask(url, { Accept: "text/event-stream" })).status === 401, "401");
+  need((await ask(url, AS_CLAUDE, INITIALIZE)).status === 401, "Claude-User");
   const bad = await ask(url, { ...AS_CLAUDE, Authorization: "Bearer made-up" }, INITIALIZE);
   if (must(bad.status === 401, "invalid token")) {
     const said = bad.headers.get("WWW-Authenticate") ?? "";
@@ -3987,9 +3995,8 @@ async function checkCalls({ url, token, next, ask, need, should }: Checkup) {
   next.push(`initialize took ${first}, tools/list ${second}: ${names.length} tools`);
 }
 
-/** Returns the place of a metadata document (RFC 8414 §3.1, RFC 9728 §3.1). */
 const wellKnown = (name: string, { origin, pathname }: URL) =>
-  `${origin}/.well-known/${name}${pathname.replace(/\/$/, "")}`;
+  `${origin}/.well-known/${name}${pathname.replace(/\/$/, "")}`; // RFC 8414 §3.1, RFC 9728 §3.1
 const lists = (list: unknown, value: string) => Array.isArray(list) && list.includes(value);
 
 function checkMembers({ must }: Checkup, json: Metadata) {
@@ -4049,11 +4056,11 @@ async function checkSignIn(checkup: Checkup, server: Metadata) {
     checkMembers(checkup, json);
     client_id = json.client_id;
   }
-  const code_challenge = await s256(random(32));
+  const code_challenge = await s256(random(32)); // nothing is ever redeemed
   const page = (change = "") => {
-    const request = { response_type: "code", client_id, redirect_uri: CLAUDE_REDIRECT, resource };
-    const fixed = { state: "setup-check", code_challenge, code_challenge_method: "S256" };
-    const all = { ...request, ...fixed, ...Object.fromEntries(new URLSearchParams(change)) };
+    const request = { response_type: "code", client_id, redirect_uri: CLAUDE_REDIRECT, resource, state: "setup-check" };
+    const pkce = { code_challenge, code_challenge_method: "S256" };
+    const all = { ...request, ...pkce, ...Object.fromEntries(new URLSearchParams(change)) };
     const target = new URL(server.authorization_endpoint);
     for (const [name, value] of Object.entries(all)) if (value) target.searchParams.set(name, value);
     return target;
@@ -4091,9 +4098,9 @@ async function checkConsent({ ask, need, must, should }: Checkup, server: Metada
   const Cookie = headers.getSetCookie().map((cookie) => cookie.split(";")[0]).join("; ");
   const denial = await ask(target, { ...AS_BROWSER, Cookie, Origin: page.origin }, form.body);
   const isBack = [302, 303].includes(denial.status) && denial.location.startsWith(CLAUDE_REDIRECT);
-  const query = new URLSearchParams(denial.location.split("?")[1]);
-  const isTold = query.get("error") === "access_denied" && query.get("state") === "setup-check";
-  const hasIss = !server.authorization_response_iss_parameter_supported || query.get("iss") === server.issuer;
+  const { error, state, iss } = Object.fromEntries(new URLSearchParams(denial.location.split("?")[1]));
+  const isTold = error === "access_denied" && state === "setup-check";
+  const hasIss = !server.authorization_response_iss_parameter_supported || iss === server.issuer;
   must(isBack && isTold && hasIss, "denial");
 }
 
@@ -4108,7 +4115,7 @@ function readAttributes(tag: string): Record<string, string> {
   return attributes;
 }
 
-/** Returns where the form with a button to deny goes, and what a browser posts at a press of that button. */
+/** Finds the form with a button to deny: where it goes, and what a browser posts at a press of that button. */
 function readDenial(html: string) {
   for (const form of html.split(/<form\b/i).slice(1)) {
     const [{ action, method } = {}, ...tags] = form.split(/<\/form/i)[0]!.split("<").map(readAttributes);
