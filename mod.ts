@@ -3754,7 +3754,7 @@ const CHECKS = {
   "speed": "It takes {} s → Answer sooner: Claude gives up after 10 s.",
   "closed": 'Anybody is let in: {} → Check the token first. → app.all("/mcp", auth.guard, handler)',
   "path": "Nothing is served at {}: it answers 404 → Check path and proxy. → type the path of mcpPath",
-  "401": "A request without a token is answered {} → Send 401 first, whatever Accept says. → put auth.guard first",
+  "401": "A request without a token is answered {} → Send 401: no redirect, login, 405 or 406. → put auth.guard first",
   "challenge": 'The 401 has no {} → Send WWW-Authenticate: Bearer resource_metadata="…", scope="…".',
   "Claude-User": "The user agent Claude-User is answered {} → Allow it (Cloudflare: Block AI bots).",
   "Authorization": "The token did not arrive: the proxy drops Authorization → Pass it on (Apache: CGIPassAuth On).",

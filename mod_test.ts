@@ -5714,7 +5714,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
           ? new Response("", { status: 406 })
           : answer()
       ),
-      /Accept/,
+      /no redirect, login, 405 or 406/,
     ],
     [
       "405 by GET",
