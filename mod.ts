@@ -3610,13 +3610,13 @@ export const internals: any = { ...grantFunctions, isPublicAddress };
 export interface SetupFinding {
   /** The part of the setup. */
   heading: "Address" | "Guard" | "Discovery" | "Sign-in" | "Browser apps";
-  /** `failed`: some client cannot connect. `warning`: some clients stumble, or something is weaker than need be. */
+  /** `failed`: some client cannot connect. `warning`: some clients stumble, or it is weaker than need be. */
   result: "ok" | "warning" | "failed";
   /** What was found, or the name of the check that passed. */
   what: string;
   /** What any server should do instead. */
   fix?: string;
-  /** What to change on a server with `personalAuth()`, where it can be named. */
+  /** The same for a server with `personalAuth()`, where it can be named. */
   withPersonalAuth?: string;
 }
 
@@ -3650,14 +3650,13 @@ const CHECKS = {
   "no slash at the end": "The address ends with a slash → Leave it out.",
   "answer": "No answer from {} → Check DNS, the port and the certificate.",
   "proxy": "The proxy answers {}, your server does not → Start the server on the proxy's port.",
-  "own URLs": "The server names {}, which is not asked → Build URLs from the public base URL. → set baseUrl to it",
-  "speed": "It takes {} s → Make it faster: Claude gives up after 10 s.",
-  "closed": 'Anybody is let in: it answers {} → Check the token first. → app.all("/mcp", auth.guard, handler)',
+  "own URLs":
+    "The server names {}, which is not asked → Build https URLs from the public base URL. → set baseUrl to it",
+  "speed": "It takes {} s → Answer sooner: Claude gives up after 10 s.",
+  "closed": 'Anybody is let in: {} → Check the token first. → app.all("/mcp", auth.guard, handler)',
   "path": "Nothing is served at {}: it answers 404 → Check path and proxy. → type the path of mcpPath",
-  "guard first": "{} comes before the 401 → Check the token before method and Accept. → put auth.guard first",
-  "401": "A request without a token is answered {} → Answer 401, with no redirect or login in front.",
-  "challenge": 'The 401 has no Bearer challenge → Send WWW-Authenticate: Bearer resource_metadata="…".',
-  "scope": 'The challenge names no scope → Add scope="…": without it Claude asks for all.',
+  "401": "A request without a token is answered {} → Send 401: no redirect, login, 405 or 406. → put auth.guard first",
+  "challenge": 'The 401 has no {} → Send WWW-Authenticate: Bearer resource_metadata="…", scope="…".',
   "Claude-User": "The user agent Claude-User is answered {} → Allow it (Cloudflare: Block AI bots).",
   "Authorization": "The token did not arrive: the proxy drops Authorization → Pass it on (Apache: CGIPassAuth On).",
   "invalid token": 'A made-up token is answered {} → Send 401 with error="invalid_token"; let the proxy pass both.',
@@ -3666,7 +3665,6 @@ const CHECKS = {
   "metadata": "Metadata is incomplete: {} → Serve it as application/json (RFC 9728, RFC 8414), or answer 404.",
   "resource": "resource is {} → Send the typed address byte for byte, without a slash at its end. → correct baseUrl",
   "issuer": "issuer is {} → Repeat authorization_servers byte for byte; mind a slash at the end.",
-  "https endpoints": "{} is missing or not https → Build it from the public https address.",
   "offer": "{} is not on offer → Add it to the metadata: some clients insist on it.",
   "no empty members": "Members without a value: {} → Leave them out: strict clients refuse the answer.",
   "registration": "Registration is answered {} → Accept Claude, from any address. → see allowedRedirectDomains",
@@ -3685,155 +3683,154 @@ class RootCause extends Error {}
 
 /**
  * Asks any MCP server, from outside and without a password, what a client will ask. Registers a client, and starts an
- * authorization that it never finishes. On the command line: `deno run -A mod.ts https://your-domain.com/mcp`.
+ * authorization that it never finishes.
  *
  * @throws {TypeError} if `mcpUrl` is not an http or https URL, or `token` cannot be a token.
  */
 export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Promise<SetupReport> {
-  const url = webUrl(mcpUrl);
-  assert(url, `Give the URL that you type into Claude, such as "https://your-domain.com/mcp"`);
-  url.hash = "";
+  const typed = webUrl(mcpUrl);
+  assert(typed, `Give the URL that you type into Claude, such as "https://your-domain.com/mcp"`);
+  typed.hash = "";
   // RFC 6750 §2.1. The message of fetch() about anything else holds the token.
   assert(/^[\w.~+/-]+=*$/.test(options.token || "x"), "The token holds a character that no token has");
-  const checkup = startCheckup(url, options);
+  const checkup = startCheckup(typed, options);
+  const below = (heading: SetupFinding["heading"]) => Object.assign(checkup, { heading });
   try {
-    for (const [heading, check] of STAGES) {
-      checkup.heading = heading;
-      await check(checkup);
-    }
+    checkAddress(checkup);
+    const metadataUrl = await checkGuard(below("Guard"));
+    const server = await checkDiscovery(below("Discovery"), metadataUrl);
+    await checkSignIn(below("Sign-in"), server);
+    await checkCors(below("Browser apps"), server);
   } catch (error) {
     if (!(error instanceof RootCause)) throw error;
   }
   const { findings, next } = checkup;
+  const url = typed.href;
   const failed = findings.find(({ result }) => result === "failed");
-  const quoted = /[^\w:/.~%-]/.test(url.href) ? `'${url.href.replaceAll("'", "%27")}'` : url.href; // for a shell
-  next.push(`claude.ai: Customize → Connectors → Add, and type ${url.href}`);
+  if (failed) {
+    const verdict = findings.at(-1)!.heading === "Address" ? "unreachable" : "broken";
+    return { url, verdict, findings, next: [`Repair this first: ${failed.what}`] };
+  }
+  next.push(`claude.ai: Customize → Connectors → Add, and type ${url}`);
+  const quoted = /[^\w:/.~%-]/.test(url) ? `'${url.replaceAll("'", "%27")}'` : url; // for a shell
   next.push(`Claude Code: claude mcp add --transport http personal ${quoted}`);
-  if (!failed) return { url: url.href, verdict: "ready", findings, next };
-  const verdict = findings.at(-1)!.heading === "Address" ? "unreachable" : "broken";
-  return { url: url.href, verdict, findings, next: [`Repair this first: ${failed.what}`] };
+  return { url, verdict: "ready", findings, next };
 }
-
-const STAGES: [SetupFinding["heading"], (checkup: Checkup) => unknown][] = [
-  ["Address", checkAddress],
-  ["Guard", checkGuard],
-  ["Discovery", checkDiscovery],
-  ["Sign-in", checkSignIn],
-  ["Browser apps", checkCors],
-];
 
 type Checkup = ReturnType<typeof startCheckup>;
 
-/** Returns what the stages share. */
-function startCheckup(url: URL, options: SetupOptions) {
-  type Judge = (good: unknown, check: keyof typeof CHECKS, found?: unknown) => boolean;
-  const judge = (result: "warning" | "failed", isRootCause = false): Judge => (good, check, found) => {
-    const { heading, findings } = checkup;
-    const plain = options.token && isString(found) ? found.replaceAll(options.token, "[token]") : found;
-    // Quoted in ASCII, so that it cannot control a terminal. An object may be too deep for JSON.stringify().
-    const shown = plain instanceof Object ? "an object" : quote(plain);
-    const [what = "", fix, withPersonalAuth] = CHECKS[check].replace("{}", () => shown).split(" → ");
-    const failure = { heading, result, what, ...defined({ fix, withPersonalAuth }) };
-    findings.push(good ? { heading, result: "ok", what: check } : failure);
-    if (!good && isRootCause) throw new RootCause();
-    return Boolean(good);
-  };
-  const checkup = {
-    url,
-    resource: url.href.replace(/\/$/, ""),
-    options,
+/** Returns what the stages share: how to ask, how to judge an answer, and what was found. */
+function startCheckup(url: URL, { token = "", onProgress, fetch: send = fetch }: SetupOptions) {
+  const state = {
     heading: "Address" as SetupFinding["heading"],
     findings: [] as SetupFinding[],
     next: [] as string[],
-    should: judge("warning"), // else some clients stumble
-    must: judge("failed"), // else some client cannot connect
-    need: judge("failed", true), // else everything after it fails as well
-    ask: (...question: Question): Answer => ask(checkup, question),
-    // deno-lint-ignore no-explicit-any
-    told: { metadataUrl: "", server: {} as any, client_id: "https://claude.ai/oauth/mcp-oauth-client-metadata" },
+    answered: "", // the latest answer
   };
-  return checkup;
+  const judge =
+    (result: "warning" | "failed", isRootCause = false) =>
+    (good: unknown, check: keyof typeof CHECKS, found: unknown = state.answered) => {
+      const { heading, findings } = state;
+      if (good) {
+        findings.push({ heading, result: "ok", what: check });
+        return true;
+      }
+      const plain = isString(found) && token ? found.replaceAll(token, "[token]") : found;
+      // Quoted in ASCII, so that it cannot control a terminal. An object may be too deep for JSON.stringify().
+      const shown = plain instanceof Object ? "an object" : quote(plain);
+      const [what = "", fix, withPersonalAuth] = CHECKS[check].replace("{}", () => shown).split(" → ");
+      findings.push({ heading, result, what, ...defined({ fix, withPersonalAuth }) });
+      if (isRootCause) throw new RootCause();
+      return false;
+    };
+  const should = judge("warning"); // else some clients stumble
+  const must = judge("failed"); // else some client cannot connect
+  const need = judge("failed", true); // else everything after it fails as well
+
+  /** Asks one question, and takes at most 30 seconds and 1 MB. Ends the check if nothing usable answers. */
+  async function ask(place: unknown, headers = {}, body?: object, method = body ? "POST" : "GET") {
+    const target = place instanceof URL ? place : webUrl(place);
+    onProgress?.(`${method} ${target?.pathname}`);
+    const limit = new AbortController(); // AbortSignal.timeout() with a listener would keep the process alive
+    const timer = setTimeout(() => limit.abort(), 30_000);
+    try {
+      if (!target || !await inTime(mayAsk(target, url), limit.signal)) need(false, "own URLs", target?.href ?? place);
+      const request = new Request(target!.href, {
+        method,
+        headers: { "User-Agent": "python-httpx/0.28.1", Accept: "*/*", ...headers }, // as hosted Claude
+        body: body instanceof URLSearchParams ? body : JSON.stringify(body),
+        redirect: "manual", // it could lead to an inside address
+        signal: limit.signal,
+      });
+      const answer = await inTime(exchange(request, send), limit.signal);
+      // A busy server answers in JSON (RFC 6749 §5.2), a proxy with a page.
+      if ([502, 503, 504].includes(answer.status) && !answer.json) need(false, "proxy", answer.status);
+      state.answered = `${method} ${target!.pathname}: ${answer.summary}`;
+      return answer;
+    } catch (error) {
+      if (error instanceof RootCause) throw error;
+      if (state.findings.at(-1)?.heading === "Address") state.heading = "Address"; // nothing was ever answered
+      const { message, cause } = error as Error;
+      need(false, "answer", `${target?.host}: ${message}${cause instanceof Error ? `: ${cause.message}` : ""}`);
+      throw error;
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+  return Object.assign(state, { url, resource: url.href.replace(/\/$/, ""), token, ask, should, must, need });
 }
 
 /** Parses an http or https URL without credentials, which fetch() refuses. */
 function webUrl(value: unknown, base?: URL): URL | undefined {
-  const url = isString(value) && value.length < 8192 ? URL.parse(value, base?.href) : undefined;
+  const url = isString(value) && value.length < 8192 ? URL.parse(value, base) : undefined;
   return url && /^https?:\/\/[^/@]+\//.test(url.href) ? url : undefined;
 }
 
 /** Tells whether a URL may be asked: a hostile server could name what only this computer reaches. */
 async function mayAsk({ origin, hostname, protocol }: URL, typed: URL): Promise<boolean> {
-  if (origin === typed.origin || isLoopback(hostname) && isLoopback(typed.hostname)) return true;
+  if (origin === typed.origin || (isLoopback(hostname) && isLoopback(typed.hostname))) return true;
   if (protocol !== "https:") return false;
-  const lookup: Promise<{ address: string }[]> = nodeModule("node:dns").promises.lookup(hostname, { all: true });
-  const addresses = await lookup.catch(() => []); // if they change after this, the certificate does not fit
-  return addresses.length > 0 && addresses.every(({ address }) => isPublicAddress(address));
+  const { lookup } = nodeModule("node:dns").promises;
+  // If the addresses change after this, the certificate does not fit.
+  const found: { address: string }[] = await lookup(hostname, { all: true }).catch(() => []);
+  return found.length > 0 && found.every(({ address }) => isPublicAddress(address));
 }
 
 const MAX_ANSWER_BYTES = 1024 * 1024;
-type Question = [place: string | URL, headers?: Record<string, string>, body?: object, method?: string];
-type Answer = ReturnType<typeof exchange>;
-
-/** Asks one question, and takes at most 30 seconds and 1 MB. Ends the check if nothing usable answers. */
-async function ask(checkup: Checkup, [place, headers, body, method = body ? "POST" : "GET"]: Question): Answer {
-  const { url, options, findings, need } = checkup;
-  const target = webUrl(String(place));
-  options.onProgress?.(`${method} ${target?.pathname}`);
-  const limit = new AbortController(); // AbortSignal.timeout() with a listener would keep the process alive
-  const timer = setTimeout(() => limit.abort(), 30_000);
-  try {
-    if (!target || !await inTime(mayAsk(target, url), limit.signal)) need(false, "own URLs", String(place));
-    const request = new Request(target!.href, {
-      ...{ method, signal: limit.signal, body: body instanceof URLSearchParams ? body : JSON.stringify(body) },
-      headers: { "User-Agent": "python-httpx/0.28.1", Accept: "*/*", ...headers }, // as hosted Claude
-      redirect: "manual", // it could lead to an inside address
-    });
-    const answer = await inTime(exchange(request, options.fetch ?? fetch), limit.signal);
-    // A busy server answers in JSON (RFC 6749 §5.2), a proxy with a page.
-    if ([502, 503, 504].includes(answer.status) && !answer.json) need(false, "proxy", answer.status);
-    return answer;
-  } catch (error) {
-    if (error instanceof RootCause) throw error;
-    if (findings.at(-1)?.heading === "Address") checkup.heading = "Address"; // nothing was ever answered
-    const { message, cause } = error as Error;
-    need(false, "answer", `${target?.host}: ${message}${cause instanceof Error ? `: ${cause.message}` : ""}`);
-    throw error;
-  } finally {
-    clearTimeout(timer);
-  }
-}
 
 async function exchange(request: Request, fetch: NonNullable<SetupOptions["fetch"]>) {
-  const start = performance.now();
+  const start = seconds();
   const { status, ok, headers, body } = await fetch(request);
   const type = headers.get("Content-Type") ?? "";
-  let text = "";
-  if (!type.startsWith("text/event-stream")) text = await readLimited(body, MAX_ANSWER_BYTES);
-  else if (ok && request.method === "POST") text = await readMessage(body);
-  else body?.cancel().catch(() => {}); // it may stay open for ever
+  const isStream = type.startsWith("text/event-stream");
+  const isCall = ok && request.method === "POST";
+  const text = await (isStream ? readMessage(body, isCall) : readLimited(body, MAX_ANSWER_BYTES));
   const parsed: unknown = /json|event-stream/i.test(type) && await new Response(text).json().catch(() => {});
   const json = isObject(parsed) ? parsed : undefined;
-  const seconds = (performance.now() - start) / 1000;
-  return { status, ok, headers, location: headers.get("Location") ?? "", type, text, json, seconds };
+  const location = headers.get("Location") ?? "";
+  const summary = `${status} ${location || `${type} ${text}`}`;
+  return { status, ok, headers, location, text, json, summary, took: seconds() - start };
 }
 
-/** Reads an event stream up to the first JSON-RPC response. Each line is searched once, however it is cut up. */
-async function readMessage(stream: ReadableStream<Uint8Array> | null): Promise<string> {
+/** Reads the first JSON-RPC response of an event stream, which may stay open for ever. */
+async function readMessage(stream: Response["body"], isCall: boolean): Promise<string> {
   const [reader, decoder] = [stream?.getReader(), new TextDecoder()];
-  let [line, message, length] = ["", "", 0];
-  while (reader && !message && length < MAX_ANSWER_BYTES) {
-    const { done, value } = await reader.read();
-    if (done) break;
-    length += value.length;
-    const [end = "", ...lines] = decoder.decode(value, { stream: true }).split("\n");
-    line += end;
-    for (const next of lines) {
-      if (/^data:.*"(result|error)":/.test(line)) message ||= line.slice("data:".length);
-      line = next;
+  let [line, length] = ["", 0];
+  try {
+    while (reader && isCall && length < MAX_ANSWER_BYTES) {
+      const { done, value } = await reader.read();
+      if (done) break;
+      length += value.length;
+      for (const char of decoder.decode(value, { stream: true })) {
+        if (char !== "\n") line += char;
+        else if (/^data:.*"(result|error)":/.test(line)) return line.slice("data:".length);
+        else line = "";
+      }
     }
+    return "";
+  } finally {
+    reader?.cancel().catch(() => {});
   }
-  reader?.cancel().catch(() => {});
-  return message;
 }
 
 function checkAddress({ url, need, must, should }: Checkup) {
@@ -3844,92 +3841,95 @@ function checkAddress({ url, need, must, should }: Checkup) {
   should(!/.\/$/.test(url.pathname), "no slash at the end");
 }
 
-const CLAUDE_REDIRECT = "https://claude.ai/api/mcp/auth_callback";
 const AS_JSON = { "Content-Type": "application/json" };
-const AS_MCP = { ...AS_JSON, Accept: "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25" };
-const AS_CLAUDE = { ...AS_MCP, "User-Agent": "Claude-User" };
+const AS_CLAUDE = {
+  ...AS_JSON,
+  Accept: "application/json, text/event-stream",
+  "MCP-Protocol-Version": "2025-11-25",
+  "User-Agent": "Claude-User",
+};
 const AS_BROWSER = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
 const PARAMS = { protocolVersion: "2025-11-25", capabilities: {}, clientInfo: { name: "setup-check", version: "1" } };
 const INITIALIZE = { jsonrpc: "2.0", id: 0, method: "initialize", params: PARAMS };
 
-/** Asks without a token: from the 401 a client learns that it has to sign in, and where. */
+/** Asks without a token. Returns where the metadata is: a client learns that from the 401. */
 async function checkGuard(checkup: Checkup) {
-  const { url, options, told, ask, need, must, should } = checkup;
-  const { status, ok, headers, location, seconds } = await ask(url, AS_JSON, INITIALIZE);
-  need(!ok, "closed", status);
+  const { url, token, ask, need, must, should } = checkup;
+  const { status, ok, headers, took } = await ask(url, AS_JSON, INITIALIZE);
+  need(!ok, "closed");
   need(status !== 404, "path", url.pathname);
-  need(![405, 406, 415].includes(status), "guard first", status);
-  need(status === 401, "401", `${status} ${location}`);
-  (seconds < 10 ? should : must)(seconds < 3, "speed", Math.round(seconds));
+  need(status === 401, "401");
+  (took < 10 ? should : must)(took < 3, "speed", Math.round(took));
   const challenge = headers.get("WWW-Authenticate")?.slice(0, 8192) ?? "";
-  told.metadataUrl = challenge.match(/resource_metadata="([^"]+)"/)?.[1] ?? "";
-  if (must(/^Bearer\b/i.test(challenge), "challenge")) should(/scope="[^"]+"/.test(challenge), "scope");
-  const get = await ask(url, { Accept: "text/event-stream" });
-  must(get.status === 401, "guard first", `GET: ${get.status}`);
-  const claude = await ask(url, AS_CLAUDE, INITIALIZE);
-  need(claude.status === 401, "Claude-User", claude.status);
+  if (must(/^Bearer\b/i.test(challenge), "challenge", "Bearer challenge")) {
+    should(/scope="[^"]+"/.test(challenge), "challenge", "scope");
+  }
+  must((await ask(url, { Accept: "text/event-stream" })).status === 401, "401");
+  need((await ask(url, AS_CLAUDE, INITIALIZE)).status === 401, "Claude-User");
   const bad = await ask(url, { ...AS_CLAUDE, Authorization: "Bearer made-up" }, INITIALIZE);
-  if (must(bad.status === 401, "invalid token", bad.status)) {
+  if (must(bad.status === 401, "invalid token")) {
     const said = bad.headers.get("WWW-Authenticate") ?? "";
     const noToken = /(missing|no) (authorization|access token|token)|token is (needed|required)/i; // but one was sent
     need(!noToken.test(`${said} ${bad.text}`.slice(0, 8192)), "Authorization");
     should(!challenge || said.includes("invalid_token"), "invalid token", "401 without invalid_token");
   }
-  if (options.token) await checkCalls(checkup);
+  if (token) await checkCalls(checkup);
+  return challenge.match(/resource_metadata="([^"]+)"/)?.[1];
 }
 
 /** Calls as Claude does. The token is sent to the typed address, and to no other. */
-async function checkCalls({ url, options, next, ask, need, should }: Checkup) {
-  const headers: Record<string, string> = { ...AS_CLAUDE, Authorization: `Bearer ${options.token}` };
+async function checkCalls({ url, token, next, ask, need, should }: Checkup) {
+  const headers: Record<string, string> = { ...AS_CLAUDE, Authorization: `Bearer ${token}` };
   const hello = await ask(url, headers, INITIALIZE);
   need(hello.json?.result, "calls", `initialize is answered ${hello.status}`);
   const session = hello.headers.get("Mcp-Session-Id");
   if (session) headers["Mcp-Session-Id"] = session;
   await ask(url, headers, { jsonrpc: "2.0", method: "notifications/initialized" });
   const list = await ask(url, headers, { jsonrpc: "2.0", id: 1, method: "tools/list" });
-  const tools = list.json?.result?.tools;
-  need(Array.isArray(tools), "calls", `tools/list is answered ${list.status}`);
   if (session) await ask(url, headers, undefined, "DELETE");
-  const names: string[] = tools.map((tool: unknown) => isObject(tool) && isString(tool.name) ? tool.name : "");
+  const tools: ({ name?: unknown } | null)[] = list.json?.result?.tools;
+  need(Array.isArray(tools), "calls", `tools/list is answered ${list.status}`);
+  const names = tools.map((tool) => isString(tool?.name) ? tool.name : "");
   const refused = names.filter((name) => !/^[\w-]{1,64}$/.test(name));
   should(refused.length === 0, "tool names", refused.join(", "));
-  const [first, second] = [hello.seconds.toFixed(2), list.seconds.toFixed(2)];
-  next.push(`initialize took ${first} s, tools/list ${second} s: ${names.length} tools`);
+  const [first, second] = [hello, list].map(({ took }) => `${took.toFixed(2)} s`);
+  next.push(`initialize took ${first}, tools/list ${second}: ${names.length} tools`);
 }
 
-/** Returns the place of a metadata document (RFC 8414 §3.1, RFC 9728 §3.1). */
 const wellKnown = (name: string, { origin, pathname }: URL) =>
-  `${origin}/.well-known/${name}${pathname.replace(/\/$/, "")}`;
+  `${origin}/.well-known/${name}${pathname.replace(/\/$/, "")}`; // RFC 8414 §3.1, RFC 9728 §3.1
 const lists = (list: unknown, value: string) => Array.isArray(list) && list.includes(value);
 
-/** Tells whether secrets can be sent there. */
-const isSafe = (url: URL | undefined) => url?.protocol === "https:" || isLoopback(url?.hostname ?? "");
-const emptyMembers = (json: object) =>
-  Object.entries(json).filter(([, value]) => value === null || value === "").map(([name]) => name).join(", ");
+function checkMembers({ must }: Checkup, json: Metadata) {
+  const empty = Object.keys(json).filter((name) => json[name] === null || json[name] === "").join(", ");
+  must(!empty, "no empty members", empty);
+}
 
-async function checkDiscovery({ url, resource, told, ask, need, must, should }: Checkup) {
-  const place = told.metadataUrl || wellKnown("oauth-protected-resource", url);
+type Metadata = Awaited<ReturnType<typeof checkDiscovery>>;
+
+/** Reads the metadata, and returns that of the authorization server. */
+async function checkDiscovery(checkup: Checkup, metadataUrl?: string) {
+  const { url, resource, ask, need, must, should } = checkup;
+  const place = metadataUrl || wellKnown("oauth-protected-resource", url);
   need(webUrl(place)?.origin === url.origin, "own URLs", place);
-  const { ok, status, type, json: document } = await ask(place);
-  need(ok && document, "metadata", `${status} ${type} at ${place}`);
+  const { ok, json: document } = await ask(place);
+  need(ok && document, "metadata");
   need(document?.resource === resource, "resource", document?.resource);
   const issuer = document?.authorization_servers?.[0];
-  need(isSafe(webUrl(issuer)), "https endpoints", "authorization_servers");
+  need(webUrl(issuer), "offer", "authorization_servers");
   for (const base of [url, new URL(url.origin)]) { // some clients look at one of these only
-    const other = wellKnown("oauth-protected-resource", base);
-    const { ok, status, json } = await ask(other);
-    should(ok && json, "metadata", `${status} at ${other}`);
+    const { ok, json } = await ask(wellKnown("oauth-protected-resource", base));
+    should(ok && json, "metadata");
   }
-  const oauth = await ask(wellKnown("oauth-authorization-server", new URL(issuer)));
-  const openid = await ask(wellKnown("openid-configuration", new URL(issuer)));
   // Clients take either document (RFC 8414 §5), and stumble over half of one.
+  const openid = await ask(wellKnown("openid-configuration", new URL(issuer)));
   const isWhole = openid.ok && openid.json?.jwks_uri;
-  should(isWhole || openid.status === 404, "metadata", `${openid.status} ${openid.type}, OpenID configuration`);
-  const server = told.server = oauth.ok && oauth.json || isWhole && openid.json || {};
-  need(server.issuer, "metadata", `${oauth.status} ${oauth.type}, authorization server`);
+  should(isWhole || openid.status === 404, "metadata");
+  const oauth = await ask(wellKnown("oauth-authorization-server", new URL(issuer)));
+  const server = oauth.ok && oauth.json || isWhole && openid.json || {};
+  need(server.issuer, "metadata");
   need(server.issuer === issuer, "issuer", server.issuer);
-  const bad = ["authorization_endpoint", "token_endpoint"].find((name) => !isSafe(webUrl(server[name])));
-  need(!bad, "https endpoints", bad);
+  for (const name of ["authorization_endpoint", "token_endpoint"]) need(webUrl(server[name]), "offer", name);
   const takesDocuments = server.client_id_metadata_document_supported === true;
   need(takesDocuments || server.registration_endpoint, "offer", "registration_endpoint");
   must(lists(server.code_challenge_methods_supported, "S256"), "offer", "S256");
@@ -3938,62 +3938,73 @@ async function checkDiscovery({ url, resource, told, ask, need, must, should }: 
   if (takesDocuments) should(lists(methods, "private_key_jwt"), "offer", "private_key_jwt, for ChatGPT");
   should(lists(server.scopes_supported, "offline_access"), "offer", "offline_access");
   should(server.authorization_response_iss_parameter_supported, "offer", "iss (RFC 9207)");
-  must(!emptyMembers(server), "no empty members", emptyMembers(server));
+  checkMembers(checkup, server);
+  return server;
 }
 
-/** Registers as Claude does, if the server lets clients register, and signs in up to the password. */
-async function checkSignIn(checkup: Checkup) {
-  const { told, ask, must } = checkup;
-  if (told.server.registration_endpoint) {
+const CLAUDE_REDIRECT = "https://claude.ai/api/mcp/auth_callback";
+
+/** Registers as Claude does, where that is possible, and signs in up to the password. */
+async function checkSignIn(checkup: Checkup, server: Metadata) {
+  const { resource, ask, must } = checkup;
+  let client_id = "https://claude.ai/oauth/mcp-oauth-client-metadata";
+  if (server.registration_endpoint) {
     const client = { client_name: "setup check", redirect_uris: [CLAUDE_REDIRECT], token_endpoint_auth_method: "none" };
     const asked = { ...client, grant_types: ["authorization_code", "refresh_token"] };
-    const { ok, status, json = {}, text } = await ask(told.server.registration_endpoint, AS_JSON, asked);
+    const { ok, json = {} } = await ask(server.registration_endpoint, AS_JSON, asked);
     const isWhole = isString(json.client_id) && lists(json.redirect_uris, CLAUDE_REDIRECT);
-    if (!must(ok && isWhole, "registration", `${status} ${text}`)) return;
-    must(!emptyMembers(json), "no empty members", emptyMembers(json));
-    told.client_id = json.client_id;
+    if (!must(ok && isWhole, "registration")) return;
+    checkMembers(checkup, json);
+    client_id = json.client_id;
   }
-  await checkConsent(checkup);
-  await checkRefusals(checkup);
+  const code_challenge = await s256(random(32)); // nothing is ever redeemed
+  const page = (change = "") => {
+    const request = { response_type: "code", client_id, redirect_uri: CLAUDE_REDIRECT, resource, state: "setup-check" };
+    const pkce = { code_challenge, code_challenge_method: "S256" };
+    const all = { ...request, ...pkce, ...Object.fromEntries(new URLSearchParams(change)) };
+    const target = new URL(server.authorization_endpoint);
+    for (const [name, value] of Object.entries(all)) if (value) target.searchParams.set(name, value);
+    return target;
+  };
+  await checkConsent(checkup, server, page());
+  const attempts = {
+    "code_challenge=&code_challenge_method=": /[?&]code=/,
+    "code_challenge_method=plain": /[?&]code=/,
+    "redirect_uri=https://evil.example/": /^https:\/\/evil\.example/,
+    "client_id=nobody": /^https:\/\/claude\.ai/,
+  };
+  for (const [change, accepted] of Object.entries(attempts)) {
+    const { location } = await ask(page(change), AS_BROWSER);
+    must(!accepted.test(location), "refusal", change);
+  }
+  const body = new URLSearchParams({ grant_type: "refresh_token", refresh_token: "made-up", client_id });
+  const { status, json } = await ask(server.token_endpoint, {}, body);
+  must(status === 400 && json?.error === "invalid_grant", "dead token");
 }
 
-function authorizationUrl({ resource, told }: Checkup, change = ""): URL {
-  const target = new URL(told.server.authorization_endpoint);
-  const code_challenge = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"; // RFC 7636 appendix B; nothing is ever redeemed
-  const request = { response_type: "code", client_id: told.client_id, redirect_uri: CLAUDE_REDIRECT, resource };
-  const fixed = { state: "setup-check", code_challenge, code_challenge_method: "S256" };
-  const all = { ...request, ...fixed, ...Object.fromEntries(new URLSearchParams(change)) };
-  for (const [name, value] of Object.entries(all)) if (value) target.searchParams.set(name, value);
-  return target;
-}
-
-/** Looks at the page that the owner sees, and presses its button to deny, which needs no password. */
-async function checkConsent(checkup: Checkup) {
-  const { told: { server }, ask, need, must, should } = checkup;
-  const page = authorizationUrl(checkup);
+/** Looks at the owner's page, and presses its button to deny, which needs no password. */
+async function checkConsent({ ask, need, must, should }: Checkup, server: Metadata, page: URL) {
   const { status, headers, location, text } = await ask(page, AS_BROWSER);
   need(!/[?&]code=/.test(location), "owner");
-  const isLogin = location && !location.startsWith(CLAUDE_REDIRECT); // the owner signs in on another page
-  const title = text.slice(0, MAX_PAGE_LENGTH).match(/<title>([^<]*)/)?.[1] ?? "";
-  if (!must(isLogin || status === 200, "consent page", `${status} ${location || title}`) || isLogin) return;
+  if (location && !location.startsWith(CLAUDE_REDIRECT)) return; // the owner signs in on another page
+  if (!must(status === 200, "consent page")) return;
   const policy = headers.get("Content-Security-Policy") ?? "";
   must(!policy.includes("form-action"), "no form-action");
   should(policy.includes("frame-ancestors") || headers.has("X-Frame-Options"), "no frames");
-  const { action, body } = readDenial(text);
-  if (!body) return; // the rest would need the owner
+  const form = readDenial(text.slice(0, 64 * 1024));
+  if (!form) return; // the rest would need the owner
   // A form for elsewhere is not sent: the page could choose any address, with any fields.
-  const target = webUrl(action || page.href, page);
-  if (!should(target?.origin === page.origin, "own URLs", action)) return;
+  const target = webUrl(form.action || page.href, page);
+  if (!should(target?.origin === page.origin, "own URLs", form.action)) return;
   const Cookie = headers.getSetCookie().map((cookie) => cookie.split(";")[0]).join("; ");
-  const denial = await ask(target!, { ...AS_BROWSER, Cookie, Origin: page.origin }, body);
-  const query = new URLSearchParams(denial.location.split("?")[1]);
-  const hasIss = !server.authorization_response_iss_parameter_supported || query.get("iss") === server.issuer;
-  const isTold = query.get("error") === "access_denied" && query.get("state") === "setup-check" && hasIss;
+  const denial = await ask(target, { ...AS_BROWSER, Cookie, Origin: page.origin }, form.body);
   const isBack = [302, 303].includes(denial.status) && denial.location.startsWith(CLAUDE_REDIRECT);
-  must(isBack && isTold, "denial", `${denial.status} ${denial.location}`);
+  const { error, state, iss } = Object.fromEntries(new URLSearchParams(denial.location.split("?")[1]));
+  const isTold = error === "access_denied" && state === "setup-check";
+  const hasIss = !server.authorization_response_iss_parameter_supported || iss === server.issuer;
+  must(isBack && isTold && hasIss, "denial");
 }
 
-const MAX_PAGE_LENGTH = 64 * 1024;
 /** Each part is bounded, or shares no character with the next, so that the time grows with the length alone. */
 const ATTRIBUTE = /([\w-]{1,40})\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))/g;
 
@@ -4005,10 +4016,10 @@ function readAttributes(tag: string): Record<string, string> {
   return attributes;
 }
 
-/** Returns where the form with a button to deny goes, and what a browser posts at a press of that button. */
-function readDenial(page: string): { action?: string; body?: URLSearchParams } {
-  for (const form of page.slice(0, MAX_PAGE_LENGTH).split(/<form\b/i).slice(1)) {
-    const [{ action = "", method } = {}, ...tags] = form.split(/<\/form/i)[0]!.split("<").map(readAttributes);
+/** Finds the form with a button to deny: where it goes, and what a browser posts at a press of that button. */
+function readDenial(html: string) {
+  for (const form of html.split(/<form\b/i).slice(1)) {
+    const [{ action, method } = {}, ...tags] = form.split(/<\/form/i)[0]!.split("<").map(readAttributes);
     const button = tags.find(({ name, value }) => name && /deny|denied|cancel|reject/i.test(value || name));
     if (!button || method?.toLowerCase() !== "post") continue;
     const fields = tags.filter((tag) => tag === button || tag.type?.toLowerCase() === "hidden");
@@ -4016,29 +4027,11 @@ function readDenial(page: string): { action?: string; body?: URLSearchParams } {
     for (const { name = "", value = "" } of fields) body.append(name, value);
     return { action, body };
   }
-  return {};
 }
 
-async function checkRefusals(checkup: Checkup) {
-  const { told: { server, client_id }, ask, must } = checkup;
-  const attempts: [change: string, accepted: RegExp][] = [
-    ["code_challenge=&code_challenge_method=", /[?&]code=/],
-    ["code_challenge_method=plain", /[?&]code=/],
-    ["redirect_uri=https://evil.example/", /^https:\/\/evil\.example/],
-    ["client_id=nobody", /^https:\/\/claude\.ai/],
-  ];
-  for (const [change, accepted] of attempts) {
-    const { location } = await ask(authorizationUrl(checkup, change), AS_BROWSER);
-    must(!accepted.test(location), "refusal", change);
-  }
-  const body = new URLSearchParams({ grant_type: "refresh_token", refresh_token: "made-up", client_id });
-  const { status, type, json } = await ask(server.token_endpoint, {}, body);
-  must(status === 400 && json?.error === "invalid_grant", "dead token", json?.error ?? `${status} ${type}`);
-}
-
-async function checkCors({ url, told, ask, should }: Checkup) {
+async function checkCors({ url, ask, should }: Checkup, { token_endpoint }: Metadata) {
   const headers = { Origin: "https://inspector.example", "Access-Control-Request-Method": "POST" };
-  for (const [name, place] of [["MCP", url], ["token", told.server.token_endpoint]]) {
+  for (const [name, place] of Object.entries({ MCP: url, token: token_endpoint })) {
     const answer = await ask(place, headers, undefined, "OPTIONS");
     const allowed = answer.headers.get("Access-Control-Allow-Origin") ?? "";
     should(answer.ok && ["*", headers.Origin].includes(allowed), "CORS", name);
@@ -4050,51 +4043,52 @@ const HELP = `Asks an MCP server what Claude will ask, and says what to repair. 
 Usage: mod.ts [options] https://your-domain.com/mcp
 
   --token pat_…   also call initialize and tools/list (or set MCP_TOKEN)
-  -v, --verbose   show the checks that passed, too
+  -v, --verbose   name the checks that passed
   --json          print { url, verdict, findings: [{ heading, result, what, fix, withPersonalAuth }], next }
 
 Exit status: 0 clients can connect; 1 some clients will fail; 2 no answer, or wrong arguments.`;
 
-/** Runs `deno run -A mod.ts https://your-domain.com/mcp`, and returns the exit status. */
-async function setupCheckCommand(): Promise<number> {
+/** Runs `deno run -A mod.ts https://your-domain.com/mcp`. */
+async function setupCheckCommand() {
+  const process = nodeModule("node:process");
   const flag = { type: "boolean" };
   const flags = { json: flag, verbose: { ...flag, short: "v" }, help: { ...flag, short: "h" } };
   const options = { token: { type: "string" }, ...flags };
-  const { values, positionals } = nodeModule("node:util").parseArgs({ options, allowPositionals: true });
-  const { env, stderr } = nodeModule("node:process");
-  const { token = env.MCP_TOKEN, json, verbose, help } = values;
-  const onProgress = (what: string) => stderr.isTTY && stderr.write(`\r\x1b[K${what}`);
-  const report = help ? undefined : await checkSetup(positionals[0], { token, onProgress });
-  onProgress("");
-  console.log(!report ? HELP : json ? JSON.stringify(report, null, 2) : reportText(report, verbose));
-  return { ready: 0, broken: 1, unreachable: 2 }[report?.verdict ?? "ready"];
+  try {
+    const { values, positionals } = nodeModule("node:util").parseArgs({ options, allowPositionals: true });
+    if (values.help) return console.log(HELP);
+    const { token = process.env.MCP_TOKEN, json, verbose } = values;
+    const onProgress = (what: string) => process.stderr.isTTY && process.stderr.write(`\r\x1b[K${what}`);
+    const report = await checkSetup(positionals[0], { token, onProgress });
+    onProgress("");
+    console.log(json ? JSON.stringify(report, null, 2) : reportText(report, verbose));
+    process.exitCode = { ready: 0, broken: 1, unreachable: 2 }[report.verdict];
+  } catch (error) {
+    console.error(`${(error as Error).message}\nFor help: mod.ts --help`);
+    process.exitCode = 2;
+  }
 }
 
 /** Formats a report, with failures last: nobody reads what has scrolled away. */
 function reportText({ url, findings, next }: SetupReport, verbose: boolean): string {
+  const marks = { failed: "✗", warning: "!", ok: "✓" };
   const lines = [`Setup of ${url}`, ""];
-  for (const [heading] of STAGES) {
+  for (const heading of ["Address", "Guard", "Discovery", "Sign-in", "Browser apps"]) {
     const here = findings.filter((finding) => finding.heading === heading);
     const passed = here.filter(({ result }) => result === "ok").map(({ what }) => what);
-    const mark = here.some(({ result }) => result === "failed") ? "✗" : passed.length < here.length ? "!" : "✓";
-    const row = `${heading.padEnd(12)} ${passed.length} of ${here.length} passed`;
-    lines.push(here.length > 0 ? `${mark} ${row}` : `- ${heading.padEnd(12)} not asked yet`);
+    const worst = Object.entries(marks).find(([kind]) => here.some(({ result }) => result === kind));
+    const count = worst ? `${passed.length} of ${here.length} passed` : "not asked yet";
+    lines.push(`${worst?.[1] ?? "-"} ${heading.padEnd(12)} ${count}`);
     if (verbose && passed.length > 0) lines.push(`  passed: ${[...new Set(passed)].join(", ")}`);
   }
-  for (const [kind, mark] of [["warning", "!"], ["failed", "✗"]]) {
+  for (const kind of ["warning", "failed"] as const) {
     for (const { what, fix, withPersonalAuth } of findings.filter(({ result }) => result === kind)) {
-      const own = withPersonalAuth ? `    with personalAuth(): ${withPersonalAuth}\n    another server: ` : "    ";
-      lines.push("", `${mark} ${what}`, own + fix);
+      lines.push("", `${marks[kind]} ${what}`, `    ${fix}`);
+      if (withPersonalAuth) lines.push(`    With personalAuth(): ${withPersonalAuth}.`);
     }
   }
   return [...lines, "", ...next].join("\n");
 }
 
 /** Only where this very file is the program: bundled into another one, it is nobody's command. */
-if ((import.meta as { main?: boolean }).main && /\/mod\.[jt]s$/.test(import.meta.url)) {
-  const fail = ({ message }: Error) => {
-    console.error(`${message}\nFor help: mod.ts --help`);
-    return 2;
-  };
-  void setupCheckCommand().catch(fail).then((status) => nodeModule("node:process").exitCode = status);
-}
+if ((import.meta as { main?: boolean }).main && /\/mod\.[jt]s$/.test(import.meta.url)) void setupCheckCommand();

@@ -5730,19 +5730,19 @@ test("checkSetup() finds and names what would keep a client out", async () => {
           ? new Response("", { status: 406 })
           : answer()
       ),
-      /Accept/,
+      /no redirect, login, 405 or 406/,
     ],
     [
       "405 by GET",
       spoiltBy((request, answer) =>
         isPath(request, "/mcp") && request.method === "GET" ? new Response("", { status: 405 }) : answer()
       ),
-      /GET: 405/,
+      /GET \/mcp: 405/,
     ],
     [
       "a redirecting endpoint",
       spoiltBy((request, answer) => isPath(request, "/mcp") ? Response.redirect(`${BASE}/mcp/`, 307) : answer()),
-      /answered "307 https:\/\/mcp\.example\.com\/mcp\/"/,
+      /answered "POST \/mcp: 307 https:\/\/mcp\.example\.com\/mcp\/"/,
     ],
     [
       "the wrong path",
@@ -5765,7 +5765,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     [
       "no resource metadata",
       spoiltBy((request, answer) => isPath(request, RESOURCE) ? html(404) : answer()),
-      /404 text\/html at https:/,
+      /\/oauth-protected-resource\/mcp: 404 text\/html/,
     ],
     [
       "a page in place of JSON",
@@ -5802,7 +5802,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     [
       "http endpoints",
       spoilt(SERVER, { json: (body) => ({ ...body, token_endpoint: "http://mcp.example.com/token" }) }),
-      /public https address/,
+      /https URLs from the public/,
     ],
     [
       "no S256",
@@ -5828,7 +5828,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     [
       "registration limited",
       spoiltBy((request, answer) => isPath(request, "/register") ? new Response("", { status: 429 }) : answer()),
-      /answered "429 .*from any address/,
+      /answered "POST \/register: 429 .*from any address/,
     ],
     [
       "null in a registration",
@@ -5863,7 +5863,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     [
       "a broken consent page",
       spoiltBy((request, answer) => isPath(request, "/authorize") ? html(500) : answer()),
-      /"500 my app"/,
+      /"GET \/authorize: 500 .*my app/,
     ],
     [
       "form-action",
@@ -5905,17 +5905,17 @@ test("checkSetup() finds and names what would keep a client out", async () => {
     [
       "errors as pages",
       spoiltBy((request, answer) => isPath(request, "/token") ? html(500) : answer()),
-      /refresh token is answered "500 text\/html".*in JSON/,
+      /refresh token is answered "POST \/token: 500 text\/html .*in JSON/,
     ],
     [
       "a dead token called something else",
       spoilt("/token", { json: (body) => ({ ...body, error: "invalid_request" }) }),
-      /refresh token is answered "invalid_request".*invalid_grant/,
+      /refresh token is answered "POST \/token: 400 .*invalid_request.*invalid_grant/,
     ],
     [
       "500 for a made-up token",
       spoiltBy((request, answer) => request.headers.has("Authorization") ? html(500) : answer()),
-      /A made-up token is answered 500/,
+      /A made-up token is answered "POST \/mcp: 500/,
     ],
     [
       "a partial OpenID configuration and nothing else",
@@ -5926,7 +5926,7 @@ test("checkSetup() finds and names what would keep a client out", async () => {
           ? html(404)
           : answer()
       ),
-      /404 text\/html, authorization server/,
+      /\/oauth-authorization-server: 404 text\/html/,
     ],
     [
       "a server that hangs up half-way",
@@ -5953,7 +5953,7 @@ test("checkSetup() warns of what trips some clients, and calls the server ready"
       spoilt("/mcp", {
         headers: { "WWW-Authenticate": `Bearer error="invalid_token", resource_metadata="${BASE}${RESOURCE}/mcp"` },
       }),
-      /names no scope/,
+      /The 401 has no "scope"/,
     ],
     [
       "missing CORS",
@@ -5965,17 +5965,17 @@ test("checkSetup() warns of what trips some clients, and calls the server ready"
       spoiltBy((request, answer) =>
         isPath(request, "/.well-known/openid") ? Response.json({ issuer: BASE }) : answer()
       ),
-      /incomplete: .*OpenID/,
+      /incomplete: .*openid-configuration: 200/,
     ],
     [
       "an app that answers everything",
       spoiltBy((request, answer) => isPath(request, "/.well-known/openid") ? html() : answer()),
-      /incomplete: .*OpenID/,
+      /incomplete: .*openid-configuration: 200/,
     ],
     [
       "no metadata where clients guess it",
       spoiltBy((request, answer) => new URL(request.url).pathname === RESOURCE ? html(404) : answer()),
-      /incomplete: "404 at https:\/\/mcp\.example\.com\/\.well-known\/oauth-protected-resource"/,
+      /incomplete: "GET \/\.well-known\/oauth-protected-resource: 404/,
     ],
     [
       "a page that can be framed",
