@@ -2529,12 +2529,12 @@ type Text = string | Html | undefined; // a string is a paragraph
 type PageStatus = 200 | 409 | 429 | ErrorStatus;
 
 /** How the owner's pages look. */
-export interface PageOptions {
+export type PageOptions = {
   /** What the owner calls this server. Default: its address. */
   title?: string;
   /** The colour of the button that approves, as `#rrggbb`. */
   accent?: string;
-}
+};
 
 const UNNAMED = "an app without a name";
 const RELATIVE_TIME = new Intl.RelativeTimeFormat("en");
@@ -3607,8 +3607,7 @@ export const internals: any = { ...grantFunctions, isPublicAddress };
 // --- Setup check ---
 
 /** One thing that {@linkcode checkSetup} looked at. */
-export interface SetupFinding {
-  /** The part of the setup. */
+export type SetupFinding = {
   heading: "Address" | "Guard" | "Discovery" | "Sign-in" | "Browser apps";
   /** `failed`: some client cannot connect. `warning`: some clients stumble, or it is weaker than need be. */
   result: "ok" | "warning" | "failed";
@@ -3618,29 +3617,27 @@ export interface SetupFinding {
   fix?: string;
   /** The same for a server with `personalAuth()`, where it can be named. */
   withPersonalAuth?: string;
-}
+};
 
 /** The result of {@linkcode checkSetup}. */
-export interface SetupReport {
-  /** The address that was checked. */
+export type SetupReport = {
   url: string;
   /** `unreachable`: no answer came at all. */
   verdict: "ready" | "broken" | "unreachable";
-  /** Everything that was looked at. */
   findings: SetupFinding[];
   /** What to type into Claude, or the one thing to repair first. */
   next: string[];
-}
+};
 
 /** Options of {@linkcode checkSetup}. */
-export interface SetupOptions {
+export type SetupOptions = {
   /** Called before each request with its method and path. */
   onProgress?: (what: string) => void;
   /** Replaces the built-in `fetch`. */
   fetch?: (request: Request) => Response | Promise<Response>;
   /** An access token, to call `initialize` and `tools/list` as well. */
   token?: string | undefined;
-}
+};
 
 /** What is said where a check fails → the fix → the fix with `personalAuth()`. `{}` is what was found. */
 const CHECKS = {
