@@ -1466,7 +1466,7 @@ async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
     if (grant_type === "refresh_token") return c.json(await refresh(server, form, client));
     throw new OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token");
   } catch (error) {
-    const id = grantId("pac", form.get("code") ?? "") ?? grantId("prt", form.get("refresh_token") ?? "");
+    const id = grantIdOf(form.get("code") ?? form.get("refresh_token") ?? "");
     await noteRefusal(server, error, id, client);
     throw error;
   }
@@ -1531,7 +1531,6 @@ interface Grant {
   refused?: Refusal;
 }
 
-type Approval = Pick<Grant, "client" | "redirect_uri" | "scopes" | "resource" | "attempt">;
 type NewCode = { hash: string; challenge: string; refreshes: boolean };
 
 /** `n`: of the refresh token it came with. `scopes`: which of the grant's, by position, if not all. */
@@ -1553,11 +1552,11 @@ type Issue = { access: Omit<AccessToken, "n">; refresh: string; expires: number 
 type Transition = { grant: Grant; outcome: "refused" | "issued" | keyof typeof EVENTS; reason?: string };
 
 const EVENTS = {
-  redeemed: ["code_redeemed", "the app fetched its token"],
-  replayed: ["code_replayed", "a code was redeemed twice: the connection is ended"],
-  reused: ["refresh_token_reused", "a refresh token was used again: the connection is ended"],
-  repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
-} as const;
+  code_redeemed: "the app fetched its token",
+  code_replayed: "a code was redeemed twice: the connection is ended",
+  refresh_token_reused: "a refresh token was used again: the connection is ended",
+  refresh_token_repeated: "an old refresh token was used again, long after its rotation",
+};
 const CODE_TTL = 5 * MINUTE;
 const REFRESH_GRACE = 2 * MINUTE; // for clients that refresh in parallel on several machines
 const MAX_ACCESS_TOKENS = 100; // so that the largest record fits into the 64 KiB of a Deno KV
@@ -1566,16 +1565,17 @@ const MAX_ROTATIONS = 200;
 // OAuth's hard rules are pure functions, without HTTP and storage.
 
 /** The record outlives its form, so that the form is good once. */
-function approveGrant(approval: Approval, code: NewCode, now: number): Grant {
+function approveGrant(approval: Omit<Grant, "created" | "expires" | "access">, code: NewCode, now: number): Grant {
   const expires = now + UNREDEEMED_KEPT;
   return { ...approval, created: now, expires, code: { ...code, expires: now + CODE_TTL }, access: [] };
 }
 
-function grantRefusal(grant: Grant, request: Presented, now: number) {
+/** Returns why no code or token of a grant is good, for the owner. */
+function grantRefusal(grant: Grant, resource: string, now: number, client_id = grant.client.id) {
   if (grant.revoked !== undefined) return `the connection was ended ${ago(now - grant.revoked)}`;
-  if (grant.client.id !== request.client_id) return "the code or refresh token was issued to another client";
+  if (grant.client.id !== client_id) return "the connection is that of another client";
   // Servers may share a store: each issues tokens for itself alone.
-  if (grant.resource !== request.resource) return `the code or refresh token is for ${quote(grant.resource)}`;
+  if (grant.resource !== resource) return `the connection is for ${quote(grant.resource)}`;
 }
 
 const refused = (grant: Grant, reason: string): Transition => ({ grant, outcome: "refused", reason });
@@ -1587,24 +1587,24 @@ const refused = (grant: Grant, reason: string): Transition => ({ grant, outcome:
  */
 function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: number): Transition {
   const { code } = grant;
-  const { redirect_uri } = request;
-  const refusal = grantRefusal(grant, request, now);
+  const { redirect_uri = grant.redirect_uri } = request;
+  const refusal = grantRefusal(grant, request.resource, now, request.client_id);
   if (refusal) return refused(grant, refusal);
   if (code?.hash !== request.hash) return refused(grant, "this code was never issued");
   if (code.challenge !== request.challenge) return refused(grant, "code_verifier does not match the code_challenge");
-  if (redirect_uri !== undefined && redirect_uri !== grant.redirect_uri) {
+  if (redirect_uri !== grant.redirect_uri) {
     return refused(grant, `redirect_uri ${quote(redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
   }
   if (code.redeemed !== undefined) {
     // The client's own duplicate came before that. Later, somebody else holds both.
     if (request.arrived < code.redeemed) return refused(grant, "a duplicate of a request that came at the same time");
-    return { grant: revokeGrant(grant, now), outcome: "replayed" };
+    return { grant: revokeGrant(grant, now), outcome: "code_replayed" };
   }
   if (code.expires <= now) return refused(grant, `the code expired ${ago(now - code.expires)}`);
-  const redeemed = { ...grant, code: { ...code, redeemed: now }, access: [{ ...issue.access, n: 0 }] };
-  if (!code.refreshes) return { grant: { ...redeemed, expires: issue.access.expires }, outcome: "redeemed" };
-  const refresh: RefreshState = { hash: issue.refresh, n: 0, presented: false, rotated: [] };
-  return { grant: { ...redeemed, expires: issue.expires, refresh }, outcome: "redeemed" };
+  const { expires } = code.refreshes ? issue : issue.access;
+  const redeemed = { ...grant, expires, code: { ...code, redeemed: now }, access: [{ ...issue.access, n: 0 }] };
+  const refresh = { hash: issue.refresh, n: 0, presented: false, rotated: [] };
+  return { grant: { ...redeemed, ...(code.refreshes && { refresh }) }, outcome: "code_redeemed" };
 }
 
 /**
@@ -1613,7 +1613,7 @@ function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: nu
  */
 function refreshGrant(grant: Grant, request: Presented, issue: Issue, now: number): Transition {
   const { refresh } = grant;
-  const refusal = grantRefusal(grant, request, now);
+  const refusal = grantRefusal(grant, request.resource, now, request.client_id);
   if (refusal) return refused(grant, refusal);
   if (!refresh) return refused(grant, "the connection has no refresh token");
   if (grant.expires <= now) return refused(grant, `the connection expired ${ago(now - grant.expires)}`);
@@ -1627,24 +1627,22 @@ function refreshGrant(grant: Grant, request: Presented, issue: Issue, now: numbe
 
 /** Repeats an answer within the grace period, or later if it was lost. Anything else is a second holder. */
 function repeatRefresh(grant: Grant, refresh: RefreshState, hash: string, issue: Issue, now: number): Transition {
-  const { rotated, n } = refresh;
+  const { rotated, n, presented, repeated } = refresh;
   const index = rotated.findIndex(([known]) => known === hash);
-  const at = rotated[index]?.[1];
-  if (at !== undefined && now - at <= REFRESH_GRACE) {
+  const [, at = -Infinity] = rotated[index] ?? [];
+  if (now - at <= REFRESH_GRACE) {
     // Its access token gets new time only if it has used up half of it.
     const issued = grant.access.find((token) => token.hash === issue.access.hash);
     const lasts = issued && issued.expires - now >= (issue.access.expires - now) / 2;
     return { grant: lasts ? grant : withTokens(grant, issue, refresh, n - index, now), outcome: "issued" };
   }
   // A thief may rotate first and wait: the client then seems to have lost an answer. Two in a row are taken for theft.
-  const isSecondInRow = refresh.repeated !== undefined && refresh.repeated === n - 1;
-  if (index !== 0 || refresh.presented || isSecondInRow) {
-    const reason = `the refresh token was rotated ${at === undefined ? "long ago" : ago(now - at)}`;
-    return { grant: revokeGrant(grant, now), outcome: "reused", reason };
+  if (index !== 0 || presented || repeated === n - 1) {
+    return { grant: revokeGrant(grant, now), outcome: "refresh_token_reused" };
   }
   // The grace period for the client's other machines starts again.
   const late: RefreshState = { ...refresh, rotated: [[hash, now], ...rotated.slice(1)], repeated: n };
-  return { grant: withTokens(grant, issue, late, n, now), outcome: "repeated" };
+  return { grant: withTokens(grant, issue, late, n, now), outcome: "refresh_token_repeated" };
 }
 
 /** Adds an access token issued with RT(n), and drops those that expired. */
@@ -1668,7 +1666,7 @@ const scopesOf = (grant: Grant, { scopes }: AccessToken) =>
 function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
   const { refresh, called = now } = grant;
   // The client has the latest tokens: use of the previous refresh token is theft from now on.
-  if (refresh && refresh.n === token.n && refresh.rotated.length > 0 && !refresh.presented) {
+  if (refresh && refresh.n === token.n && !refresh.presented) {
     return { ...grant, called, used: now, refresh: { ...refresh, presented: true } };
   }
   // Once a minute, or a busy client would turn every read into a write.
@@ -1678,17 +1676,14 @@ function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
 
 /** Ends a connection. The record stays, so that its approval cannot be posted again. */
 function revokeGrant({ code: _code, refresh: _refresh, ...rest }: Grant, now: number): Grant {
-  return { ...rest, access: [], revoked: rest.revoked ?? now };
+  return { ...rest, access: [], revoked: now };
 }
 
 const readGrant = ({ store }: Server, id: string) => store.get(`grant/${id}`) as Promise<Grant | undefined>;
 
-/** Stores a new grant, or returns the one that the same form has made before. */
-async function insertGrant({ store }: Server, id: string, grant: Grant) {
-  const change = (current: unknown) => current ?? grant;
-  const kept = await store.update(`grant/${id}`, change, { expiresAt: grant.expires }) as Grant;
-  return kept === grant ? undefined : kept;
-}
+/** Stores a new grant and returns it, or the one that the same form has made before. */
+const insertGrant = ({ store }: Server, id: string, grant: Grant) =>
+  store.update(`grant/${id}`, (current) => current ?? grant, { expiresAt: grant.expires }) as Promise<Grant>;
 
 /** Changes a grant atomically, if there is one. Writes nothing if `change` returns the same object. */
 async function updateGrant({ store }: Server, id: string, change: (grant: Grant) => Grant, expiresAt?: number) {
@@ -1697,10 +1692,8 @@ async function updateGrant({ store }: Server, id: string, change: (grant: Grant)
 }
 
 /** One answer to whatever is wrong with a token: the reason is for the owner, not for a thief. */
-function invalidGrant(reason?: string, event?: AuthEvent["type"]): OAuthError {
-  const description = "The code or refresh token is wrong, used, expired or revoked";
-  return new OAuthError("invalid_grant", description, { reason, ...defined({ event }) });
-}
+const invalidGrant = (details: OAuthErrorDetails) =>
+  new OAuthError("invalid_grant", "The code or refresh token is wrong, used, expired or revoked", details);
 
 const emitFor = (server: Server, type: AuthEvent["type"], message: string, connection: string, grant: Grant) =>
   server.emit(type, message, { connection, clientName: grant.client.name });
@@ -1719,13 +1712,12 @@ async function approve(server: Server, form: string, request: AuthorizationReque
   const approval = { client, redirect_uri, scopes, resource: server.resource, attempt };
   const newCode = { hash: await hashToken(code), challenge, refreshes };
   const grant = approveGrant(approval, newCode, seconds());
-  const before = await (lookOnly ? readGrant(server, id) : insertGrant(server, id, grant));
-  if (!before && lookOnly) return undefined;
+  const kept = await (lookOnly ? readGrant(server, id) : insertGrant(server, id, grant));
+  if (!kept) return undefined;
   server.attempts.delete(client_id); // from here on, the record tells
-  if (!before) return { code, repeated: false };
-  if (before.client.id !== client_id || before.redirect_uri !== redirect_uri) return undefined;
+  if (kept.client.id !== client_id || kept.redirect_uri !== redirect_uri) return undefined;
   // After a double click the browser follows the second response.
-  return { code: hasOpenCode(before, seconds()) ? code : undefined, repeated: true };
+  return { code: hasOpenCode(kept, seconds()) ? code : undefined, repeated: kept !== grant };
 }
 
 const hasOpenCode = ({ code }: Grant, now: number) => !!code && code.redeemed === undefined && code.expires > now;
@@ -1735,63 +1727,61 @@ async function redeem(server: Server, form: URLSearchParams, client: Client, arr
   if (!/^[A-Za-z0-9._~-]{43,128}$/.test(code_verifier)) {
     throw invalidRequest("code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)");
   }
-  const id = grantId("pac", code);
-  if (!id) throw new OAuthError("invalid_grant", "This is not a code of this server");
+  const id = grantIdOf(code);
+  if (!id) throw invalidGrant({ reason: "this server did not make the code" });
   const [hash, challenge] = [await hashToken(code), await s256(code_verifier)];
   const redirect_uri = form.get("redirect_uri") ?? undefined;
   const request = { hash, challenge, client_id: client.id, resource: server.resource, redirect_uri, arrived };
-  const successor = await deriveRefresh(server, id + random(32));
-  const tokens = { access_token: `pat_${id}${random(32)}`, successor };
-  return await issueTokens(server, id, tokens, (grant, issue, now) => redeemGrant(grant, request, issue, now));
+  const step: Step = (grant, issue, now) => redeemGrant(grant, request, issue, now);
+  return await issueTokens(server, id, random(32), random(32), step);
 }
 
 async function refresh(server: Server, form: URLSearchParams, client: Client) {
   const refresh_token = required(form, "refresh_token");
-  const id = grantId("prt", refresh_token);
-  if (!id) throw invalidGrant("it does not have the form of a refresh token");
-  const current = await deriveRefresh(server, refresh_token.slice(4, -CHECK_DIGITS));
+  const [id, secret] = [refresh_token.slice(4, 36), refresh_token.slice(36, -CHECK_DIGITS)];
+  const current = await deriveRefresh(server, id, secret);
   // Only a token that this server made may end a connection, or whoever learns a connection's id could.
-  if (!equal(refresh_token, current.token)) throw invalidGrant("this server did not make the refresh token");
+  if (!equal(refresh_token, current.token)) {
+    throw invalidGrant({ reason: "this server did not make the refresh token" });
+  }
   const asked = form.get("scope");
-  const access_token = `pat_${id}${await server.mac("access", refresh_token, asked ?? "")}`;
+  const access = await server.mac("access", refresh_token, asked ?? "");
   const request = { hash: current.hash, client_id: client.id, resource: server.resource };
-  const successor = await deriveRefresh(server, current.successor);
-  return await issueTokens(server, id, { access_token, successor }, (grant, issue, now) => {
-    const { scopes: granted } = grant;
-    const scopes = narrowedScopes(asked, granted);
-    const narrower = scopes.length < granted.length && { scopes: scopes.map((scope) => granted.indexOf(scope)) };
+  return await issueTokens(server, id, access, current.successor, (grant, issue, now) => {
+    const { scopes } = grant;
+    const narrower = asked !== null && { scopes: narrowedScopes(asked, scopes).map((scope) => scopes.indexOf(scope)) };
     return refreshGrant(grant, request, { ...issue, access: { ...issue.access, ...narrower } }, now);
   });
 }
 
-type Tokens = { access_token: string; successor: { token: string; hash: string } };
 type Step = (grant: Grant, issue: Issue, now: number) => Transition;
 
 /** Issues tokens by an atomic transition, and raises its event. Returns the token response (OAuth 2.1 §3.2.3). */
-async function issueTokens(server: Server, id: string, { access_token, successor }: Tokens, step: Step) {
+async function issueTokens(server: Server, id: string, accessSecret: string, refreshSecret: string, step: Step) {
   const { accessTokenTtl, refreshTokenTtl } = server;
+  const access_token = `pat_${id}${accessSecret}`;
+  const { token: refresh_token, hash: refresh } = await deriveRefresh(server, id, refreshSecret);
   const [hash, now] = [await hashToken(access_token), seconds()];
-  const access = { hash, expires: now + accessTokenTtl };
-  const issue: Issue = { access, refresh: successor.hash, expires: now + Math.max(refreshTokenTtl, accessTokenTtl) };
-  let result = undefined as Transition | undefined;
+  const expires = now + Math.max(refreshTokenTtl, accessTokenTtl);
+  const issue = { access: { hash, expires: now + accessTokenTtl }, refresh, expires };
+  let result!: Transition;
   const grant = await updateGrant(server, id, (grant) => {
     result = step(grant, issue, seconds());
     return result.grant;
-  }, issue.expires);
-  if (!grant || !result) throw invalidGrant("the connection has ended"); // perhaps between two tries to write
+  }, expires);
+  if (!grant) throw invalidGrant({ reason: "the connection has ended" }); // perhaps between two tries to write
   const { outcome, reason } = result;
-  if (outcome === "refused") throw invalidGrant(reason);
+  if (outcome === "refused") throw invalidGrant({ reason });
   if (outcome !== "issued") {
-    const [event, message] = EVENTS[outcome];
-    emitFor(server, event, message, id, grant);
-    if (grant.revoked !== undefined) throw invalidGrant(reason, event);
+    emitFor(server, outcome, EVENTS[outcome], id, grant);
+    if (grant.revoked !== undefined) throw invalidGrant({ event: outcome });
   }
   const issued = grant.access.find((token) => token.hash === hash)!;
   return {
     access_token,
     token_type: "Bearer",
     expires_in: Math.round(issued.expires - seconds()),
-    ...(grant.refresh && { refresh_token: successor.token }), // absent, not null: strict clients refuse that
+    ...(grant.refresh && { refresh_token }), // absent, not null: strict clients refuse that
     scope: scopesOf(grant, issued).join(" "),
   };
 }
@@ -1799,29 +1789,27 @@ async function issueTokens(server: Server, id: string, { access_token, successor
 /** The last digits of a refresh token: they prove that this server made it. */
 const CHECK_DIGITS = 32;
 
-/** Derives a refresh token, `prt_<id><secret><check>`, its hash and its successor from id and secret. */
-async function deriveRefresh({ longMac }: Server, body: string) {
-  const digest = await longMac("refresh", body); // its parts tell nothing of each other
-  const token = `prt_${body}${digest.slice(0, CHECK_DIGITS)}`;
-  return { token, hash: digest.slice(CHECK_DIGITS, 64), successor: body.slice(0, 32) + digest.slice(64) };
+/** Derives a refresh token, `prt_<id><secret><check>`, its hash and the secret of its successor. */
+async function deriveRefresh({ longMac }: Server, id: string, secret: string) {
+  const digest = await longMac("refresh", id + secret); // its parts tell nothing of each other
+  const token = `prt_${id}${secret}${digest.slice(0, CHECK_DIGITS)}`;
+  return { token, hash: digest.slice(CHECK_DIGITS, 64), successor: digest.slice(64) };
 }
 
-/** Returns the id of the grant that a token or code names. */
-function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefined {
-  if (typeof token !== "string" || !token.startsWith(`${prefix}_`)) return undefined;
-  const digits = 32 + 64 + (prefix === "prt" ? CHECK_DIGITS : 0);
-  if (token.length === 4 + digits && /^[0-9a-f]+$/.test(token.slice(4))) return token.slice(4, 4 + 32);
-  // A personal access token is in base64url, which is shorter to copy.
-  if (prefix !== "pat" || token.length !== 4 + 22 + 43 || !/^[\w-]+$/.test(token)) return undefined;
-  return hex(base64Bytes(token.slice(4, 4 + 22)));
+/** Codes and tokens; a personal access token is in base64url, which is shorter to copy. */
+const TOKEN = /^(?:p(?:ac|at|rt)_([0-9a-f]{32})[0-9a-f]{64,96}|pat_([\w-]{22})[\w-]{43})$/;
+
+/** Returns the id of the grant that a code or token names. What kind it is, and if it is good, its hash tells. */
+function grantIdOf(token: string): string | undefined {
+  const [, id, short] = TOKEN.exec(token) ?? [];
+  return short ? hex(base64Bytes(short)) : id;
 }
+
+const grantId = (_prefix: string, token: string) => grantIdOf(token); // for one caller, which asks for all kinds
 
 async function rename(server: Server, id: string, label: string) {
   if (label.length > MAX_LABEL) throw invalidRequest(`The name may have up to ${MAX_LABEL} characters`);
-  await updateGrant(server, id, (current) => {
-    const { label: _label, ...grant } = current;
-    return grant.resource === server.resource ? { ...grant, ...(label && { label }) } : current;
-  });
+  await updateGrant(server, id, (grant) => grant.resource === server.resource ? { ...grant, label } : grant);
 }
 
 async function revokeAll(server: Server) {
@@ -1830,12 +1818,12 @@ async function revokeAll(server: Server) {
 
 /** Ends the connection of a token. Others' tokens are ignored (RFC 7009 §2.2). */
 async function revokeToken(server: Server, token: string, client: Client) {
-  const id = grantId("pat", token) ?? grantId("prt", token);
+  const id = grantIdOf(token);
   if (!id) return;
   const grant = await readGrant(server, id);
   if (grant) {
     const hash = await hashToken(token);
-    const { token: refresh_token } = await deriveRefresh(server, token.slice(4, -CHECK_DIGITS));
+    const { token: refresh_token } = await deriveRefresh(server, id, token.slice(36, -CHECK_DIGITS));
     if (token !== refresh_token && !grant.access.some((access) => access.hash === hash)) return;
     if (grant.client.id !== client.id) throw new OAuthError("invalid_grant", "The token was issued to another client");
   }
@@ -1843,13 +1831,12 @@ async function revokeToken(server: Server, token: string, client: Client) {
 }
 
 async function revoke(server: Server, id: string): Promise<boolean> {
-  let isNew = false;
-  const now = seconds();
+  const now = seconds(); // of this call alone: no two moments are the same
   const grant = await updateGrant(server, id, (grant) => {
-    isNew = grant.revoked === undefined && grant.resource === server.resource;
-    return isNew ? revokeGrant(grant, now) : grant;
+    const isOwn = grant.revoked === undefined && grant.resource === server.resource;
+    return isOwn ? revokeGrant(grant, now) : grant;
   }, now + FORM_TTL);
-  if (!grant || !isNew) return false;
+  if (grant?.revoked !== now) return false;
   emitFor(server, "connection_revoked", "a connection was ended", id, grant);
   return true;
 }
@@ -1868,7 +1855,7 @@ async function listConnections(server: Server): Promise<Connection[]> {
       clientId: client.id,
       clientName: client.name,
       state: connectionState(grant, now),
-      ...defined({ label, redirectUri, lastUsedAt: used && Math.floor(used) }),
+      ...defined({ label: label || undefined, redirectUri, lastUsedAt: used && Math.floor(used) }),
       scopes,
       createdAt: Math.floor(created),
       expiresAt: Math.floor(expires),
@@ -1882,13 +1869,10 @@ const PERSONAL = "personal-access-token";
 
 /** Makes a personal access token, unless the same form has made one that is in use. */
 async function createToken(server: Server, request: TokenRequest, form = random(32)) {
-  const { all } = server.scopes;
-  const { name, expiresIn = 365 * DAY } = request;
-  const scopes = request.scopes ?? all;
+  const { name, expiresIn = 365 * DAY, scopes = server.scopes.all } = request;
   assert(isString(name) && printable(name) !== "", "createToken: name must say what the token is for");
   assert(isLifetime(expiresIn), `createToken: expiresIn ${LIFETIME}, not ${quote(expiresIn)}`);
-  const isOffered = isStringList(scopes) && scopes.length > 0 && scopes.every((scope) => all.includes(scope));
-  assert(isOffered, `createToken: scopes must be some of ${all.join(", ")}, not ${quote(scopes)}`);
+  assertOffered(server, "createToken", scopes);
   // The same form makes the same token, as for a double click. It is sealed: a copy of the store does not give it.
   const parts = [form, name, String(expiresIn), ...scopes];
   const id = await formId(server, ...parts);
@@ -1898,10 +1882,10 @@ async function createToken(server: Server, request: TokenRequest, form = random(
   const client = { id: PERSONAL, name: printable(name) };
   const access = [{ hash: await hashToken(token), n: 0, expires }];
   const grant: Grant = { client, scopes, resource: server.resource, created, expires, access };
-  const before = await insertGrant(server, id, grant);
-  if (before?.used !== undefined || before?.revoked !== undefined) return undefined;
-  if (!before) emitFor(server, "token_created", "a personal access token was made", id, grant);
-  return { id, token, expiresAt: Math.floor((before ?? grant).expires) };
+  const kept = await insertGrant(server, id, grant);
+  if (kept.used !== undefined || kept.revoked !== undefined) return undefined;
+  if (kept === grant) emitFor(server, "token_created", "a personal access token was made", id, grant);
+  return { id, token, expiresAt: Math.floor(kept.expires) };
 }
 
 // --- Guard ---
@@ -1918,7 +1902,9 @@ function createGuard(server: Server, required: string[] = []): MiddlewareHandler
   const { mcpPath } = server;
   const checkToken = withCors(async (c, next) => {
     try {
-      assertScopes(server, (await authenticate(server, c)).scopes, required);
+      const info = recall(server, c) ?? await authenticate(server, c);
+      admit(server, c, info);
+      assertScopes(server, info.scopes, required);
     } catch (error) {
       return errorResponse(server, c, error);
     }
@@ -1936,10 +1922,13 @@ function createGuard(server: Server, required: string[] = []): MiddlewareHandler
 }
 
 function createScopeGuard(server: Server, required: string[]) {
-  const { all } = server.scopes;
-  const isOffered = required.length > 0 && required.every((scope) => all.includes(scope));
-  assert(isOffered, `requireScopes: ${quote(required)} must be among the scopes on offer: ${all.join(", ")}`);
+  assertOffered(server, "requireScopes", required);
   return createGuard(server, required);
+}
+
+function assertOffered({ scopes: { all } }: Server, caller: string, scopes: string[]) {
+  const isOffered = isStringList(scopes) && scopes.length > 0 && scopes.every((scope) => all.includes(scope));
+  assert(isOffered, `${caller}: scopes must be some of ${all.join(", ")}, not ${quote(scopes)}`);
 }
 
 function assertScopes(server: Server, scopes: string[], required: string[]) {
@@ -1960,15 +1949,12 @@ function recall({ passed, verified, store }: Server, c: Context): AuthInfo | und
 function admit({ passed }: Server, c: Context, info: AuthInfo) {
   c.set(passed, info); // c.var.auth alone would not do: any middleware can set it
   c.set("auth", info);
-  return info;
 }
 
 async function authenticate(server: Server, c: Context) {
-  const known = recall(server, c);
-  if (known) return admit(server, c, known);
-  const header = c.req.raw.headers.get("Authorization");
-  const token = header?.match(BEARER)?.[1];
-  if (header !== null && token !== undefined) return admit(server, c, await verifyAccessToken(server, token, header));
+  const header = c.req.raw.headers.get("Authorization") ?? "";
+  const token = header.match(BEARER)?.[1];
+  if (token) return await verifyAccessToken(server, token, header);
   server.found.at = seconds();
   throw challenge(server, 401, "unauthorized", "An access token is needed: send it as Authorization: Bearer");
 }
@@ -1977,19 +1963,19 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   const { store, verified, resource, resourceMetadataUrl } = server;
   const now = seconds();
   const version = store.version?.(); // before the record is read, or a change in between would go unseen
-  const id = grantId("pat", token);
+  const id = grantIdOf(token);
   const grant = id ? await readGrant(server, id) : undefined;
   const hash = grant ? await hashToken(token) : "";
   const access = grant && verifyGrant(grant, hash, resource, now);
   if (!id || !access) {
     const error = challenge(server, 401, "invalid_token", "The access token is unknown, expired or revoked");
-    error.details.reason = `access token: ${whyInvalid(id, grant, hash, resource, now)}`;
+    if (grant) error.details.reason = `access token: ${whyInvalid(grant, hash, resource, now)}`;
     await noteRefusal(server, error, id);
     throw error;
   }
   const presented = presentGrant(grant, access, now);
   if (presented !== grant) {
-    const marking = markPresented(server, id, hash, now);
+    const marking = markPresented(server, id, access, now);
     // Theft detection needs this before the answer; the time of use is best effort.
     if (!grant.called || presented.refresh !== grant.refresh) await Promise.race([marking, delay(MARK_PATIENCE)]);
   }
@@ -2009,24 +1995,17 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   return info;
 }
 
-function whyInvalid(id: string | undefined, grant: Grant | undefined, hash: string, resource: string, now: number) {
-  if (!id) return "it does not have the form of an access token of this server";
-  if (!grant) return "its connection has ended, or never existed";
-  if (grant.revoked !== undefined) return `its connection was ended ${ago(now - grant.revoked)}`;
-  if (grant.resource !== resource) return `it is for ${quote(grant.resource)}`;
+function whyInvalid(grant: Grant, hash: string, resource: string, now: number) {
   const expires = Math.min(grant.access.find((token) => token.hash === hash)?.expires ?? Infinity, grant.expires);
-  return expires <= now ? `it expired ${ago(now - expires)}` : "it was replaced, or never issued";
+  const expiry = expires <= now ? `it expired ${ago(now - expires)}` : "it was replaced, or never issued";
+  return grantRefusal(grant, resource, now) ?? expiry;
 }
 
 /** Stores that a token was used, if it can: the owner may always read. */
-async function markPresented(server: Server, id: string, hash: string, now: number) {
-  let isFirst = false;
-  const grant = await updateGrant(server, id, (grant) => {
-    const access = verifyGrant(grant, hash, server.resource, now);
-    isFirst = access !== undefined && grant.called === undefined;
-    return access ? presentGrant(grant, access, now) : grant;
-  }).catch(() => undefined); // the store reports it
-  if (grant && isFirst) emitFor(server, "first_call", "the app called for the first time", id, grant);
+async function markPresented(server: Server, id: string, token: AccessToken, now: number) {
+  const change = (grant: Grant) => presentGrant(grant, token, now);
+  const grant = await updateGrant(server, id, change).catch(() => undefined); // the store reports it
+  if (grant?.called === now) emitFor(server, "first_call", "the app called for the first time", id, grant);
 }
 
 /**
