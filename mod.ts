@@ -1447,14 +1447,14 @@ function narrowedScopes(asked: string | null, granted: string[]): string[] {
 
 // --- Token and revocation endpoints ---
 
-function required(form: URLSearchParams, name: string): string {
+function required(form: URLSearchParams, name: string) {
   const value = form.get(name);
   if (value === null) throw invalidRequest(`${name} is missing`);
   return value;
 }
 
 /** Issues tokens. @see https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-3.2 */
-async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
+async function tokenEndpoint(server: Server, c: Context) {
   const arrived = seconds();
   const form = await readForm(c);
   const client = await authenticateClient(server, c, form);
@@ -1473,11 +1473,11 @@ async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
 }
 
 /**
- * Ends the connection that a token belongs to, and answers 200 for an unknown one too. The client stays registered:
- * Claude Code signs out and comes back with the same client_id.
+ * Ends the connection of a token, and answers 200 for an unknown one too. The client stays registered: Claude Code
+ * signs out and comes back with the same client_id.
  * @see https://www.rfc-editor.org/rfc/rfc7009#section-2.1
  */
-async function revocationEndpoint(server: Server, c: Context): Promise<Response> {
+async function revocationEndpoint(server: Server, c: Context) {
   const form = await readForm(c);
   const client = await authenticateClient(server, c, form);
   await revokeToken(server, required(form, "token"), client);
@@ -1485,22 +1485,20 @@ async function revocationEndpoint(server: Server, c: Context): Promise<Response>
 }
 
 /**
- * Describes a token to a resource server that runs elsewhere. Only clients that the owner registered with a secret may
- * ask: anybody else could learn whether a token found somewhere is alive.
+ * Describes a token to a resource server elsewhere. Only one that the owner registered with a secret may ask: anybody
+ * could learn whether a token found somewhere is alive.
  * @see https://www.rfc-editor.org/rfc/rfc7662#section-2
  */
-async function introspectionEndpoint(server: Server, c: Context): Promise<Response> {
+async function introspectionEndpoint(server: Server, c: Context) {
   const form = await readForm(c);
   const { source, secret } = await authenticateClient(server, c, form);
-  if (source !== "preregistered" || secret === undefined) {
-    throw new OAuthError("unauthorized_client", "Introspection is for clients registered with a secret by the owner");
-  }
-  const token = required(form, "token");
+  const mayAsk = source === "preregistered" && secret !== undefined;
+  if (!mayAsk) throw new OAuthError("unauthorized_client", "Only clients that the owner gave a secret may ask");
+  const { issuer: iss, resource: aud } = server;
   c.header("Cache-Control", "no-store");
   try {
-    const { clientId: client_id, scopes, expiresAt: exp, resource } = await verifyAccessToken(server, token);
-    const [scope, iss, aud] = [scopes.join(" "), server.issuer, resource?.href];
-    return c.json({ active: true, client_id, scope, exp, token_type: "Bearer", iss, aud });
+    const { clientId: client_id, scopes, expiresAt: exp } = await verifyAccessToken(server, required(form, "token"));
+    return c.json({ active: true, client_id, scope: scopes.join(" "), exp, token_type: "Bearer", iss, aud });
   } catch (error) {
     if (error instanceof OAuthError && error.code === "invalid_token") return c.json({ active: false });
     throw error;
@@ -1570,27 +1568,27 @@ function approveGrant(approval: Omit<Grant, "created" | "expires" | "access">, c
   return { ...approval, created: now, expires, code: { ...code, expires: now + CODE_TTL }, access: [] };
 }
 
-/** Returns why no code or token of a grant is good, for the owner. */
-function grantRefusal(grant: Grant, resource: string, now: number, client_id = grant.client.id) {
+/** Returns why a code or token of a grant is refused to its holder. */
+function grantRefusal(grant: Grant, holder: { resource: string; client_id?: string }, now: number, expires = Infinity) {
+  const { resource, client_id = grant.client.id } = holder;
   if (grant.revoked !== undefined) return `the connection was ended ${ago(now - grant.revoked)}`;
-  if (grant.client.id !== client_id) return "the connection is that of another client";
+  if (grant.client.id !== client_id) return "it was issued to another client";
   // Servers may share a store: each issues tokens for itself alone.
-  if (grant.resource !== resource) return `the connection is for ${quote(grant.resource)}`;
+  if (grant.resource !== resource) return `it is for ${quote(grant.resource)}`;
+  if (expires <= now) return `it expired ${ago(now - expires)}`;
 }
 
-const refused = (grant: Grant, reason: string): Transition => ({ grant, outcome: "refused", reason });
+const refused = (grant: Grant, reason = "it was never issued"): Transition => ({ grant, outcome: "refused", reason });
 
 /**
  * Redeems a code once. A wrong attempt costs the client neither the code nor the connection.
- * @see https://www.rfc-editor.org/rfc/rfc7636#section-4.6
  * @see https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1.3
  */
 function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: number): Transition {
   const { code } = grant;
   const { redirect_uri = grant.redirect_uri } = request;
-  const refusal = grantRefusal(grant, request.resource, now, request.client_id);
-  if (refusal) return refused(grant, refusal);
-  if (code?.hash !== request.hash) return refused(grant, "this code was never issued");
+  const refusal = grantRefusal(grant, request, now);
+  if (refusal || code?.hash !== request.hash) return refused(grant, refusal);
   if (code.challenge !== request.challenge) return refused(grant, "code_verifier does not match the code_challenge");
   if (redirect_uri !== grant.redirect_uri) {
     return refused(grant, `redirect_uri ${quote(redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
@@ -1613,16 +1611,14 @@ function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: nu
  */
 function refreshGrant(grant: Grant, request: Presented, issue: Issue, now: number): Transition {
   const { refresh } = grant;
-  const refusal = grantRefusal(grant, request.resource, now, request.client_id);
-  if (refusal) return refused(grant, refusal);
-  if (!refresh) return refused(grant, "the connection has no refresh token");
-  if (grant.expires <= now) return refused(grant, `the connection expired ${ago(now - grant.expires)}`);
+  const refusal = grantRefusal(grant, request, now, grant.expires);
+  if (refusal || !refresh) return refused(grant, refusal);
   if (refresh.hash !== request.hash) return repeatRefresh(grant, refresh, request.hash, issue, now);
   const n = refresh.n + 1;
   const recent = refresh.rotated.filter(([, at]) => now - at <= REFRESH_GRACE).slice(0, MAX_ROTATIONS - 1);
   const rotated: RefreshState["rotated"] = [[request.hash, now], ...recent];
   const next = { ...refresh, hash: issue.refresh, n, presented: false, rotated };
-  return { grant: withTokens(grant, issue, next, n, now), outcome: "issued" };
+  return { grant: withTokens(grant, issue, next, now), outcome: "issued" };
 }
 
 /** Repeats an answer within the grace period, or later if it was lost. Anything else is a second holder. */
@@ -1634,7 +1630,7 @@ function repeatRefresh(grant: Grant, refresh: RefreshState, hash: string, issue:
     // Its access token gets new time only if it has used up half of it.
     const issued = grant.access.find((token) => token.hash === issue.access.hash);
     const lasts = issued && issued.expires - now >= (issue.access.expires - now) / 2;
-    return { grant: lasts ? grant : withTokens(grant, issue, refresh, n - index, now), outcome: "issued" };
+    return { grant: lasts ? grant : withTokens(grant, issue, refresh, now, n - index), outcome: "issued" };
   }
   // A thief may rotate first and wait: the client then seems to have lost an answer. Two in a row are taken for theft.
   if (index !== 0 || presented || repeated === n - 1) {
@@ -1642,36 +1638,33 @@ function repeatRefresh(grant: Grant, refresh: RefreshState, hash: string, issue:
   }
   // The grace period for the client's other machines starts again.
   const late: RefreshState = { ...refresh, rotated: [[hash, now], ...rotated.slice(1)], repeated: n };
-  return { grant: withTokens(grant, issue, late, n, now), outcome: "refresh_token_repeated" };
+  return { grant: withTokens(grant, issue, late, now), outcome: "refresh_token_repeated" };
 }
 
 /** Adds an access token issued with RT(n), and drops those that expired. */
-function withTokens(grant: Grant, issue: Issue, refresh: RefreshState, n: number, now: number): Grant {
+function withTokens(grant: Grant, issue: Issue, refresh: RefreshState, now: number, n = refresh.n): Grant {
   const others = grant.access.filter((token) => token.expires > now && token.hash !== issue.access.hash);
   const access = [...others, { ...issue.access, n }].slice(-MAX_ACCESS_TOKENS);
   return { ...grant, access, used: now, expires: issue.expires, refresh };
 }
 
-function verifyGrant(grant: Grant, hash: string, resource: string, now: number): AccessToken | undefined {
+function verifyGrant(grant: Grant, hash: string, resource: string, now: number) {
   // Not in constant time: how far two digests agree says nothing about the tokens.
   const token = grant.access.find((candidate) => candidate.hash === hash);
-  const isLive = token && token.expires > now && grant.expires > now && grant.revoked === undefined;
-  return isLive && grant.resource === resource ? token : undefined;
+  return token && !grantRefusal(grant, { resource }, now, Math.min(token.expires, grant.expires)) ? token : undefined;
 }
 
 const scopesOf = (grant: Grant, { scopes }: AccessToken) =>
   scopes ? grant.scopes.filter((_, position) => scopes.includes(position)) : grant.scopes;
 
 /** Returns the grant after use of an access token, the same object if there is nothing new. */
-function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
-  const { refresh, called = now } = grant;
+function presentGrant(grant: Grant, { n }: AccessToken, now: number): Grant {
+  const { refresh, called = now, used = 0 } = grant;
   // The client has the latest tokens: use of the previous refresh token is theft from now on.
-  if (refresh && refresh.n === token.n && !refresh.presented) {
-    return { ...grant, called, used: now, refresh: { ...refresh, presented: true } };
-  }
+  const isNews = refresh?.n === n && !refresh.presented && { refresh: { ...refresh, presented: true } };
   // Once a minute, or a busy client would turn every read into a write.
-  const isRecent = grant.called !== undefined && Math.abs(now - (grant.used ?? 0)) < MINUTE;
-  return isRecent ? grant : { ...grant, called, used: now };
+  const isRecent = grant.called !== undefined && Math.abs(now - used) < MINUTE;
+  return isRecent && !isNews ? grant : { ...grant, called, used: now, ...isNews };
 }
 
 /** Ends a connection. The record stays, so that its approval cannot be posted again. */
@@ -1685,9 +1678,9 @@ const readGrant = ({ store }: Server, id: string) => store.get(`grant/${id}`) as
 const insertGrant = ({ store }: Server, id: string, grant: Grant) =>
   store.update(`grant/${id}`, (current) => current ?? grant, { expiresAt: grant.expires }) as Promise<Grant>;
 
-/** Changes a grant atomically, if there is one. Writes nothing if `change` returns the same object. */
+/** Changes a grant atomically, if there is one. */
 async function updateGrant({ store }: Server, id: string, change: (grant: Grant) => Grant, expiresAt?: number) {
-  const changeIt = (current: unknown) => current === undefined ? undefined : change(current as Grant);
+  const changeIt = (current: unknown) => current && change(current as Grant);
   return await store.update(`grant/${id}`, changeIt, defined({ expiresAt })) as Grant | undefined;
 }
 
@@ -1710,8 +1703,7 @@ async function approve(server: Server, form: string, request: AuthorizationReque
   const attempt = defined({ found, introduced, shown });
   const client = { id: client_id, name, ...defined({ auth }) };
   const approval = { client, redirect_uri, scopes, resource: server.resource, attempt };
-  const newCode = { hash: await hashToken(code), challenge, refreshes };
-  const grant = approveGrant(approval, newCode, seconds());
+  const grant = approveGrant(approval, { hash: await hashToken(code), challenge, refreshes }, seconds());
   const kept = await (lookOnly ? readGrant(server, id) : insertGrant(server, id, grant));
   if (!kept) return undefined;
   server.attempts.delete(client_id); // from here on, the record tells
@@ -1738,16 +1730,12 @@ async function redeem(server: Server, form: URLSearchParams, client: Client, arr
 
 async function refresh(server: Server, form: URLSearchParams, client: Client) {
   const refresh_token = required(form, "refresh_token");
-  const [id, secret] = [refresh_token.slice(4, 36), refresh_token.slice(36, -CHECK_DIGITS)];
-  const current = await deriveRefresh(server, id, secret);
-  // Only a token that this server made may end a connection, or whoever learns a connection's id could.
-  if (!equal(refresh_token, current.token)) {
-    throw invalidGrant({ reason: "this server did not make the refresh token" });
-  }
+  const made = await readRefresh(server, refresh_token);
+  if (!made) throw invalidGrant({ reason: "this server did not make the refresh token" });
   const asked = form.get("scope");
   const access = await server.mac("access", refresh_token, asked ?? "");
-  const request = { hash: current.hash, client_id: client.id, resource: server.resource };
-  return await issueTokens(server, id, access, current.successor, (grant, issue, now) => {
+  const request = { hash: made.hash, client_id: client.id, resource: server.resource };
+  return await issueTokens(server, made.id, access, made.successor, (grant, issue, now) => {
     const { scopes } = grant;
     const narrower = asked !== null && { scopes: narrowedScopes(asked, scopes).map((scope) => scopes.indexOf(scope)) };
     return refreshGrant(grant, request, { ...issue, access: { ...issue.access, ...narrower } }, now);
@@ -1793,14 +1781,20 @@ const CHECK_DIGITS = 32;
 async function deriveRefresh({ longMac }: Server, id: string, secret: string) {
   const digest = await longMac("refresh", id + secret); // its parts tell nothing of each other
   const token = `prt_${id}${secret}${digest.slice(0, CHECK_DIGITS)}`;
-  return { token, hash: digest.slice(CHECK_DIGITS, 64), successor: digest.slice(64) };
+  return { id, token, hash: digest.slice(CHECK_DIGITS, 64), successor: digest.slice(64) };
+}
+
+/** Reads a refresh token, if this server made it: only such a one may end a connection, not its id alone. */
+async function readRefresh(server: Server, token: string) {
+  const made = await deriveRefresh(server, token.slice(4, 36), token.slice(36, -CHECK_DIGITS));
+  return equal(token, made.token) ? made : undefined;
 }
 
 /** Codes and tokens; a personal access token is in base64url, which is shorter to copy. */
 const TOKEN = /^(?:p(?:ac|at|rt)_([0-9a-f]{32})[0-9a-f]{64,96}|pat_([\w-]{22})[\w-]{43})$/;
 
 /** Returns the id of the grant that a code or token names. What kind it is, and if it is good, its hash tells. */
-function grantIdOf(token: string): string | undefined {
+function grantIdOf(token: string) {
   const [, id, short] = TOKEN.exec(token) ?? [];
   return short ? hex(base64Bytes(short)) : id;
 }
@@ -1823,19 +1817,16 @@ async function revokeToken(server: Server, token: string, client: Client) {
   const grant = await readGrant(server, id);
   if (grant) {
     const hash = await hashToken(token);
-    const { token: refresh_token } = await deriveRefresh(server, id, token.slice(36, -CHECK_DIGITS));
-    if (token !== refresh_token && !grant.access.some((access) => access.hash === hash)) return;
+    if (!grant.access.some((access) => access.hash === hash) && !await readRefresh(server, token)) return;
     if (grant.client.id !== client.id) throw new OAuthError("invalid_grant", "The token was issued to another client");
   }
   await revoke(server, id); // also where nothing seems to be left: the clock may be wrong
 }
 
-async function revoke(server: Server, id: string): Promise<boolean> {
+async function revoke(server: Server, id: string) {
   const now = seconds(); // of this call alone: no two moments are the same
-  const grant = await updateGrant(server, id, (grant) => {
-    const isOwn = grant.revoked === undefined && grant.resource === server.resource;
-    return isOwn ? revokeGrant(grant, now) : grant;
-  }, now + FORM_TTL);
+  const end = (grant: Grant) => grantRefusal(grant, server, now) ? grant : revokeGrant(grant, now);
+  const grant = await updateGrant(server, id, end, now + FORM_TTL);
   if (grant?.revoked !== now) return false;
   emitFor(server, "connection_revoked", "a connection was ended", id, grant);
   return true;
@@ -1846,9 +1837,9 @@ async function listConnections(server: Server): Promise<Connection[]> {
   const now = seconds();
   for await (const [key, value] of server.store.list("grant/")) {
     const grant = value as Grant;
-    const { client, label, redirect_uri: redirectUri, scopes, created, used, expires } = grant;
-    const isLive = grant.revoked === undefined && expires > now && (grant.access.length > 0 || hasOpenCode(grant, now));
-    if (!isLive || grant.resource !== server.resource) continue; // servers may share a store
+    const { client, label, redirect_uri: redirectUri, scopes, access, created, used, expires } = grant;
+    const hasTokens = access.length > 0 || hasOpenCode(grant, now);
+    if (!hasTokens || grantRefusal(grant, server, now, expires)) continue;
     live.push({
       id: key.slice("grant/".length),
       kind: client.id === PERSONAL ? "token" : "client",
@@ -1904,7 +1895,10 @@ function createGuard(server: Server, required: string[] = []): MiddlewareHandler
     try {
       const info = recall(server, c) ?? await authenticate(server, c);
       admit(server, c, info);
-      assertScopes(server, info.scopes, required);
+      // With what the token has already: clients ask for exactly this list.
+      const needed = [...new Set([...info.scopes, ...required])];
+      const isLacking = needed.length > info.scopes.length;
+      if (isLacking) throw challenge(server, "insufficient_scope", "The token lacks a scope that this needs", needed);
     } catch (error) {
       return errorResponse(server, c, error);
     }
@@ -1931,15 +1925,8 @@ function assertOffered({ scopes: { all } }: Server, caller: string, scopes: stri
   assert(isOffered, `${caller}: scopes must be some of ${all.join(", ")}, not ${quote(scopes)}`);
 }
 
-function assertScopes(server: Server, scopes: string[], required: string[]) {
-  if (required.every((scope) => scopes.includes(scope))) return;
-  // With what the token has already: clients ask for exactly this list.
-  const needed = [...new Set([...scopes, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
-  throw challenge(server, 403, "insufficient_scope", "The token lacks a scope that this needs", needed);
-}
-
 /** Returns what is known of a token, unless any process has changed the store since. */
-function recall({ passed, verified, store }: Server, c: Context): AuthInfo | undefined {
+function recall({ passed, verified, store }: Server, c: Context) {
   const earlier: AuthInfo | undefined = c.get(passed); // from another guard of the same request
   if (earlier) return earlier;
   const known = verified.get(c.req.raw.headers.get("Authorization") ?? "");
@@ -1956,10 +1943,10 @@ async function authenticate(server: Server, c: Context) {
   const token = header.match(BEARER)?.[1];
   if (token) return await verifyAccessToken(server, token, header);
   server.found.at = seconds();
-  throw challenge(server, 401, "unauthorized", "An access token is needed: send it as Authorization: Bearer");
+  throw challenge(server, "unauthorized", "An access token is needed: send it as Authorization: Bearer");
 }
 
-async function verifyAccessToken(server: Server, token: string, header = `Bearer ${token}`): Promise<AuthInfo> {
+async function verifyAccessToken(server: Server, token: string, header = `Bearer ${token}`) {
   const { store, verified, resource, resourceMetadataUrl } = server;
   const now = seconds();
   const version = store.version?.(); // before the record is read, or a change in between would go unseen
@@ -1968,7 +1955,7 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   const hash = grant ? await hashToken(token) : "";
   const access = grant && verifyGrant(grant, hash, resource, now);
   if (!id || !access) {
-    const error = challenge(server, 401, "invalid_token", "The access token is unknown, expired or revoked");
+    const error = challenge(server, "invalid_token", "The access token is unknown, expired or revoked");
     if (grant) error.details.reason = `access token: ${whyInvalid(grant, hash, resource, now)}`;
     await noteRefusal(server, error, id);
     throw error;
@@ -1997,8 +1984,7 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
 
 function whyInvalid(grant: Grant, hash: string, resource: string, now: number) {
   const expires = Math.min(grant.access.find((token) => token.hash === hash)?.expires ?? Infinity, grant.expires);
-  const expiry = expires <= now ? `it expired ${ago(now - expires)}` : "it was replaced, or never issued";
-  return grantRefusal(grant, resource, now) ?? expiry;
+  return grantRefusal(grant, { resource }, now, expires) ?? "it was replaced, or never issued";
 }
 
 /** Stores that a token was used, if it can: the owner may always read. */
@@ -2009,14 +1995,14 @@ async function markPresented(server: Server, id: string, token: AccessToken, now
 }
 
 /**
- * Returns an error with its challenge. Without `scope`, Claude would ask for every scope there is.
+ * Makes an error with its challenge (RFC 6750 §3). Without `scope`, Claude would ask for every scope there is.
  * @see https://www.rfc-editor.org/rfc/rfc9728#section-5.1
- * @see https://www.rfc-editor.org/rfc/rfc6750#section-3
  */
-function challenge(server: Server, status: 401 | 403, code: string, description: string, scopes?: string[]) {
+function challenge(server: Server, code: string, description: string, scopes = server.scopes.byDefault) {
+  const status = code === "insufficient_scope" ? 403 : 401;
   // No error code where no token came (RFC 6750 §3.1).
   const error = code === "unauthorized" ? "" : `error="${code}", error_description="${description}", `;
-  const scope = (scopes ?? server.scopes.byDefault).join(" ");
+  const scope = scopes.filter((scope) => scope !== OFFLINE_ACCESS).join(" ");
   const value = `Bearer ${error}scope="${scope}", resource_metadata="${server.resourceMetadataUrl}"`;
   return new OAuthError(code, description, { status, headers: { "WWW-Authenticate": value } });
 }
