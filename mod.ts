@@ -1473,9 +1473,8 @@ async function tokenEndpoint(server: Server, c: Context) {
 }
 
 /**
- * Ends the connection of a token, and answers 200 for an unknown one too. The client stays registered: Claude Code
- * signs out and comes back with the same client_id.
- * @see https://www.rfc-editor.org/rfc/rfc7009#section-2.1
+ * Ends the connection of a token, and answers 200 for an unknown one too (RFC 7009 §2.1). The client stays registered:
+ * Claude Code signs out and comes back with the same client_id.
  */
 async function revocationEndpoint(server: Server, c: Context) {
   const form = await readForm(c);
@@ -1485,9 +1484,8 @@ async function revocationEndpoint(server: Server, c: Context) {
 }
 
 /**
- * Describes a token to a resource server elsewhere. Only one that the owner registered with a secret may ask: anybody
- * could learn whether a token found somewhere is alive.
- * @see https://www.rfc-editor.org/rfc/rfc7662#section-2
+ * Describes a token to a resource server elsewhere (RFC 7662 §2). Only one that the owner registered with a secret may
+ * ask, or anybody could learn whether a token found somewhere is alive.
  */
 async function introspectionEndpoint(server: Server, c: Context) {
   const form = await readForm(c);
@@ -1508,8 +1506,8 @@ async function introspectionEndpoint(server: Server, c: Context) {
 // --- Grants ---
 
 /**
- * A connection: one record, `grant/<id>`. Every token names its grant, so checking a token is one read, every change is
- * one atomic change, and ending the connection ends all its tokens. Only hashes of secrets are stored.
+ * A connection: one record, `grant/<id>`, which every token of it names. So checking a token is one read, every change
+ * is atomic, and the end of a connection ends all its tokens. Only hashes of secrets are stored.
  */
 interface Grant {
   client: { id: string; name: string; auth?: "private_key_jwt" }; // `auth`: its only way to authenticate
@@ -1569,7 +1567,7 @@ function approveGrant(approval: Omit<Grant, "created" | "expires" | "access">, c
 }
 
 /** Returns why a code or token of a grant is refused to its holder. */
-function grantRefusal(grant: Grant, holder: { resource: string; client_id?: string }, now: number, expires = Infinity) {
+function grantRefusal(grant: Grant, holder: Partial<Presented>, now: number, expires = Infinity) {
   const { resource, client_id = grant.client.id } = holder;
   if (grant.revoked !== undefined) return `the connection was ended ${ago(now - grant.revoked)}`;
   if (grant.client.id !== client_id) return "it was issued to another client";
@@ -1661,10 +1659,10 @@ const scopesOf = (grant: Grant, { scopes }: AccessToken) =>
 function presentGrant(grant: Grant, { n }: AccessToken, now: number): Grant {
   const { refresh, called = now, used = 0 } = grant;
   // The client has the latest tokens: use of the previous refresh token is theft from now on.
-  const isNews = refresh?.n === n && !refresh.presented && { refresh: { ...refresh, presented: true } };
+  const spent = refresh?.n === n && !refresh.presented && { refresh: { ...refresh, presented: true } };
   // Once a minute, or a busy client would turn every read into a write.
   const isRecent = grant.called !== undefined && Math.abs(now - used) < MINUTE;
-  return isRecent && !isNews ? grant : { ...grant, called, used: now, ...isNews };
+  return isRecent && !spent ? grant : { ...grant, called, used: now, ...spent };
 }
 
 /** Ends a connection. The record stays, so that its approval cannot be posted again. */
@@ -1724,7 +1722,7 @@ async function redeem(server: Server, form: URLSearchParams, client: Client, arr
   const [hash, challenge] = [await hashToken(code), await s256(code_verifier)];
   const redirect_uri = form.get("redirect_uri") ?? undefined;
   const request = { hash, challenge, client_id: client.id, resource: server.resource, redirect_uri, arrived };
-  const step: Step = (grant, issue, now) => redeemGrant(grant, request, issue, now);
+  const step: Step = (grant, issue) => redeemGrant(grant, request, issue, seconds());
   return await issueTokens(server, id, random(32), random(32), step);
 }
 
@@ -1735,29 +1733,28 @@ async function refresh(server: Server, form: URLSearchParams, client: Client) {
   const asked = form.get("scope");
   const access = await server.mac("access", refresh_token, asked ?? "");
   const request = { hash: made.hash, client_id: client.id, resource: server.resource };
-  return await issueTokens(server, made.id, access, made.successor, (grant, issue, now) => {
+  return await issueTokens(server, made.id, access, made.successor, (grant, issue) => {
     const { scopes } = grant;
     const narrower = asked !== null && { scopes: narrowedScopes(asked, scopes).map((scope) => scopes.indexOf(scope)) };
-    return refreshGrant(grant, request, { ...issue, access: { ...issue.access, ...narrower } }, now);
+    return refreshGrant(grant, request, { ...issue, access: { ...issue.access, ...narrower } }, seconds());
   });
 }
 
-type Step = (grant: Grant, issue: Issue, now: number) => Transition;
+type Step = (grant: Grant, issue: Issue) => Transition;
 
 /** Issues tokens by an atomic transition, and raises its event. Returns the token response (OAuth 2.1 §3.2.3). */
 async function issueTokens(server: Server, id: string, accessSecret: string, refreshSecret: string, step: Step) {
-  const { accessTokenTtl, refreshTokenTtl } = server;
   const access_token = `pat_${id}${accessSecret}`;
   const { token: refresh_token, hash: refresh } = await deriveRefresh(server, id, refreshSecret);
   const [hash, now] = [await hashToken(access_token), seconds()];
-  const expires = now + Math.max(refreshTokenTtl, accessTokenTtl);
-  const issue = { access: { hash, expires: now + accessTokenTtl }, refresh, expires };
-  let result!: Transition;
+  const expires = now + Math.max(server.refreshTokenTtl, server.accessTokenTtl);
+  const issue = { access: { hash, expires: now + server.accessTokenTtl }, refresh, expires };
+  let result!: Transition; // of the last try to write
   const grant = await updateGrant(server, id, (grant) => {
-    result = step(grant, issue, seconds());
+    result = step(grant, issue);
     return result.grant;
   }, expires);
-  if (!grant) throw invalidGrant({ reason: "the connection has ended" }); // perhaps between two tries to write
+  if (!grant) throw invalidGrant({ reason: "the connection has ended" });
   const { outcome, reason } = result;
   if (outcome === "refused") throw invalidGrant({ reason });
   if (outcome !== "issued") {
@@ -1774,7 +1771,6 @@ async function issueTokens(server: Server, id: string, accessSecret: string, ref
   };
 }
 
-/** The last digits of a refresh token: they prove that this server made it. */
 const CHECK_DIGITS = 32;
 
 /** Derives a refresh token, `prt_<id><secret><check>`, its hash and the secret of its successor. */
@@ -1784,19 +1780,16 @@ async function deriveRefresh({ longMac }: Server, id: string, secret: string) {
   return { id, token, hash: digest.slice(CHECK_DIGITS, 64), successor: digest.slice(64) };
 }
 
-/** Reads a refresh token, if this server made it: only such a one may end a connection, not its id alone. */
+/** Reads a refresh token if this server made it: whoever learns an id must not end a connection by a made-up one. */
 async function readRefresh(server: Server, token: string) {
   const made = await deriveRefresh(server, token.slice(4, 36), token.slice(36, -CHECK_DIGITS));
   return equal(token, made.token) ? made : undefined;
 }
 
-/** Codes and tokens; a personal access token is in base64url, which is shorter to copy. */
-const TOKEN = /^(?:p(?:ac|at|rt)_([0-9a-f]{32})[0-9a-f]{64,96}|pat_([\w-]{22})[\w-]{43})$/;
-
 /** Returns the id of the grant that a code or token names. What kind it is, and if it is good, its hash tells. */
 function grantIdOf(token: string) {
-  const [, id, short] = TOKEN.exec(token) ?? [];
-  return short ? hex(base64Bytes(short)) : id;
+  const [, id, short] = /^(?:p(?:ac|at|rt)_([0-9a-f]{32})[0-9a-f]{64,96}|pat_([\w-]{22})[\w-]{43})$/.exec(token) ?? [];
+  return short ? hex(base64Bytes(short)) : id; // a personal access token is in base64url, which is shorter to copy
 }
 
 const grantId = (_prefix: string, token: string) => grantIdOf(token); // for one caller, which asks for all kinds
@@ -1897,8 +1890,8 @@ function createGuard(server: Server, required: string[] = []): MiddlewareHandler
       admit(server, c, info);
       // With what the token has already: clients ask for exactly this list.
       const needed = [...new Set([...info.scopes, ...required])];
-      const isLacking = needed.length > info.scopes.length;
-      if (isLacking) throw challenge(server, "insufficient_scope", "The token lacks a scope that this needs", needed);
+      const isGranted = needed.length === info.scopes.length;
+      if (!isGranted) throw challenge(server, "insufficient_scope", "The token lacks a scope that this needs", needed);
     } catch (error) {
       return errorResponse(server, c, error);
     }
@@ -1975,10 +1968,9 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
     resourceMetadataUrl,
     extra: Object.freeze({ connection: id, clientName: grant.client.name }),
   });
-  if (version === undefined) return info; // nothing would tell that it has changed
   if (verified.size >= MAX_VERIFIED) verified.clear();
   const until = Math.min(access.expires, grant.expires, (presented.used ?? now) + MINUTE);
-  verified.set(header, { info, version, until });
+  if (version !== undefined) verified.set(header, { info, version, until }); // else nothing would tell of a change
   return info;
 }
 
@@ -1994,10 +1986,7 @@ async function markPresented(server: Server, id: string, token: AccessToken, now
   if (grant?.called === now) emitFor(server, "first_call", "the app called for the first time", id, grant);
 }
 
-/**
- * Makes an error with its challenge (RFC 6750 §3). Without `scope`, Claude would ask for every scope there is.
- * @see https://www.rfc-editor.org/rfc/rfc9728#section-5.1
- */
+/** Makes an error with its challenge (RFC 9728 §5.1). Without `scope`, Claude would ask for every scope there is. */
 function challenge(server: Server, code: string, description: string, scopes = server.scopes.byDefault) {
   const status = code === "insufficient_scope" ? 403 : 401;
   // No error code where no token came (RFC 6750 §3.1).
