@@ -1949,7 +1949,11 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   const access = grant && verifyGrant(grant, hash, resource, now);
   if (!id || !access) {
     const error = challenge(server, "invalid_token", "The access token is unknown, expired or revoked");
-    if (grant) error.details.reason = `access token: ${whyInvalid(grant, hash, resource, now)}`;
+    if (grant) {
+      const { expires } = grant.access.find((token) => token.hash === hash) ?? grant;
+      const refusal = grantRefusal(grant, server, now, Math.min(expires, grant.expires));
+      error.details.reason = `access token: ${refusal ?? "it was replaced, or never issued"}`;
+    }
     await noteRefusal(server, error, id);
     throw error;
   }
@@ -1972,11 +1976,6 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
   const until = Math.min(access.expires, grant.expires, (presented.used ?? now) + MINUTE);
   if (version !== undefined) verified.set(header, { info, version, until }); // else nothing would tell of a change
   return info;
-}
-
-function whyInvalid(grant: Grant, hash: string, resource: string, now: number) {
-  const expires = Math.min(grant.access.find((token) => token.hash === hash)?.expires ?? Infinity, grant.expires);
-  return grantRefusal(grant, { resource }, now, expires) ?? "it was replaced, or never issued";
 }
 
 /** Stores that a token was used, if it can: the owner may always read. */
