@@ -1446,14 +1446,14 @@ function narrowedScopes(asked: string | null, granted: string[]): string[] {
 
 // --- Token and revocation endpoints ---
 
-function required(form: URLSearchParams, name: string): string {
+function required(form: URLSearchParams, name: string) {
   const value = form.get(name);
   if (value === null) throw invalidRequest(`${name} is missing`);
   return value;
 }
 
 /** Issues tokens. @see https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-3.2 */
-async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
+async function tokenEndpoint(server: Server, c: Context) {
   const arrived = seconds();
   const form = await readForm(c);
   const client = await authenticateClient(server, c, form);
@@ -1465,18 +1465,17 @@ async function tokenEndpoint(server: Server, c: Context): Promise<Response> {
     if (grant_type === "refresh_token") return c.json(await refresh(server, form, client));
     throw new OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token");
   } catch (error) {
-    const id = grantId("pac", form.get("code") ?? "") ?? grantId("prt", form.get("refresh_token") ?? "");
+    const id = grantIdOf(form.get("code") ?? form.get("refresh_token") ?? "");
     await noteRefusal(server, error, id, client);
     throw error;
   }
 }
 
 /**
- * Ends the connection that a token belongs to, and answers 200 for an unknown one too. The client stays registered:
+ * Ends the connection of a token, and answers 200 for an unknown one too (RFC 7009 §2.1). The client stays registered:
  * Claude Code signs out and comes back with the same client_id.
- * @see https://www.rfc-editor.org/rfc/rfc7009#section-2.1
  */
-async function revocationEndpoint(server: Server, c: Context): Promise<Response> {
+async function revocationEndpoint(server: Server, c: Context) {
   const form = await readForm(c);
   const client = await authenticateClient(server, c, form);
   await revokeToken(server, required(form, "token"), client);
@@ -1484,22 +1483,19 @@ async function revocationEndpoint(server: Server, c: Context): Promise<Response>
 }
 
 /**
- * Describes a token to a resource server that runs elsewhere. Only clients that the owner registered with a secret may
- * ask: anybody else could learn whether a token found somewhere is alive.
- * @see https://www.rfc-editor.org/rfc/rfc7662#section-2
+ * Describes a token to a resource server elsewhere (RFC 7662 §2). Only one that the owner registered with a secret may
+ * ask, or anybody could learn whether a token found somewhere is alive.
  */
-async function introspectionEndpoint(server: Server, c: Context): Promise<Response> {
+async function introspectionEndpoint(server: Server, c: Context) {
   const form = await readForm(c);
   const { source, secret } = await authenticateClient(server, c, form);
-  if (source !== "preregistered" || secret === undefined) {
-    throw new OAuthError("unauthorized_client", "Introspection is for clients registered with a secret by the owner");
-  }
-  const token = required(form, "token");
+  const mayAsk = source === "preregistered" && secret !== undefined;
+  if (!mayAsk) throw new OAuthError("unauthorized_client", "Only clients that the owner gave a secret may ask");
+  const { issuer: iss, resource: aud } = server;
   c.header("Cache-Control", "no-store");
   try {
-    const { clientId: client_id, scopes, expiresAt: exp, resource } = await verifyAccessToken(server, token);
-    const [scope, iss, aud] = [scopes.join(" "), server.issuer, resource?.href];
-    return c.json({ active: true, client_id, scope, exp, token_type: "Bearer", iss, aud });
+    const { clientId: client_id, scopes, expiresAt: exp } = await verifyAccessToken(server, required(form, "token"));
+    return c.json({ active: true, client_id, scope: scopes.join(" "), exp, token_type: "Bearer", iss, aud });
   } catch (error) {
     if (error instanceof OAuthError && error.code === "invalid_token") return c.json({ active: false });
     throw error;
@@ -1509,8 +1505,8 @@ async function introspectionEndpoint(server: Server, c: Context): Promise<Respon
 // --- Grants ---
 
 /**
- * A connection: one record, `grant/<id>`. Every token names its grant, so checking a token is one read, every change is
- * one atomic change, and ending the connection ends all its tokens. Only hashes of secrets are stored.
+ * A connection: one record, `grant/<id>`, which every token of it names. So checking a token is one read, every change
+ * is atomic, and the end of a connection ends all its tokens. Only hashes of secrets are stored.
  */
 interface Grant {
   client: { id: string; name: string; auth?: "private_key_jwt" }; // `auth`: its only way to authenticate
@@ -1530,7 +1526,6 @@ interface Grant {
   refused?: Refusal;
 }
 
-type Approval = Pick<Grant, "client" | "redirect_uri" | "scopes" | "resource" | "attempt">;
 type NewCode = { hash: string; challenge: string; refreshes: boolean };
 
 /** `n`: of the refresh token it came with. `scopes`: which of the grant's, by position, if not all. */
@@ -1552,11 +1547,11 @@ type Issue = { access: Omit<AccessToken, "n">; refresh: string; expires: number 
 type Transition = { grant: Grant; outcome: "refused" | "issued" | keyof typeof EVENTS; reason?: string };
 
 const EVENTS = {
-  redeemed: ["code_redeemed", "the app fetched its token"],
-  replayed: ["code_replayed", "a code was redeemed twice: the connection is ended"],
-  reused: ["refresh_token_reused", "a refresh token was used again: the connection is ended"],
-  repeated: ["refresh_token_repeated", "an old refresh token was used again, long after its rotation"],
-} as const;
+  code_redeemed: "the app fetched its token",
+  code_replayed: "a code was redeemed twice: the connection is ended",
+  refresh_token_reused: "a refresh token was used again: the connection is ended",
+  refresh_token_repeated: "an old refresh token was used again, long after its rotation",
+};
 const CODE_TTL = 5 * MINUTE;
 const REFRESH_GRACE = 2 * MINUTE; // for clients that refresh in parallel on several machines
 const MAX_ACCESS_TOKENS = 100; // so that the largest record fits into the 64 KiB of a Deno KV
@@ -1565,45 +1560,46 @@ const MAX_ROTATIONS = 200;
 // OAuth's hard rules are pure functions, without HTTP and storage.
 
 /** The record outlives its form, so that the form is good once. */
-function approveGrant(approval: Approval, code: NewCode, now: number): Grant {
+function approveGrant(approval: Omit<Grant, "created" | "expires" | "access">, code: NewCode, now: number): Grant {
   const expires = now + UNREDEEMED_KEPT;
   return { ...approval, created: now, expires, code: { ...code, expires: now + CODE_TTL }, access: [] };
 }
 
-function grantRefusal(grant: Grant, request: Presented, now: number) {
+/** Returns why a code or token of a grant is refused to its holder. */
+function grantRefusal(grant: Grant, holder: Partial<Presented>, now: number, expires = Infinity) {
+  const { resource, client_id = grant.client.id } = holder;
   if (grant.revoked !== undefined) return `the connection was ended ${ago(now - grant.revoked)}`;
-  if (grant.client.id !== request.client_id) return "the code or refresh token was issued to another client";
+  if (grant.client.id !== client_id) return "it was issued to another client";
   // Servers may share a store: each issues tokens for itself alone.
-  if (grant.resource !== request.resource) return `the code or refresh token is for ${quote(grant.resource)}`;
+  if (grant.resource !== resource) return `it is for ${quote(grant.resource)}`;
+  if (expires <= now) return `it expired ${ago(now - expires)}`;
 }
 
-const refused = (grant: Grant, reason: string): Transition => ({ grant, outcome: "refused", reason });
+const refused = (grant: Grant, reason = "it was never issued"): Transition => ({ grant, outcome: "refused", reason });
 
 /**
  * Redeems a code once. A wrong attempt costs the client neither the code nor the connection.
- * @see https://www.rfc-editor.org/rfc/rfc7636#section-4.6
  * @see https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1.3
  */
 function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: number): Transition {
   const { code } = grant;
-  const { redirect_uri } = request;
+  const { redirect_uri = grant.redirect_uri } = request;
   const refusal = grantRefusal(grant, request, now);
-  if (refusal) return refused(grant, refusal);
-  if (code?.hash !== request.hash) return refused(grant, "this code was never issued");
+  if (refusal || code?.hash !== request.hash) return refused(grant, refusal);
   if (code.challenge !== request.challenge) return refused(grant, "code_verifier does not match the code_challenge");
-  if (redirect_uri !== undefined && redirect_uri !== grant.redirect_uri) {
+  if (redirect_uri !== grant.redirect_uri) {
     return refused(grant, `redirect_uri ${quote(redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
   }
   if (code.redeemed !== undefined) {
     // The client's own duplicate came before that. Later, somebody else holds both.
     if (request.arrived < code.redeemed) return refused(grant, "a duplicate of a request that came at the same time");
-    return { grant: revokeGrant(grant, now), outcome: "replayed" };
+    return { grant: revokeGrant(grant, now), outcome: "code_replayed" };
   }
   if (code.expires <= now) return refused(grant, `the code expired ${ago(now - code.expires)}`);
-  const redeemed = { ...grant, code: { ...code, redeemed: now }, access: [{ ...issue.access, n: 0 }] };
-  if (!code.refreshes) return { grant: { ...redeemed, expires: issue.access.expires }, outcome: "redeemed" };
-  const refresh: RefreshState = { hash: issue.refresh, n: 0, presented: false, rotated: [] };
-  return { grant: { ...redeemed, expires: issue.expires, refresh }, outcome: "redeemed" };
+  const { expires } = code.refreshes ? issue : issue.access;
+  const redeemed = { ...grant, expires, code: { ...code, redeemed: now }, access: [{ ...issue.access, n: 0 }] };
+  const refresh = { hash: issue.refresh, n: 0, presented: false, rotated: [] };
+  return { grant: { ...redeemed, ...(code.refreshes && { refresh }) }, outcome: "code_redeemed" };
 }
 
 /**
@@ -1612,94 +1608,82 @@ function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: nu
  */
 function refreshGrant(grant: Grant, request: Presented, issue: Issue, now: number): Transition {
   const { refresh } = grant;
-  const refusal = grantRefusal(grant, request, now);
-  if (refusal) return refused(grant, refusal);
-  if (!refresh) return refused(grant, "the connection has no refresh token");
-  if (grant.expires <= now) return refused(grant, `the connection expired ${ago(now - grant.expires)}`);
+  const refusal = grantRefusal(grant, request, now, grant.expires);
+  if (refusal || !refresh) return refused(grant, refusal);
   if (refresh.hash !== request.hash) return repeatRefresh(grant, refresh, request.hash, issue, now);
   const n = refresh.n + 1;
   const recent = refresh.rotated.filter(([, at]) => now - at <= REFRESH_GRACE).slice(0, MAX_ROTATIONS - 1);
   const rotated: RefreshState["rotated"] = [[request.hash, now], ...recent];
   const next = { ...refresh, hash: issue.refresh, n, presented: false, rotated };
-  return { grant: withTokens(grant, issue, next, n, now), outcome: "issued" };
+  return { grant: withTokens(grant, issue, next, now), outcome: "issued" };
 }
 
 /** Repeats an answer within the grace period, or later if it was lost. Anything else is a second holder. */
 function repeatRefresh(grant: Grant, refresh: RefreshState, hash: string, issue: Issue, now: number): Transition {
-  const { rotated, n } = refresh;
+  const { rotated, n, presented, repeated } = refresh;
   const index = rotated.findIndex(([known]) => known === hash);
-  const at = rotated[index]?.[1];
-  if (at !== undefined && now - at <= REFRESH_GRACE) {
+  const [, at = -Infinity] = rotated[index] ?? [];
+  if (now - at <= REFRESH_GRACE) {
     // Its access token gets new time only if it has used up half of it.
     const issued = grant.access.find((token) => token.hash === issue.access.hash);
     const lasts = issued && issued.expires - now >= (issue.access.expires - now) / 2;
-    return { grant: lasts ? grant : withTokens(grant, issue, refresh, n - index, now), outcome: "issued" };
+    return { grant: lasts ? grant : withTokens(grant, issue, refresh, now, n - index), outcome: "issued" };
   }
   // A thief may rotate first and wait: the client then seems to have lost an answer. Two in a row are taken for theft.
-  const isSecondInRow = refresh.repeated !== undefined && refresh.repeated === n - 1;
-  if (index !== 0 || refresh.presented || isSecondInRow) {
-    const reason = `the refresh token was rotated ${at === undefined ? "long ago" : ago(now - at)}`;
-    return { grant: revokeGrant(grant, now), outcome: "reused", reason };
+  if (index !== 0 || presented || repeated === n - 1) {
+    return { grant: revokeGrant(grant, now), outcome: "refresh_token_reused" };
   }
   // The grace period for the client's other machines starts again.
   const late: RefreshState = { ...refresh, rotated: [[hash, now], ...rotated.slice(1)], repeated: n };
-  return { grant: withTokens(grant, issue, late, n, now), outcome: "repeated" };
+  return { grant: withTokens(grant, issue, late, now), outcome: "refresh_token_repeated" };
 }
 
 /** Adds an access token issued with RT(n), and drops those that expired. */
-function withTokens(grant: Grant, issue: Issue, refresh: RefreshState, n: number, now: number): Grant {
+function withTokens(grant: Grant, issue: Issue, refresh: RefreshState, now: number, n = refresh.n): Grant {
   const others = grant.access.filter((token) => token.expires > now && token.hash !== issue.access.hash);
   const access = [...others, { ...issue.access, n }].slice(-MAX_ACCESS_TOKENS);
   return { ...grant, access, used: now, expires: issue.expires, refresh };
 }
 
-function verifyGrant(grant: Grant, hash: string, resource: string, now: number): AccessToken | undefined {
+function verifyGrant(grant: Grant, hash: string, resource: string, now: number) {
   // Not in constant time: how far two digests agree says nothing about the tokens.
   const token = grant.access.find((candidate) => candidate.hash === hash);
-  const isLive = token && token.expires > now && grant.expires > now && grant.revoked === undefined;
-  return isLive && grant.resource === resource ? token : undefined;
+  return token && !grantRefusal(grant, { resource }, now, Math.min(token.expires, grant.expires)) ? token : undefined;
 }
 
 const scopesOf = (grant: Grant, { scopes }: AccessToken) =>
   scopes ? grant.scopes.filter((_, position) => scopes.includes(position)) : grant.scopes;
 
 /** Returns the grant after use of an access token, the same object if there is nothing new. */
-function presentGrant(grant: Grant, token: AccessToken, now: number): Grant {
-  const { refresh, called = now } = grant;
+function presentGrant(grant: Grant, { n }: AccessToken, now: number): Grant {
+  const { refresh, called = now, used = 0 } = grant;
   // The client has the latest tokens: use of the previous refresh token is theft from now on.
-  if (refresh && refresh.n === token.n && refresh.rotated.length > 0 && !refresh.presented) {
-    return { ...grant, called, used: now, refresh: { ...refresh, presented: true } };
-  }
+  const spent = refresh?.n === n && !refresh.presented && { refresh: { ...refresh, presented: true } };
   // Once a minute, or a busy client would turn every read into a write.
-  const isRecent = grant.called !== undefined && Math.abs(now - (grant.used ?? 0)) < MINUTE;
-  return isRecent ? grant : { ...grant, called, used: now };
+  const isRecent = grant.called !== undefined && Math.abs(now - used) < MINUTE;
+  return isRecent && !spent ? grant : { ...grant, called, used: now, ...spent };
 }
 
 /** Ends a connection. The record stays, so that its approval cannot be posted again. */
 function revokeGrant({ code: _code, refresh: _refresh, ...rest }: Grant, now: number): Grant {
-  return { ...rest, access: [], revoked: rest.revoked ?? now };
+  return { ...rest, access: [], revoked: now };
 }
 
 const readGrant = ({ store }: Server, id: string) => store.get(`grant/${id}`) as Promise<Grant | undefined>;
 
-/** Stores a new grant, or returns the one that the same form has made before. */
-async function insertGrant({ store }: Server, id: string, grant: Grant) {
-  const change = (current: unknown) => current ?? grant;
-  const kept = await store.update(`grant/${id}`, change, { expiresAt: grant.expires }) as Grant;
-  return kept === grant ? undefined : kept;
-}
+/** Stores a new grant and returns it, or the one that the same form has made before. */
+const insertGrant = ({ store }: Server, id: string, grant: Grant) =>
+  store.update(`grant/${id}`, (current) => current ?? grant, { expiresAt: grant.expires }) as Promise<Grant>;
 
-/** Changes a grant atomically, if there is one. Writes nothing if `change` returns the same object. */
+/** Changes a grant atomically, if there is one. */
 async function updateGrant({ store }: Server, id: string, change: (grant: Grant) => Grant, expiresAt?: number) {
-  const changeIt = (current: unknown) => current === undefined ? undefined : change(current as Grant);
+  const changeIt = (current: unknown) => current && change(current as Grant);
   return await store.update(`grant/${id}`, changeIt, defined({ expiresAt })) as Grant | undefined;
 }
 
 /** One answer to whatever is wrong with a token: the reason is for the owner, not for a thief. */
-function invalidGrant(reason?: string, event?: AuthEvent["type"]): OAuthError {
-  const description = "The code or refresh token is wrong, used, expired or revoked";
-  return new OAuthError("invalid_grant", description, { reason, ...defined({ event }) });
-}
+const invalidGrant = (details: OAuthErrorDetails) =>
+  new OAuthError("invalid_grant", "The code or refresh token is wrong, used, expired or revoked", details);
 
 const emitFor = (server: Server, type: AuthEvent["type"], message: string, connection: string, grant: Grant) =>
   server.emit(type, message, { connection, clientName: grant.client.name });
@@ -1716,15 +1700,13 @@ async function approve(server: Server, form: string, request: AuthorizationReque
   const attempt = defined({ found, introduced, shown });
   const client = { id: client_id, name, ...defined({ auth }) };
   const approval = { client, redirect_uri, scopes, resource: server.resource, attempt };
-  const newCode = { hash: await hashToken(code), challenge, refreshes };
-  const grant = approveGrant(approval, newCode, seconds());
-  const before = await (lookOnly ? readGrant(server, id) : insertGrant(server, id, grant));
-  if (!before && lookOnly) return undefined;
+  const grant = approveGrant(approval, { hash: await hashToken(code), challenge, refreshes }, seconds());
+  const kept = await (lookOnly ? readGrant(server, id) : insertGrant(server, id, grant));
+  if (!kept) return undefined;
   server.attempts.delete(client_id); // from here on, the record tells
-  if (!before) return { code, repeated: false };
-  if (before.client.id !== client_id || before.redirect_uri !== redirect_uri) return undefined;
+  if (kept.client.id !== client_id || kept.redirect_uri !== redirect_uri) return undefined;
   // After a double click the browser follows the second response.
-  return { code: hasOpenCode(before, seconds()) ? code : undefined, repeated: true };
+  return { code: hasOpenCode(kept, seconds()) ? code : undefined, repeated: kept !== grant };
 }
 
 const hasOpenCode = ({ code }: Grant, now: number) => !!code && code.redeemed === undefined && code.expires > now;
@@ -1734,93 +1716,86 @@ async function redeem(server: Server, form: URLSearchParams, client: Client, arr
   if (!/^[A-Za-z0-9._~-]{43,128}$/.test(code_verifier)) {
     throw invalidRequest("code_verifier must be 43 to 128 unreserved characters (RFC 7636 §4.1)");
   }
-  const id = grantId("pac", code);
-  if (!id) throw new OAuthError("invalid_grant", "This is not a code of this server");
+  const id = grantIdOf(code);
+  if (!id) throw invalidGrant({ reason: "this server did not make the code" });
   const [hash, challenge] = [await hashToken(code), await s256(code_verifier)];
   const redirect_uri = form.get("redirect_uri") ?? undefined;
   const request = { hash, challenge, client_id: client.id, resource: server.resource, redirect_uri, arrived };
-  const successor = await deriveRefresh(server, id + random(32));
-  const tokens = { access_token: `pat_${id}${random(32)}`, successor };
-  return await issueTokens(server, id, tokens, (grant, issue, now) => redeemGrant(grant, request, issue, now));
+  const step: Step = (grant, issue) => redeemGrant(grant, request, issue, seconds());
+  return await issueTokens(server, id, random(32), random(32), step);
 }
 
 async function refresh(server: Server, form: URLSearchParams, client: Client) {
   const refresh_token = required(form, "refresh_token");
-  const id = grantId("prt", refresh_token);
-  if (!id) throw invalidGrant("it does not have the form of a refresh token");
-  const current = await deriveRefresh(server, refresh_token.slice(4, -CHECK_DIGITS));
-  // Only a token that this server made may end a connection, or whoever learns a connection's id could.
-  if (!equal(refresh_token, current.token)) throw invalidGrant("this server did not make the refresh token");
+  const made = await readRefresh(server, refresh_token);
+  if (!made) throw invalidGrant({ reason: "this server did not make the refresh token" });
   const asked = form.get("scope");
-  const access_token = `pat_${id}${await server.mac("access", refresh_token, asked ?? "")}`;
-  const request = { hash: current.hash, client_id: client.id, resource: server.resource };
-  const successor = await deriveRefresh(server, current.successor);
-  return await issueTokens(server, id, { access_token, successor }, (grant, issue, now) => {
-    const { scopes: granted } = grant;
-    const scopes = narrowedScopes(asked, granted);
-    const narrower = scopes.length < granted.length && { scopes: scopes.map((scope) => granted.indexOf(scope)) };
-    return refreshGrant(grant, request, { ...issue, access: { ...issue.access, ...narrower } }, now);
+  const access = await server.mac("access", refresh_token, asked ?? "");
+  const request = { hash: made.hash, client_id: client.id, resource: server.resource };
+  return await issueTokens(server, made.id, access, made.successor, (grant, issue) => {
+    const { scopes } = grant;
+    const narrower = asked !== null && { scopes: narrowedScopes(asked, scopes).map((scope) => scopes.indexOf(scope)) };
+    return refreshGrant(grant, request, { ...issue, access: { ...issue.access, ...narrower } }, seconds());
   });
 }
 
-type Tokens = { access_token: string; successor: { token: string; hash: string } };
-type Step = (grant: Grant, issue: Issue, now: number) => Transition;
+type Step = (grant: Grant, issue: Issue) => Transition;
 
 /** Issues tokens by an atomic transition, and raises its event. Returns the token response (OAuth 2.1 §3.2.3). */
-async function issueTokens(server: Server, id: string, { access_token, successor }: Tokens, step: Step) {
-  const { accessTokenTtl, refreshTokenTtl } = server;
+async function issueTokens(server: Server, id: string, accessSecret: string, refreshSecret: string, step: Step) {
+  const access_token = `pat_${id}${accessSecret}`;
+  const { token: refresh_token, hash: refresh } = await deriveRefresh(server, id, refreshSecret);
   const [hash, now] = [await hashToken(access_token), seconds()];
-  const access = { hash, expires: now + accessTokenTtl };
-  const issue: Issue = { access, refresh: successor.hash, expires: now + Math.max(refreshTokenTtl, accessTokenTtl) };
-  let result = undefined as Transition | undefined;
+  const expires = now + Math.max(server.refreshTokenTtl, server.accessTokenTtl);
+  const issue = { access: { hash, expires: now + server.accessTokenTtl }, refresh, expires };
+  let result!: Transition; // of the last try to write
   const grant = await updateGrant(server, id, (grant) => {
-    result = step(grant, issue, seconds());
+    result = step(grant, issue);
     return result.grant;
-  }, issue.expires);
-  if (!grant || !result) throw invalidGrant("the connection has ended"); // perhaps between two tries to write
+  }, expires);
+  if (!grant) throw invalidGrant({ reason: "the connection has ended" });
   const { outcome, reason } = result;
-  if (outcome === "refused") throw invalidGrant(reason);
+  if (outcome === "refused") throw invalidGrant({ reason });
   if (outcome !== "issued") {
-    const [event, message] = EVENTS[outcome];
-    emitFor(server, event, message, id, grant);
-    if (grant.revoked !== undefined) throw invalidGrant(reason, event);
+    emitFor(server, outcome, EVENTS[outcome], id, grant);
+    if (grant.revoked !== undefined) throw invalidGrant({ event: outcome });
   }
   const issued = grant.access.find((token) => token.hash === hash)!;
   return {
     access_token,
     token_type: "Bearer",
     expires_in: Math.round(issued.expires - seconds()),
-    ...(grant.refresh && { refresh_token: successor.token }), // absent, not null: strict clients refuse that
+    ...(grant.refresh && { refresh_token }), // absent, not null: strict clients refuse that
     scope: scopesOf(grant, issued).join(" "),
   };
 }
 
-/** The last digits of a refresh token: they prove that this server made it. */
 const CHECK_DIGITS = 32;
 
-/** Derives a refresh token, `prt_<id><secret><check>`, its hash and its successor from id and secret. */
-async function deriveRefresh({ longMac }: Server, body: string) {
-  const digest = await longMac("refresh", body); // its parts tell nothing of each other
-  const token = `prt_${body}${digest.slice(0, CHECK_DIGITS)}`;
-  return { token, hash: digest.slice(CHECK_DIGITS, 64), successor: body.slice(0, 32) + digest.slice(64) };
+/** Derives a refresh token, `prt_<id><secret><check>`, its hash and the secret of its successor. */
+async function deriveRefresh({ longMac }: Server, id: string, secret: string) {
+  const digest = await longMac("refresh", id + secret); // its parts tell nothing of each other
+  const token = `prt_${id}${secret}${digest.slice(0, CHECK_DIGITS)}`;
+  return { id, token, hash: digest.slice(CHECK_DIGITS, 64), successor: digest.slice(64) };
 }
 
-/** Returns the id of the grant that a token or code names. */
-function grantId(prefix: "pat" | "prt" | "pac", token: string): string | undefined {
-  if (typeof token !== "string" || !token.startsWith(`${prefix}_`)) return undefined;
-  const digits = 32 + 64 + (prefix === "prt" ? CHECK_DIGITS : 0);
-  if (token.length === 4 + digits && /^[0-9a-f]+$/.test(token.slice(4))) return token.slice(4, 4 + 32);
-  // A personal access token is in base64url, which is shorter to copy.
-  if (prefix !== "pat" || token.length !== 4 + 22 + 43 || !/^[\w-]+$/.test(token)) return undefined;
-  return hex(base64Bytes(token.slice(4, 4 + 22)));
+/** Reads a refresh token if this server made it: whoever learns an id must not end a connection by a made-up one. */
+async function readRefresh(server: Server, token: string) {
+  const made = await deriveRefresh(server, token.slice(4, 36), token.slice(36, -CHECK_DIGITS));
+  return equal(token, made.token) ? made : undefined;
 }
+
+/** Returns the id of the grant that a code or token names. What kind it is, and if it is good, its hash tells. */
+function grantIdOf(token: string) {
+  const [, id, short] = /^(?:p(?:ac|at|rt)_([0-9a-f]{32})[0-9a-f]{64,96}|pat_([\w-]{22})[\w-]{43})$/.exec(token) ?? [];
+  return short ? hex(base64Bytes(short)) : id; // a personal access token is in base64url, which is shorter to copy
+}
+
+const grantId = (_prefix: string, token: string) => grantIdOf(token); // for one caller, which asks for all kinds
 
 async function rename(server: Server, id: string, label: string) {
   if (label.length > MAX_LABEL) throw invalidRequest(`The name may have up to ${MAX_LABEL} characters`);
-  await updateGrant(server, id, (current) => {
-    const { label: _label, ...grant } = current;
-    return grant.resource === server.resource ? { ...grant, ...(label && { label }) } : current;
-  });
+  await updateGrant(server, id, (grant) => grant.resource === server.resource ? { ...grant, label } : grant);
 }
 
 async function revokeAll(server: Server) {
@@ -1829,26 +1804,22 @@ async function revokeAll(server: Server) {
 
 /** Ends the connection of a token. Others' tokens are ignored (RFC 7009 §2.2). */
 async function revokeToken(server: Server, token: string, client: Client) {
-  const id = grantId("pat", token) ?? grantId("prt", token);
+  const id = grantIdOf(token);
   if (!id) return;
   const grant = await readGrant(server, id);
   if (grant) {
     const hash = await hashToken(token);
-    const { token: refresh_token } = await deriveRefresh(server, token.slice(4, -CHECK_DIGITS));
-    if (token !== refresh_token && !grant.access.some((access) => access.hash === hash)) return;
+    if (!grant.access.some((access) => access.hash === hash) && !await readRefresh(server, token)) return;
     if (grant.client.id !== client.id) throw new OAuthError("invalid_grant", "The token was issued to another client");
   }
   await revoke(server, id); // also where nothing seems to be left: the clock may be wrong
 }
 
-async function revoke(server: Server, id: string): Promise<boolean> {
-  let isNew = false;
-  const now = seconds();
-  const grant = await updateGrant(server, id, (grant) => {
-    isNew = grant.revoked === undefined && grant.resource === server.resource;
-    return isNew ? revokeGrant(grant, now) : grant;
-  }, now + FORM_TTL);
-  if (!grant || !isNew) return false;
+async function revoke(server: Server, id: string) {
+  const now = seconds(); // of this call alone: no two moments are the same
+  const end = (grant: Grant) => grantRefusal(grant, server, now) ? grant : revokeGrant(grant, now);
+  const grant = await updateGrant(server, id, end, now + FORM_TTL);
+  if (grant?.revoked !== now) return false;
   emitFor(server, "connection_revoked", "a connection was ended", id, grant);
   return true;
 }
@@ -1858,16 +1829,16 @@ async function listConnections(server: Server): Promise<Connection[]> {
   const now = seconds();
   for await (const [key, value] of server.store.list("grant/")) {
     const grant = value as Grant;
-    const { client, label, redirect_uri: redirectUri, scopes, created, used, expires } = grant;
-    const isLive = grant.revoked === undefined && expires > now && (grant.access.length > 0 || hasOpenCode(grant, now));
-    if (!isLive || grant.resource !== server.resource) continue; // servers may share a store
+    const { client, label, redirect_uri: redirectUri, scopes, access, created, used, expires } = grant;
+    const hasTokens = access.length > 0 || hasOpenCode(grant, now);
+    if (!hasTokens || grantRefusal(grant, server, now, expires)) continue;
     live.push({
       id: key.slice("grant/".length),
       kind: client.id === PERSONAL ? "token" : "client",
       clientId: client.id,
       clientName: client.name,
       state: connectionState(grant, now),
-      ...defined({ label, redirectUri, lastUsedAt: used && Math.floor(used) }),
+      ...defined({ label: label || undefined, redirectUri, lastUsedAt: used && Math.floor(used) }),
       scopes,
       createdAt: Math.floor(created),
       expiresAt: Math.floor(expires),
@@ -1881,13 +1852,10 @@ const PERSONAL = "personal-access-token";
 
 /** Makes a personal access token, unless the same form has made one that is in use. */
 async function createToken(server: Server, request: TokenRequest, form = random(32)) {
-  const { all } = server.scopes;
-  const { name, expiresIn = 365 * DAY } = request;
-  const scopes = request.scopes ?? all;
+  const { name, expiresIn = 365 * DAY, scopes = server.scopes.all } = request;
   assert(isString(name) && printable(name) !== "", "createToken: name must say what the token is for");
   assert(isLifetime(expiresIn), `createToken: expiresIn ${LIFETIME}, not ${quote(expiresIn)}`);
-  const isOffered = isStringList(scopes) && scopes.length > 0 && scopes.every((scope) => all.includes(scope));
-  assert(isOffered, `createToken: scopes must be some of ${all.join(", ")}, not ${quote(scopes)}`);
+  assertOffered(server, "createToken", scopes);
   // The same form makes the same token, as for a double click. It is sealed: a copy of the store does not give it.
   const parts = [form, name, String(expiresIn), ...scopes];
   const id = await formId(server, ...parts);
@@ -1897,10 +1865,10 @@ async function createToken(server: Server, request: TokenRequest, form = random(
   const client = { id: PERSONAL, name: printable(name) };
   const access = [{ hash: await hashToken(token), n: 0, expires }];
   const grant: Grant = { client, scopes, resource: server.resource, created, expires, access };
-  const before = await insertGrant(server, id, grant);
-  if (before?.used !== undefined || before?.revoked !== undefined) return undefined;
-  if (!before) emitFor(server, "token_created", "a personal access token was made", id, grant);
-  return { id, token, expiresAt: Math.floor((before ?? grant).expires) };
+  const kept = await insertGrant(server, id, grant);
+  if (kept.used !== undefined || kept.revoked !== undefined) return undefined;
+  if (kept === grant) emitFor(server, "token_created", "a personal access token was made", id, grant);
+  return { id, token, expiresAt: Math.floor(kept.expires) };
 }
 
 // --- Guard ---
@@ -1917,7 +1885,12 @@ function createGuard(server: Server, required: string[] = []): MiddlewareHandler
   const { mcpPath } = server;
   const checkToken = withCors(async (c, next) => {
     try {
-      assertScopes(server, (await authenticate(server, c)).scopes, required);
+      const info = recall(server, c) ?? await authenticate(server, c);
+      admit(server, c, info);
+      // With what the token has already: clients ask for exactly this list.
+      const needed = [...new Set([...info.scopes, ...required])];
+      const isGranted = needed.length === info.scopes.length;
+      if (!isGranted) throw challenge(server, "insufficient_scope", "The token lacks a scope that this needs", needed);
     } catch (error) {
       return errorResponse(server, c, error);
     }
@@ -1935,21 +1908,17 @@ function createGuard(server: Server, required: string[] = []): MiddlewareHandler
 }
 
 function createScopeGuard(server: Server, required: string[]) {
-  const { all } = server.scopes;
-  const isOffered = required.length > 0 && required.every((scope) => all.includes(scope));
-  assert(isOffered, `requireScopes: ${quote(required)} must be among the scopes on offer: ${all.join(", ")}`);
+  assertOffered(server, "requireScopes", required);
   return createGuard(server, required);
 }
 
-function assertScopes(server: Server, scopes: string[], required: string[]) {
-  if (required.every((scope) => scopes.includes(scope))) return;
-  // With what the token has already: clients ask for exactly this list.
-  const needed = [...new Set([...scopes, ...required])].filter((scope) => scope !== OFFLINE_ACCESS);
-  throw challenge(server, 403, "insufficient_scope", "The token lacks a scope that this needs", needed);
+function assertOffered({ scopes: { all } }: Server, caller: string, scopes: string[]) {
+  const isOffered = isStringList(scopes) && scopes.length > 0 && scopes.every((scope) => all.includes(scope));
+  assert(isOffered, `${caller}: scopes must be some of ${all.join(", ")}, not ${quote(scopes)}`);
 }
 
 /** Returns what is known of a token, unless any process has changed the store since. */
-function recall({ passed, verified, store }: Server, c: Context): AuthInfo | undefined {
+function recall({ passed, verified, store }: Server, c: Context) {
   const earlier: AuthInfo | undefined = c.get(passed); // from another guard of the same request
   if (earlier) return earlier;
   const known = verified.get(c.req.raw.headers.get("Authorization") ?? "");
@@ -1959,36 +1928,37 @@ function recall({ passed, verified, store }: Server, c: Context): AuthInfo | und
 function admit({ passed }: Server, c: Context, info: AuthInfo) {
   c.set(passed, info); // c.var.auth alone would not do: any middleware can set it
   c.set("auth", info);
-  return info;
 }
 
 async function authenticate(server: Server, c: Context) {
-  const known = recall(server, c);
-  if (known) return admit(server, c, known);
-  const header = c.req.raw.headers.get("Authorization");
-  const token = header?.match(BEARER)?.[1];
-  if (header !== null && token !== undefined) return admit(server, c, await verifyAccessToken(server, token, header));
+  const header = c.req.raw.headers.get("Authorization") ?? "";
+  const token = header.match(BEARER)?.[1];
+  if (token) return await verifyAccessToken(server, token, header);
   server.found.at = seconds();
-  throw challenge(server, 401, "unauthorized", "An access token is needed: send it as Authorization: Bearer");
+  throw challenge(server, "unauthorized", "An access token is needed: send it as Authorization: Bearer");
 }
 
-async function verifyAccessToken(server: Server, token: string, header = `Bearer ${token}`): Promise<AuthInfo> {
+async function verifyAccessToken(server: Server, token: string, header = `Bearer ${token}`) {
   const { store, verified, resource, resourceMetadataUrl } = server;
   const now = seconds();
   const version = store.version?.(); // before the record is read, or a change in between would go unseen
-  const id = grantId("pat", token);
+  const id = grantIdOf(token);
   const grant = id ? await readGrant(server, id) : undefined;
   const hash = grant ? await hashToken(token) : "";
   const access = grant && verifyGrant(grant, hash, resource, now);
   if (!id || !access) {
-    const error = challenge(server, 401, "invalid_token", "The access token is unknown, expired or revoked");
-    error.details.reason = `access token: ${whyInvalid(id, grant, hash, resource, now)}`;
+    const error = challenge(server, "invalid_token", "The access token is unknown, expired or revoked");
+    if (grant) {
+      const { expires } = grant.access.find((token) => token.hash === hash) ?? grant;
+      const refusal = grantRefusal(grant, server, now, Math.min(expires, grant.expires));
+      error.details.reason = `access token: ${refusal ?? "it was replaced, or never issued"}`;
+    }
     await noteRefusal(server, error, id);
     throw error;
   }
   const presented = presentGrant(grant, access, now);
   if (presented !== grant) {
-    const marking = markPresented(server, id, hash, now);
+    const marking = markPresented(server, id, access, now);
     // Theft detection needs this before the answer; the time of use is best effort.
     if (!grant.called || presented.refresh !== grant.refresh) await Promise.race([marking, delay(MARK_PATIENCE)]);
   }
@@ -2001,42 +1971,25 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
     resourceMetadataUrl,
     extra: Object.freeze({ connection: id, clientName: grant.client.name }),
   });
-  if (version === undefined) return info; // nothing would tell that it has changed
   if (verified.size >= MAX_VERIFIED) verified.clear();
   const until = Math.min(access.expires, grant.expires, (presented.used ?? now) + MINUTE);
-  verified.set(header, { info, version, until });
+  if (version !== undefined) verified.set(header, { info, version, until }); // else nothing would tell of a change
   return info;
 }
 
-function whyInvalid(id: string | undefined, grant: Grant | undefined, hash: string, resource: string, now: number) {
-  if (!id) return "it does not have the form of an access token of this server";
-  if (!grant) return "its connection has ended, or never existed";
-  if (grant.revoked !== undefined) return `its connection was ended ${ago(now - grant.revoked)}`;
-  if (grant.resource !== resource) return `it is for ${quote(grant.resource)}`;
-  const expires = Math.min(grant.access.find((token) => token.hash === hash)?.expires ?? Infinity, grant.expires);
-  return expires <= now ? `it expired ${ago(now - expires)}` : "it was replaced, or never issued";
-}
-
 /** Stores that a token was used, if it can: the owner may always read. */
-async function markPresented(server: Server, id: string, hash: string, now: number) {
-  let isFirst = false;
-  const grant = await updateGrant(server, id, (grant) => {
-    const access = verifyGrant(grant, hash, server.resource, now);
-    isFirst = access !== undefined && grant.called === undefined;
-    return access ? presentGrant(grant, access, now) : grant;
-  }).catch(() => undefined); // the store reports it
-  if (grant && isFirst) emitFor(server, "first_call", "the app called for the first time", id, grant);
+async function markPresented(server: Server, id: string, token: AccessToken, now: number) {
+  const change = (grant: Grant) => presentGrant(grant, token, now);
+  const grant = await updateGrant(server, id, change).catch(() => undefined); // the store reports it
+  if (grant?.called === now) emitFor(server, "first_call", "the app called for the first time", id, grant);
 }
 
-/**
- * Returns an error with its challenge. Without `scope`, Claude would ask for every scope there is.
- * @see https://www.rfc-editor.org/rfc/rfc9728#section-5.1
- * @see https://www.rfc-editor.org/rfc/rfc6750#section-3
- */
-function challenge(server: Server, status: 401 | 403, code: string, description: string, scopes?: string[]) {
+/** Makes an error with its challenge (RFC 9728 §5.1). Without `scope`, Claude would ask for every scope there is. */
+function challenge(server: Server, code: string, description: string, scopes = server.scopes.byDefault) {
+  const status = code === "insufficient_scope" ? 403 : 401;
   // No error code where no token came (RFC 6750 §3.1).
   const error = code === "unauthorized" ? "" : `error="${code}", error_description="${description}", `;
-  const scope = (scopes ?? server.scopes.byDefault).join(" ");
+  const scope = scopes.filter((scope) => scope !== OFFLINE_ACCESS).join(" ");
   const value = `Bearer ${error}scope="${scope}", resource_metadata="${server.resourceMetadataUrl}"`;
   return new OAuthError(code, description, { status, headers: { "WWW-Authenticate": value } });
 }
