@@ -3384,6 +3384,22 @@ test("what is revoked while the clock is wrong stays revoked when it is right ag
   }
 });
 
+test("what is asked for while the clock is wrong costs no connection when it is right again", async (t) => {
+  const travel = timeMachine(t);
+  const file = fileStore(temporaryFolder(t));
+  t.after(() => file.close!());
+  for (const store of [memoryStore(), file]) {
+    const { app } = world({ store });
+    const { access_token, refresh_token, client } = await connect(app);
+    travel(400 * 86400);
+    assertEquals((await refreshing(app, client.client_id, refresh_token)).status, 400);
+    assertEquals((await callMcp(app, access_token)).status, 401);
+    travel(-400 * 86400);
+    assertEquals((await callMcp(app, access_token)).status, 200);
+    assertEquals((await refreshing(app, client.client_id, refresh_token)).status, 200);
+  }
+});
+
 test("a late refresh within two minutes is answered, even several rotations late", async (t) => {
   const travel = timeMachine(t);
   const { app } = world();
