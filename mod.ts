@@ -642,16 +642,16 @@ function protectedResourceMetadata({ issuer, resource, scopes, pages }: Server) 
 
 // --- Clients ---
 
-/** A client, whatever its origin. A public one has no secret; `auth` is the only way that its document offers. */
+/** A client of any origin. A public one has no secret. `auth` is set where its document offers nothing else. */
 interface Client {
   id: string;
   name: string;
   redirect_uris: string[];
-  secret?: string;
+  secret?: string | undefined;
   refreshes: boolean;
   source: "preregistered" | "registered" | "document";
   auth?: "private_key_jwt";
-  jwks?: unknown;
+  keys?: Jwk[] | undefined;
   jwks_uri?: string;
 }
 
@@ -662,31 +662,29 @@ const MAX_CLIENT_ID_LENGTH = 2048;
 
 /** Registers a client and stores nothing. @see https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 */
 async function registerClient(server: Server, c: Context): Promise<Response> {
-  const metadata = readClientMetadata(await readJson(c));
-  const { redirect_uris: asked, client_name, method, refreshes, scope, ...echo } = metadata;
+  const { redirect_uris: asked, name, method, refreshes, scope, ...echo } = readClientMetadata(await readJson(c));
   const refusals = asked.map((uri) => redirectRefusal(server.allowed, uri));
   const redirect_uris = asked.filter((_, i) => refusals[i] === undefined); // a part: Cursor sends mixed lists
   const reasons = refusals.filter(isString).join("; ");
-  if (reasons) server.emit("redirect_refused", reasons.slice(0, 1000), { clientName: client_name });
+  if (reasons) server.emit("redirect_refused", reasons.slice(0, 1000), { clientName: name });
   // At once, and not later at /authorize: Claude Desktop then tries again with localhost.
   if (redirect_uris.length === 0) throw new OAuthError("invalid_redirect_uri", reasons);
-  const confidential = method === "client_secret_post" || method === "client_secret_basic";
-  const signed = { n: client_name, r: redirect_uris, ...(confidential && { s: 1 }), ...(!refreshes && { o: 1 }) };
+  const hasSecret = method === "client_secret_post" || method === "client_secret_basic";
   // A client_id is the metadata with a MAC, so that a flood of registrations leaves no trace.
-  const payload = base64url(utf8.encode(JSON.stringify(signed)));
-  const client_id = await signedId(server, payload);
+  const signed = { n: name, r: redirect_uris, ...(hasSecret && { s: 1 }), ...(!refreshes && { o: 1 }) };
+  const client_id = await signedId(server, base64url(utf8.encode(JSON.stringify(signed))));
   assertMetadata(client_id.length <= MAX_CLIENT_ID_LENGTH, "client_name and redirect_uris are too long");
-  server.emit("client_registered", "a client registered", { clientName: client_name });
-  noteAttempt(server, { id: client_id, name: client_name }, { introduced: seconds() });
+  server.emit("client_registered", "a client registered", { clientName: name });
+  noteAttempt(server, { id: client_id, name }, { introduced: seconds() });
   const answer = {
     client_id,
     client_id_issued_at: Math.floor(seconds()),
-    ...(confidential && { client_secret: await clientSecret(server, client_id), client_secret_expires_at: 0 }),
-    ...defined({ client_name: client_name || undefined, ...echo }),
+    ...(hasSecret && { client_secret: await clientSecret(server, client_id), client_secret_expires_at: 0 }),
+    ...defined({ client_name: name || undefined, ...echo }),
     redirect_uris,
     // This may differ from what was requested (RFC 7591 §3.2.1): clients read the answer.
-    token_endpoint_auth_method: confidential ? method : "none",
-    grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
+    token_endpoint_auth_method: hasSecret ? method : "none",
+    grant_types: ["authorization_code", ...(refreshes ? ["refresh_token"] : [])],
     response_types: ["code"],
     scope: grantedScopes(scope, server.scopes).join(" "),
   };
@@ -707,21 +705,22 @@ function readClientMetadata(body: unknown) {
     assertMetadata(isString(body[name] ?? ""), `${name} must be a string`);
     return body[name] || undefined;
   };
-  const list = (name: string, needed?: string): string[] | undefined => {
-    const value = body[name] ?? undefined;
-    assertMetadata(isStringList(value ?? []), `${name} must be a list of strings`);
-    assertMetadata(!value || !needed || value.includes(needed), `${name} must hold ${needed}`);
+  const list = (name: string, otherwise: string[]): string[] => {
+    const value = body[name] ?? otherwise;
+    const [needed] = otherwise;
+    assertMetadata(isStringList(value), `${name} must be a list of strings`);
+    assertMetadata(!needed || value.includes(needed), `${name} must hold ${needed}`);
     return value;
   };
-  const redirect_uris = [...new Set(list("redirect_uris"))];
+  const redirect_uris = [...new Set(list("redirect_uris", []))];
   if (redirect_uris.length === 0) throw new OAuthError("invalid_redirect_uri", "redirect_uris is missing or empty");
   assertMetadata(redirect_uris.length <= MAX_REDIRECT_URIS, `redirect_uris may hold ${MAX_REDIRECT_URIS} at the most`);
-  list("response_types", "code");
+  list("response_types", ["code"]);
   const client_uri = text("client_uri")?.slice(0, MAX_URI_LENGTH) ?? "";
   return {
     redirect_uris,
-    client_name: printable(text("client_name") ?? ""),
-    refreshes: list("grant_types", "authorization_code")?.includes("refresh_token") ?? true,
+    name: printable(text("client_name") ?? ""),
+    refreshes: list("grant_types", ["authorization_code", "refresh_token"]).includes("refresh_token"),
     method: text("token_endpoint_auth_method") ?? "none",
     scope: text("scope"),
     client_uri: URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
@@ -731,7 +730,7 @@ function readClientMetadata(body: unknown) {
   };
 }
 
-/** Returns a name for the owner's pages, without what makes a page look like something else. */
+/** Removes from a name what could make the owner's page look like something else. */
 function printable(name: string): string {
   const visible = name.slice(0, 2000)
     .replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
@@ -740,24 +739,24 @@ function printable(name: string): string {
   return [...visible.trim()].slice(0, 200).join(""); // by characters: half of one breaks parsers
 }
 
-/** Finds the client that a client_id names. `isConnected`: for a connection that it has already. */
-async function resolveClient(server: Server, client_id: string, isConnected = false): Promise<Client | undefined> {
-  const known = preregistered(server, client_id);
-  if (known) {
-    const { client_secret: secret, redirect_uris, client_name: name = client_id } = known;
-    return { id: client_id, name, redirect_uris, ...defined({ secret }), refreshes: true, source: "preregistered" };
-  }
-  if (isDocumentUrl(client_id)) return await documentClient(server, client_id);
-  // With registration off, a client that registered before keeps its connections and gets no new one.
-  if (client_id.length > MAX_CLIENT_ID_LENGTH || !(server.registration || isConnected)) return undefined;
-  const [payload = ""] = client_id.split(".");
-  if (!equal(client_id, await signedId(server, payload))) return undefined;
-  const { n: name, r: redirect_uris, s, o } = JSON.parse(decodeBase64(payload)!);
-  const secret = s && { secret: await clientSecret(server, client_id) };
-  return { id: client_id, name, redirect_uris, ...secret, refreshes: !o, source: "registered" };
-}
-
 const preregistered = ({ clients }: Server, id: string) => clients.find(({ client_id }) => client_id === id);
+
+/** Finds the client that an id names. `isConnected`: for a connection that it has already. */
+async function resolveClient(server: Server, id: string, isConnected = false): Promise<Client | undefined> {
+  const known = preregistered(server, id);
+  if (known) {
+    const { client_secret: secret, redirect_uris, client_name: name = id } = known;
+    return { id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
+  }
+  if (isDocumentUrl(id)) return await documentClient(server, id);
+  // With registration off, a client that registered before keeps its connections and gets no new one.
+  if (id.length > MAX_CLIENT_ID_LENGTH || !(server.registration || isConnected)) return undefined;
+  const [payload = ""] = id.split(".");
+  if (!equal(id, await signedId(server, payload))) return undefined;
+  const { n: name, r: redirect_uris, s, o } = JSON.parse(decodeBase64(payload)!);
+  const secret = s && await clientSecret(server, id);
+  return { id, name, redirect_uris, secret, refreshes: !o, source: "registered" };
+}
 
 /** Authenticates a client. @see https://www.rfc-editor.org/rfc/rfc6749#section-2.3 */
 async function authenticateClient(server: Server, c: Context, form: URLSearchParams): Promise<Client> {
@@ -774,16 +773,18 @@ const unauthenticated = (description: string) => new OAuthError("invalid_client"
 
 function clientCredentials(server: Server, authorization = "", form: URLSearchParams) {
   const assertion = form.get("client_assertion");
+  const secrets = form.getAll("client_secret");
   const id = form.get("client_id") ?? (assertion && readAssertion(assertion).claims.sub);
-  const isBasic = authorization.slice(0, 6).toLowerCase() === "basic ";
-  const ways = [isBasic, form.has("client_secret"), assertion !== null].filter((used) => used);
+  const isBasic = /^basic /i.test(authorization);
+  const ways = [isBasic, secrets.length > 0, assertion !== null].filter((used) => used);
   if (ways.length > 1) throw invalidRequest("The client authenticates in more than one way (RFC 6749 §2.3)");
   if (!isBasic) {
     if (!isString(id)) throw unauthenticated("client_id is missing");
-    return { id, secrets: form.getAll("client_secret") };
+    return { id, secrets };
   }
-  const [, name, password] = decodeBase64(authorization.slice(6).trim())?.match(/^([^:]*):(.*)$/s) ?? [];
-  if (name === undefined || password === undefined) throw unauthenticated("The Basic credentials cannot be read");
+  const pair = decodeBase64(authorization.slice(6))?.match(/^([^:]*):(.*)$/s);
+  if (!pair) throw unauthenticated("The Basic credentials cannot be read");
+  const [, name = "", password = ""] = pair;
   // RFC 6749 §2.3.1 form-encodes both halves; many clients do not. Each is taken in either way.
   const decode = (value: string) => new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
   const known = preregistered(server, name) ? name : decode(name);
@@ -798,8 +799,8 @@ async function authenticatePublished(server: Server, id: string, form: URLSearch
   const records = await Promise.all(ids.map((id) => id ? readGrant(server, id) : undefined));
   const grants = records.filter((grant) => grant?.client.id === id);
   const isConnected = grants.length > 0;
-  if (isConnected) server.documents.own.add(id);
   const isHeld = grants.some((grant) => grant?.client.auth);
+  if (isConnected) server.documents.own.add(id);
   const assertion = form.get("client_assertion");
   try {
     if (assertion !== null) {
@@ -828,8 +829,8 @@ const MAX_CLOCK_SKEW = MINUTE;
 const MAX_KEYS = 20;
 const MAX_TRIED_KEYS = 4;
 
-type Algorithm = { kty: string; namedCurve?: string; name: string; hash?: string; saltLength?: number };
 type Jwk = Record<string, string | undefined>;
+type Algorithm = { kty: string; name: string; [more: string]: unknown };
 
 /** What each `alg` means, with the one type of key it takes: so a public key is never the secret of an HMAC. */
 const ASSERTION_ALGORITHMS: Record<string, Algorithm> = {
@@ -853,51 +854,45 @@ function readAssertion(assertion: string) {
 /** Verifies a client's assertion. @see https://www.rfc-editor.org/rfc/rfc7523#section-3 */
 async function verifyAssertion(server: Server, id: string, assertion: string) {
   const jwt = readAssertion(assertion);
-  const { header, claims: { iss, sub, aud, exp, nbf = 0, iat = 0, jti } } = jwt;
-  const must = (good: unknown, what: string) => {
-    if (!good) throw unauthenticated(`The client_assertion must ${what}`);
-  };
+  const { header: { alg, kid, typ, crit }, claims: { iss, sub, aud, exp, nbf = 0, iat = 0, jti } } = jwt;
   const now = seconds();
-  const algorithm = Object.hasOwn(ASSERTION_ALGORITHMS, header.alg) && ASSERTION_ALGORITHMS[header.alg];
-  must(algorithm, `be signed by one of ${Object.keys(ASSERTION_ALGORITHMS).join(", ")}`);
-  must(header.crit === undefined, "have no critical extensions");
-  // Not a token that the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
-  must(/^(application\/)?(client-authentication\+)?jwt$/i.test(header.typ ?? "JWT"), "be of the type JWT");
-  must(iss === id && sub === id, "have the client_id as iss and sub");
   const audiences = [server.issuer, `${server.issuer}/token`];
-  must([aud].flat().some((to) => audiences.includes(to)), `have aud "${server.issuer}"`);
-  must(typeof exp === "number" && exp > now - MAX_CLOCK_SKEW, "have an exp in the future");
-  must(exp < now + MAX_ASSERTION_AGE + MAX_CLOCK_SKEW, `expire within ${MAX_ASSERTION_AGE} seconds`);
-  must([nbf, iat].every((at) => typeof at === "number" && at < now + MAX_CLOCK_SKEW), "have nbf and iat in the past");
-  must(isString(jti) && jti !== "" && jti.length <= 256, "have a jti of 256 characters at the most");
+  const isWithin = (at: unknown, from: number, to: number) =>
+    typeof at === "number" && at > from - MAX_CLOCK_SKEW && at < to + MAX_CLOCK_SKEW;
+  const rules: [good: unknown, must: string][] = [
+    [Object.hasOwn(ASSERTION_ALGORITHMS, alg), `be signed by one of ${Object.keys(ASSERTION_ALGORITHMS).join(", ")}`],
+    [crit === undefined, "have no critical extensions"],
+    // Not a token that the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
+    [/^(application\/)?(client-authentication\+)?jwt$/i.test(typ ?? "JWT"), "be of the type JWT"],
+    [iss === id && sub === id, "have the client_id as iss and sub"],
+    [[aud].flat().some((to) => audiences.includes(to)), `have aud "${server.issuer}"`],
+    [isWithin(exp, now, now + MAX_ASSERTION_AGE), `expire within the next ${MAX_ASSERTION_AGE} seconds`],
+    [isWithin(nbf, 0, now) && isWithin(iat, 0, now), "have nbf and iat in the past"],
+    [isString(jti) && jti !== "" && jti.length <= 256, "have a jti of 256 characters at the most"],
+  ];
+  for (const [good, must] of rules) if (!good) throw unauthenticated(`The client_assertion must ${must}`);
+  const algorithm = ASSERTION_ALGORITHMS[alg]!;
   for (const since of [0, now]) { // keys that do not fit are fetched again, once: they may just have been changed
-    const keys = fittingKeys(await publishedKeys(server, id, since), header);
-    for (const key of keys.slice(0, MAX_TRIED_KEYS)) if (await isSignedBy(key, jwt)) return { jti, exp };
-    if (keys.length > 0 && header.kid !== undefined) break;
+    const keys = (await publishedKeys(server, id, since)).filter((key) => fits(key, jwt.header, algorithm));
+    for (const key of keys.slice(0, MAX_TRIED_KEYS)) if (await isSignedBy(key, jwt, algorithm)) return { jti, exp };
+    if (keys.length > 0 && kid !== undefined) break;
   }
   throw unauthenticated("The client_assertion is signed by none of the client's keys");
 }
 
-function fittingKeys(keys: Jwk[], header: Jwk): Jwk[] {
-  const { kty, namedCurve } = ASSERTION_ALGORITHMS[header.alg!]!;
-  return keys.filter((key) => {
-    // RSA of 2,048 to 4,096 bits, or a stranger's own keys could make each request cost much computing.
-    const { n = "", e = "", alg = header.alg, use = "sig" } = key;
-    const isCommon = kty !== "RSA" || (n.length >= 342 && n.length <= 683 && e.length <= 4);
-    return key.kty === kty && key.crv === namedCurve && alg === header.alg && use === "sig" && isCommon &&
-      (header.kid === undefined || key.kid === header.kid);
-  });
+/** Tells whether a key may have signed this: to import each one of a stranger's keys would cost too much. */
+function fits({ kty, crv, n = "", e = "", kid, alg, use = "sig" }: Jwk, header: Jwk, algorithm: Algorithm) {
+  // RSA of 2,048 to 4,096 bits, or a stranger's own keys could make each request cost much computing.
+  const isCommon = kty !== "RSA" || (n.length >= 342 && n.length <= 683 && e.length <= 4);
+  const isChosen = kid === (header.kid ?? kid) && header.alg === (alg ?? header.alg) && use === "sig";
+  return isChosen && isCommon && kty === algorithm.kty && crv === algorithm.namedCurve;
 }
 
-async function isSignedBy(
-  { kty, crv, x, y, n, e }: Jwk,
-  { header, signature, signed }: ReturnType<typeof readAssertion>,
-) {
-  const algorithm = ASSERTION_ALGORITHMS[header.alg]!;
+async function isSignedBy({ kty, crv, x, y, n, e }: Jwk, jwt: ReturnType<typeof readAssertion>, algorithm: Algorithm) {
+  const members = defined({ kty, crv, x, y, n, e });
   try {
-    const members = defined({ kty, crv, x, y, n, e });
-    const imported = await crypto.subtle.importKey("jwk", members, algorithm, false, ["verify"]);
-    return await crypto.subtle.verify(algorithm, imported, signature, signed);
+    const key = await crypto.subtle.importKey("jwk", members, algorithm, false, ["verify"]);
+    return await crypto.subtle.verify(algorithm, key, jwt.signature, jwt.signed);
   } catch {
     return false; // no key
   }
@@ -922,9 +917,9 @@ const MAX_DOWNLOADS_PER_MINUTE = 60;
 
 /** In memory only, and bounded, because strangers can fill it. */
 interface DocumentCache {
-  copies: Map<string, { id: string; body: unknown; at: number; fresh: number }>;
-  underWay: Map<string, ReturnType<typeof startDownload>>;
-  asked: Map<string, { times: number; since: number }>;
+  copies: Map<string, { body: unknown; at: number; fresh: number }>; // by client and URL: no client changes another's
+  underWay: Map<string, ReturnType<typeof startDownload>>; // by URL
+  asked: Map<string, { times: number; since: number }>; // by host, or by connected client
   own: Set<string>; // clients with a connection: their copies and downloads are out of strangers' reach
 }
 
@@ -950,32 +945,44 @@ async function documentClient(server: Server, client_id: string): Promise<Client
     const isOurs = cause instanceof OAuthError;
     if (isOurs && cause.status === 503) throw cause;
     const reason = isOurs ? cause.message : "it cannot be read";
-    const details = { event: "client_document_refused", cause } as const;
     // Not invalid_client: the client would take its registration for dead and come back with the same address.
-    throw invalidRequest(`The app's metadata at ${client_id} cannot be used: ${reason}`, details);
+    const description = `The app's metadata at ${client_id} cannot be used: ${reason}`;
+    throw invalidRequest(description, { event: "client_document_refused", cause });
   }
 }
 
 const publishedClient = (server: Server, id: string, since?: number) =>
   fetchCached(server, id, id, (body) => readClientDocument(id, body), since);
 
+async function publishedKeys(server: Server, id: string, since: number) {
+  const { keys, jwks_uri = "" } = await publishedClient(server, id, since);
+  assertMetadata(keys || isDocumentUrl(jwks_uri), "The client publishes no keys");
+  return keys ?? await fetchCached(server, id, jwks_uri, readKeys, since);
+}
+
 function readClientDocument(id: string, body: unknown): Client {
-  const { client_name: name, redirect_uris, refreshes, method } = readClientMetadata(body);
+  const { name, redirect_uris, refreshes, method } = readClientMetadata(body);
   const { jwks, token_endpoint_auth_methods_supported: more, ...rest } = body as Record<string, unknown>;
   assertMetadata(rest.client_id === id, "it names another client_id"); // a copy of somebody else's document
   assertMetadata(name, "it has no client_name");
-  const secret = ["client_secret", "client_secret_expires_at"].find((name) => Object.hasOwn(rest, name)) ??
+  const secret = ["client_secret", "client_secret_expires_at"].find((name) => name in rest) ??
     (method.startsWith("client_secret") && method);
   assertMetadata(!secret, `it relies on a shared secret (${secret}), which everybody can read`);
   const offered = [method, ...(Array.isArray(more) ? more : [])];
   const isPublic = offered.includes("none");
   const isKnown = isPublic || offered.includes("private_key_jwt");
   assertMetadata(isKnown, `it asks for ${quote(method)}, which this server does not offer`);
-  if (jwks !== undefined) readKeys(jwks);
+  const keys = jwks === undefined ? undefined : readKeys(jwks);
   const jwks_uri = (isString(rest.jwks_uri) && URL.parse(rest.jwks_uri)?.href) || "";
-  assertMetadata(isPublic || jwks || isDocumentUrl(jwks_uri), "it has neither jwks nor a jwks_uri of https");
-  const auth = !isPublic && { auth: "private_key_jwt" as const };
-  return publicClient(id, { name, redirect_uris, refreshes, jwks, jwks_uri, ...auth });
+  assertMetadata(isPublic || keys || isDocumentUrl(jwks_uri), "it has neither jwks nor a jwks_uri of https");
+  return publicClient(id, {
+    name,
+    redirect_uris,
+    refreshes,
+    keys,
+    jwks_uri,
+    ...(!isPublic && { auth: "private_key_jwt" }),
+  });
 }
 
 /** Reads the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
@@ -988,28 +995,22 @@ function readKeys(body: unknown): Jwk[] {
   return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, value]) => isString(value))));
 }
 
-async function publishedKeys(server: Server, id: string, since: number) {
-  const { jwks, jwks_uri = "" } = await publishedClient(server, id, since);
-  if (jwks !== undefined) return readKeys(jwks);
-  assertMetadata(isDocumentUrl(jwks_uri), "The client publishes no keys");
-  return await fetchCached(server, id, jwks_uri, readKeys, since);
-}
-
 /** Returns what `parse` makes of a JSON document, as it was after `since`. An old copy stands in during an outage. */
 async function fetchCached<T>(server: Server, id: string, url: string, parse: (body: unknown) => T, since = 0) {
-  const { copies, own } = server.documents;
-  const known = copies.get(url);
+  const { copies } = server.documents;
+  const key = `${id} ${url}`;
+  const known = copies.get(key);
   const copy = known && known.at >= since ? known : undefined;
   const at = seconds();
   if (copy && at < copy.fresh) return parse(copy.body);
   try {
     const { body, maxAge } = await download(server, url, id);
     const parsed = parse(body);
-    remember(copies, url, { id, body, at, fresh: at + maxAge }, ({ id }) => own.has(id));
+    remember(server.documents, copies, key, { body, at, fresh: at + maxAge });
     return parsed;
   } catch (error) {
-    if (isTemporary(error) && copy && seconds() < copy.at + MAX_COPY_AGE) return parse(copy.body);
-    if (!isTemporary(error)) copies.delete(url); // errors are not cached: what its author repairs works at once
+    if (!isTemporary(error)) copies.delete(key); // errors are not cached: what its author repairs works at once
+    else if (copy && seconds() < copy.at + MAX_COPY_AGE) return parse(copy.body);
     throw error;
   }
 }
@@ -1021,41 +1022,44 @@ const isTemporary = (error: unknown) =>
 const tryLater = (description: string) =>
   new OAuthError("temporarily_unavailable", description, { status: 503, headers: { "Retry-After": "5" } });
 
-/** Sets an entry of a map that forgets its oldest ones, but kept ones last. */
-function remember<T>(map: Map<string, T>, key: string, value: T, isKept = (_: T) => false): void {
+/** Sets an entry of a map that forgets its oldest ones, but those of connected clients last. */
+function remember<T>({ own }: DocumentCache, map: Map<string, T>, key: string, value: T): void {
   map.delete(key); // moves it to the end
   map.set(key, value);
   if (map.size <= MAX_DOCUMENTS) return;
   const keys = [...map.keys()];
-  map.delete(keys.find((key) => !isKept(map.get(key)!)) ?? keys[0]!);
+  map.delete(keys.find((key) => !own.has(key.split(" ")[0]!)) ?? keys[0]!);
 }
 
 /** Downloads a document, once for all who ask meanwhile; throws 503 if too many are asked for. */
-async function download(server: Server, url: string, id: string): ReturnType<typeof fetchJson> {
+async function download(server: Server, url: string, id: string) {
   const { underWay, asked, own } = server.documents;
   const { hostname: host } = new URL(url);
   const inTheWay = () => {
     const all = [...underWay.values()]; // the oldest first
     const ofHost = all.filter((download) => download.host === host);
-    return ofHost.length >= MAX_DOWNLOADS_PER_HOST ? ofHost : all.length >= MAX_DOWNLOADS ? all : [];
+    if (ofHost.length >= MAX_DOWNLOADS_PER_HOST) return ofHost;
+    return all.length >= MAX_DOWNLOADS ? all : [];
   };
   // A slow one gives way: silent hosts must not keep another app out.
   const slow = inTheWay().find(({ started, controller }) => seconds() - started > 1 && !controller.signal.aborted);
   if (slow && !underWay.has(url)) {
     slow.controller.abort();
-    await Promise.race([slow.over, delay(100)]);
+    await Promise.race([slow.work.catch(() => {}), delay(100)]);
   }
-  const running = underWay.get(url);
-  if (running) return await running.answer;
-  const now = seconds();
-  const counted = own.has(id) ? id : host;
-  const recent = asked.get(counted);
-  const { times, since } = recent && Math.abs(now - recent.since) < MINUTE ? recent : { times: 0, since: now };
-  if (inTheWay().length > 0 || times >= MAX_DOWNLOADS_PER_MINUTE) {
-    throw tryLater("Too many apps are asking at once; try again in a few seconds");
+  let current = underWay.get(url);
+  if (!current) {
+    const now = seconds();
+    const counted = own.has(id) ? id : host;
+    const recent = asked.get(counted);
+    const { times, since } = recent && Math.abs(now - recent.since) < MINUTE ? recent : { times: 0, since: now };
+    if (inTheWay().length > 0 || times >= MAX_DOWNLOADS_PER_MINUTE) {
+      throw tryLater("Too many apps are asking at once; try again in a few seconds");
+    }
+    remember(server.documents, asked, counted, { times: times + 1, since });
+    current = startDownload(server, url, host);
   }
-  remember(asked, counted, { times: times + 1, since });
-  return await startDownload(server, url, host).answer;
+  return await inTime(current.work, current.signal);
 }
 
 /** Starts a download. It counts until it is really over, even if nobody waits for it any more. */
@@ -1063,25 +1067,22 @@ function startDownload(server: Server, url: string, host: string) {
   const { underWay } = server.documents;
   const controller = new AbortController();
   const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(5000)]);
-  const work = fetchJson(server, url, signal);
-  const over = work.then(() => {}, () => {}).finally(() => underWay.delete(url));
-  const answer = inTime(work, signal);
-  answer.catch(() => {}); // whoever asked may have been answered in another way
-  const started = { host, started: seconds(), answer, over, controller };
+  const work = fetchJson(server, url, signal).finally(() => underWay.delete(url));
+  const started = { host, started: seconds(), controller, signal, work };
   underWay.set(url, started);
   return started;
 }
 
 /** Fetches one document. Its time and size are counted on the stream, whatever its headers promise. */
 async function fetchJson({ fetchClientMetadata }: Server, url: string, signal: AbortSignal) {
-  const answer = async () => {
+  const ask = async () => {
     const { status, body, headers } = await fetchClientMetadata(url, signal);
     const text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : await body?.cancel();
     // A refusal by a firewall, or too many requests, tell nothing about the document itself.
     if (status >= 500 || status === 403 || status === 429) throw new Error(`answered ${status}`);
-    return { status, text, control: headers.get("Cache-Control")?.slice(0, 1000).toLowerCase() ?? "" };
+    return { status, text, control: headers.get("Cache-Control")?.toLowerCase() ?? "" };
   };
-  const { status, text, control } = await answer().catch((cause) => {
+  const { status, text, control } = await ask().catch((cause) => {
     if (cause instanceof TooLarge || cause instanceof InsideAddress) throw cause;
     throw new Unreached(cause instanceof Error ? cause.message : String(cause), { cause });
   });
@@ -1108,11 +1109,12 @@ async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response
   const found: string[] = isIP(literal) ? [literal] : await resolveName(hostname, signal);
   const inside = found.find((address) => !isPublicAddress(address));
   if (inside !== undefined) throw new InsideAddress(`${hostname} resolves to ${inside}, which is not a public address`);
-  const [first, ...others] = found.map((address) => ({ address, family: isIP(address) }));
+  const addresses = found.map((address) => ({ address, family: isIP(address) }));
+  const [first] = addresses;
   if (!first) throw new Error(`${hostname} has no address`);
   // Only to an address that was checked: a name that changes its answer in between gains nothing.
   const lookup = (_name: string, { all }: { all?: boolean }, callback: (...args: unknown[]) => void) =>
-    all ? callback(null, [first, ...others]) : callback(null, first.address, first.family);
+    all ? callback(null, addresses) : callback(null, first.address, first.family);
   // A proxy that the environment prescribes would look the name up again, and connect to whatever it finds.
   const agent = new https.Agent({ proxyEnv: {} });
   const headers = { Accept: "application/json", "User-Agent": "personal-auth" };
@@ -1151,10 +1153,9 @@ const privateAddresses = once(() => {
 
 /** Whether an address may be connected to on a stranger's word. Of IPv6 only 2000::/3 is public. */
 function isPublicAddress(address: string): boolean {
-  const { isIPv4, isIPv6 } = nodeModule("node:net");
-  if (isIPv4(address)) return !privateAddresses().check(address, "ipv4");
-  const plain = address.split("%")[0]!; // without the name of an interface
-  return isIPv6(plain) && /^[23][0-9a-f]{3}:/i.test(plain) && !privateAddresses().check(plain, "ipv6");
+  const family = nodeModule("node:net").isIP(address);
+  const isGlobal = family === 4 || (family === 6 && /^[23][0-9a-f]{3}:[^%]*$/i.test(address)); // % names an interface
+  return isGlobal && !privateAddresses().check(address, `ipv${family}`);
 }
 
 /** Name and redirect URIs that the most used clients published in 2026. `*` is one segment of the path. */
