@@ -642,7 +642,7 @@ function protectedResourceMetadata({ issuer, resource, scopes, pages }: Server) 
 
 // --- Clients ---
 
-/** A client of any origin. A public one has no secret. `auth` is set where its document offers nothing else. */
+/** A client of any origin. `auth`: its document offers nothing else. */
 interface Client {
   id: string;
   name: string;
@@ -650,7 +650,7 @@ interface Client {
   secret?: string | undefined;
   refreshes: boolean;
   source: "preregistered" | "registered" | "document";
-  auth?: "private_key_jwt";
+  auth?: "private_key_jwt" | undefined;
   keys?: Jwk[] | undefined;
   jwks_uri?: string;
 }
@@ -661,13 +661,13 @@ const MAX_URI_LENGTH = 4096;
 const MAX_CLIENT_ID_LENGTH = 2048;
 
 /** Registers a client and stores nothing. @see https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 */
-async function registerClient(server: Server, c: Context): Promise<Response> {
+async function registerClient(server: Server, c: Context) {
   const { redirect_uris: asked, name, method, refreshes, scope, ...echo } = readClientMetadata(await readJson(c));
   const refusals = asked.map((uri) => redirectRefusal(server.allowed, uri));
   const redirect_uris = asked.filter((_, i) => refusals[i] === undefined); // a part: Cursor sends mixed lists
   const reasons = refusals.filter(isString).join("; ");
   if (reasons) server.emit("redirect_refused", reasons.slice(0, 1000), { clientName: name });
-  // At once, and not later at /authorize: Claude Desktop then tries again with localhost.
+  // At once, not later at /authorize: Claude Desktop then tries again with localhost.
   if (redirect_uris.length === 0) throw new OAuthError("invalid_redirect_uri", reasons);
   const hasSecret = method === "client_secret_post" || method === "client_secret_basic";
   // A client_id is the metadata with a MAC, so that a flood of registrations leaves no trace.
@@ -682,7 +682,7 @@ async function registerClient(server: Server, c: Context): Promise<Response> {
     ...(hasSecret && { client_secret: await clientSecret(server, client_id), client_secret_expires_at: 0 }),
     ...defined({ client_name: name || undefined, ...echo }),
     redirect_uris,
-    // This may differ from what was requested (RFC 7591 §3.2.1): clients read the answer.
+    // It may differ from what was asked for (RFC 7591 §3.2.1): clients read the answer.
     token_endpoint_auth_method: hasSecret ? method : "none",
     grant_types: ["authorization_code", ...(refreshes ? ["refresh_token"] : [])],
     response_types: ["code"],
@@ -716,14 +716,14 @@ function readClientMetadata(body: unknown) {
   if (redirect_uris.length === 0) throw new OAuthError("invalid_redirect_uri", "redirect_uris is missing or empty");
   assertMetadata(redirect_uris.length <= MAX_REDIRECT_URIS, `redirect_uris may hold ${MAX_REDIRECT_URIS} at the most`);
   list("response_types", ["code"]);
-  const client_uri = text("client_uri")?.slice(0, MAX_URI_LENGTH) ?? "";
+  const client_uri = text("client_uri");
   return {
     redirect_uris,
     name: printable(text("client_name") ?? ""),
     refreshes: list("grant_types", ["authorization_code", "refresh_token"]).includes("refresh_token"),
     method: text("token_endpoint_auth_method") ?? "none",
     scope: text("scope"),
-    client_uri: URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
+    client_uri: unsafeRedirect(client_uri) ? undefined : client_uri,
     software_id: text("software_id"),
     software_version: text("software_version"),
     application_type: text("application_type"),
@@ -731,7 +731,7 @@ function readClientMetadata(body: unknown) {
 }
 
 /** Removes from a name what could make the owner's page look like something else. */
-function printable(name: string): string {
+function printable(name: string) {
   const visible = name.slice(0, 2000)
     .replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
     .replace(/(\p{M}{2})\p{M}+/gu, "$1") // more combining marks draw over the lines around them
@@ -750,7 +750,7 @@ async function resolveClient(server: Server, id: string, isConnected = false): P
   }
   if (isDocumentUrl(id)) return await documentClient(server, id);
   // With registration off, a client that registered before keeps its connections and gets no new one.
-  if (id.length > MAX_CLIENT_ID_LENGTH || !(server.registration || isConnected)) return undefined;
+  if (!server.registration && !isConnected) return undefined;
   const [payload = ""] = id.split(".");
   if (!equal(id, await signedId(server, payload))) return undefined;
   const { n: name, r: redirect_uris, s, o } = JSON.parse(decodeBase64(payload)!);
@@ -759,7 +759,7 @@ async function resolveClient(server: Server, id: string, isConnected = false): P
 }
 
 /** Authenticates a client. @see https://www.rfc-editor.org/rfc/rfc6749#section-2.3 */
-async function authenticateClient(server: Server, c: Context, form: URLSearchParams): Promise<Client> {
+async function authenticateClient(server: Server, c: Context, form: URLSearchParams) {
   const { id, secrets } = clientCredentials(server, c.req.header("Authorization"), form);
   if (isDocumentUrl(id) && !preregistered(server, id)) return await authenticatePublished(server, id, form);
   const client = await resolveClient(server, id, form.get("grant_type") !== "authorization_code");
@@ -793,7 +793,7 @@ function clientCredentials(server: Server, authorization = "", form: URLSearchPa
 }
 
 /** Authenticates a client that publishes its metadata: by an assertion, or by nothing where its grant allows that. */
-async function authenticatePublished(server: Server, id: string, form: URLSearchParams): Promise<Client> {
+async function authenticatePublished(server: Server, id: string, form: URLSearchParams) {
   const tokens = ["code", "refresh_token", "token"].map((name) => form.get(name) ?? "");
   const ids = tokens.map((token) => grantId("pac", token) ?? grantId("prt", token) ?? grantId("pat", token));
   const records = await Promise.all(ids.map((id) => id ? readGrant(server, id) : undefined));
@@ -812,10 +812,10 @@ async function authenticatePublished(server: Server, id: string, form: URLSearch
       throw unauthenticated("This client must authenticate by private_key_jwt, as its metadata says");
     }
   } catch (error) {
-    const { message, cause } = error as Error;
-    if (isConnected) server.emit("client_assertion_refused", `${id}: ${message}`, defined({ cause }));
     const isOurs = error instanceof OAuthError; // what other servers say is for the owner only
-    if (!isTemporary(error)) throw unauthenticated(isOurs ? message : "The client's keys cannot be used");
+    const reason = isOurs ? error.message : String(error);
+    if (isConnected) server.emit("client_assertion_refused", `${id}: ${reason}`, isOurs ? {} : { cause: error });
+    if (!isTemporary(error)) throw unauthenticated(isOurs ? reason : "The client's keys cannot be used");
     // Any other connection goes on: to ignore an assertion is no weaker than to accept a request without one.
     if (isHeld) throw tryLater("The client's keys cannot be fetched at the moment");
   }
@@ -823,10 +823,8 @@ async function authenticatePublished(server: Server, id: string, form: URLSearch
 }
 
 const ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
-const MAX_ASSERTION_LENGTH = 8 * 1024;
 const MAX_ASSERTION_AGE = HOUR;
 const MAX_CLOCK_SKEW = MINUTE;
-const MAX_KEYS = 20;
 const MAX_TRIED_KEYS = 4;
 
 type Jwk = Record<string, string | undefined>;
@@ -842,11 +840,11 @@ const ASSERTION_ALGORITHMS: Record<string, Algorithm> = {
 
 /** Decodes an assertion (a JWT, RFC 7519) without believing any of it. */
 function readAssertion(assertion: string) {
-  const parts = assertion.length > MAX_ASSERTION_LENGTH ? [] : assertion.split(".");
+  const [head = "", body = "", tail = "", more] = assertion.split(".");
   try {
-    const [header, claims] = parts.slice(0, 2).map((part) => JSON.parse(decodeBase64(part)!));
-    const [signature, signed] = [base64Bytes(parts[2]!), utf8.encode(parts.slice(0, 2).join("."))];
-    if (parts.length === 3 && isObject(header) && isObject(claims)) return { header, claims, signature, signed };
+    const [header, claims] = [head, body].map((part) => JSON.parse(decodeBase64(part)!));
+    const [signature, signed] = [base64Bytes(tail), utf8.encode(`${head}.${body}`)];
+    if (more === undefined && isObject(header) && isObject(claims)) return { header, claims, signature, signed };
   } catch { /* no JWT */ }
   throw unauthenticated("The client_assertion is not a JWT");
 }
@@ -880,10 +878,9 @@ async function verifyAssertion(server: Server, id: string, assertion: string) {
   throw unauthenticated("The client_assertion is signed by none of the client's keys");
 }
 
-/** Tells whether a key may have signed this: to import each one of a stranger's keys would cost too much. */
+/** Tells whether a key may be tried. A stranger's own keys could make each request cost much computing. */
 function fits({ kty, crv, n = "", e = "", kid, alg, use = "sig" }: Jwk, header: Jwk, algorithm: Algorithm) {
-  // RSA of 2,048 to 4,096 bits, or a stranger's own keys could make each request cost much computing.
-  const isCommon = kty !== "RSA" || (n.length >= 342 && n.length <= 683 && e.length <= 4);
+  const isCommon = kty !== "RSA" || (n.length >= 342 && n.length <= 683 && e.length <= 4); // 2,048 to 4,096 bits
   const isChosen = kid === (header.kid ?? kid) && header.alg === (alg ?? header.alg) && use === "sig";
   return isChosen && isCommon && kty === algorithm.kty && crv === algorithm.namedCurve;
 }
@@ -899,7 +896,7 @@ async function isSignedBy({ kty, crv, x, y, n, e }: Jwk, jwt: ReturnType<typeof 
 }
 
 /** Spends an assertion, so that whoever reads it on its way cannot use it on any server of this store. */
-async function spendAssertion(server: Server, id: string, jti: string, exp: number): Promise<void> {
+async function spendAssertion(server: Server, id: string, jti: string, exp: number) {
   const user = random(16);
   const key = `assertion/${await server.mac("assertion", id, jti)}`;
   const first = await server.store.update(key, (current) => current ?? user, { expiresAt: exp + MAX_CLOCK_SKEW });
@@ -918,24 +915,29 @@ const MAX_DOWNLOADS_PER_MINUTE = 60;
 /** In memory only, and bounded, because strangers can fill it. */
 interface DocumentCache {
   copies: Map<string, { body: unknown; at: number; fresh: number }>; // by client and URL: no client changes another's
-  underWay: Map<string, ReturnType<typeof startDownload>>; // by URL
+  underWay: Map<string, Download>; // by URL
   asked: Map<string, { times: number; since: number }>; // by host, or by connected client
   own: Set<string>; // clients with a connection: their copies and downloads are out of strangers' reach
 }
 
+interface Download {
+  host: string;
+  started: number;
+  controller: AbortController;
+  answer: ReturnType<typeof fetchJson>;
+}
+
 /** @see https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document */
-function isDocumentUrl(client_id: string): boolean {
-  if (!client_id.startsWith("https://") || client_id.length > MAX_CLIENT_ID_LENGTH) return false;
-  const url = URL.parse(client_id);
-  // Client ids are compared as strings, so a URL counts in one form only: no dot segments, no default port.
-  return url?.href === client_id && url.pathname !== "/" && !client_id.includes("#") && !url.username && !url.password;
+function isDocumentUrl(client_id: string) {
+  if (client_id.length > MAX_CLIENT_ID_LENGTH || !/^https:\/\/[^/@]+\/[^?#][^#]*$/.test(client_id)) return false;
+  return URL.parse(client_id)?.href === client_id; // in one form only: client ids are compared as strings
 }
 
 const publicClient = (id: string, more: Partial<Client> = {}): Client => (
   { id, name: new URL(id).host, redirect_uris: [], refreshes: true, source: "document", ...more }
 );
 
-async function documentClient(server: Server, client_id: string): Promise<Client> {
+async function documentClient(server: Server, client_id: string) {
   try {
     return await publishedClient(server, client_id);
   } catch (cause) {
@@ -960,13 +962,12 @@ async function publishedKeys(server: Server, id: string, since: number) {
   return keys ?? await fetchCached(server, id, jwks_uri, readKeys, since);
 }
 
-function readClientDocument(id: string, body: unknown): Client {
+function readClientDocument(id: string, body: unknown) {
   const { name, redirect_uris, refreshes, method } = readClientMetadata(body);
   const { jwks, token_endpoint_auth_methods_supported: more, ...rest } = body as Record<string, unknown>;
   assertMetadata(rest.client_id === id, "it names another client_id"); // a copy of somebody else's document
   assertMetadata(name, "it has no client_name");
-  const secret = ["client_secret", "client_secret_expires_at"].find((name) => name in rest) ??
-    (method.startsWith("client_secret") && method);
+  const secret = [method, ...Object.keys(rest)].find((name) => name.startsWith("client_secret"));
   assertMetadata(!secret, `it relies on a shared secret (${secret}), which everybody can read`);
   const offered = [method, ...(Array.isArray(more) ? more : [])];
   const isPublic = offered.includes("none");
@@ -975,21 +976,14 @@ function readClientDocument(id: string, body: unknown): Client {
   const keys = jwks === undefined ? undefined : readKeys(jwks);
   const jwks_uri = (isString(rest.jwks_uri) && URL.parse(rest.jwks_uri)?.href) || "";
   assertMetadata(isPublic || keys || isDocumentUrl(jwks_uri), "it has neither jwks nor a jwks_uri of https");
-  return publicClient(id, {
-    name,
-    redirect_uris,
-    refreshes,
-    keys,
-    jwks_uri,
-    ...(!isPublic && { auth: "private_key_jwt" }),
-  });
+  const auth = isPublic ? undefined : "private_key_jwt";
+  return publicClient(id, { name, redirect_uris, refreshes, auth, keys, jwks_uri });
 }
 
 /** Reads the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
 function readKeys(body: unknown): Jwk[] {
   const keys: unknown = isObject(body) ? body.keys : undefined;
-  const isSet = Array.isArray(keys) && keys.length <= MAX_KEYS && keys.every(isObject);
-  assertMetadata(isSet, `jwks must be a JWK Set of ${MAX_KEYS} keys at the most`);
+  assertMetadata(Array.isArray(keys) && keys.every(isObject), "jwks must be a JWK Set");
   const secret = ["d", "p", "q", "dp", "dq", "qi", "oth", "k"].find((name) => keys.some((key) => name in key));
   assertMetadata(!secret, `jwks holds a private key (${secret}): replace it, everybody can read it`);
   return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, value]) => isString(value))));
@@ -1015,10 +1009,13 @@ async function fetchCached<T>(server: Server, id: string, url: string, parse: (b
   }
 }
 
-class Unreached extends Error {} // another server, at the moment: it did not say that there is nothing
-class InsideAddress extends Error {} // what a stranger wants fetched: that is no outage
-const isTemporary = (error: unknown) =>
-  error instanceof Unreached || (error instanceof OAuthError && error.status === 503);
+class Unusable extends Error {} // a document, by a fault of its own: anything else that fails is an outage
+
+function isTemporary(error: unknown) {
+  if (error instanceof OAuthError) return error.status === 503;
+  return ![Unusable, TooLarge, SyntaxError].some((fault) => error instanceof fault);
+}
+
 const tryLater = (description: string) =>
   new OAuthError("temporarily_unavailable", description, { status: 503, headers: { "Retry-After": "5" } });
 
@@ -1045,7 +1042,7 @@ async function download(server: Server, url: string, id: string) {
   const slow = inTheWay().find(({ started, controller }) => seconds() - started > 1 && !controller.signal.aborted);
   if (slow && !underWay.has(url)) {
     slow.controller.abort();
-    await Promise.race([slow.work.catch(() => {}), delay(100)]);
+    await delay(100); // it counts until it is really over
   }
   let current = underWay.get(url);
   if (!current) {
@@ -1057,58 +1054,45 @@ async function download(server: Server, url: string, id: string) {
       throw tryLater("Too many apps are asking at once; try again in a few seconds");
     }
     remember(server.documents, asked, counted, { times: times + 1, since });
-    current = startDownload(server, url, host);
+    const controller = new AbortController();
+    const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(5000)]);
+    const work = fetchJson(server, url, signal).finally(() => underWay.delete(url));
+    current = { host, started: now, controller, answer: inTime(work, signal) };
+    underWay.set(url, current);
   }
-  return await inTime(current.work, current.signal);
-}
-
-/** Starts a download. It counts until it is really over, even if nobody waits for it any more. */
-function startDownload(server: Server, url: string, host: string) {
-  const { underWay } = server.documents;
-  const controller = new AbortController();
-  const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(5000)]);
-  const work = fetchJson(server, url, signal).finally(() => underWay.delete(url));
-  const started = { host, started: seconds(), controller, signal, work };
-  underWay.set(url, started);
-  return started;
+  return await current.answer;
 }
 
 /** Fetches one document. Its time and size are counted on the stream, whatever its headers promise. */
 async function fetchJson({ fetchClientMetadata }: Server, url: string, signal: AbortSignal) {
-  const ask = async () => {
-    const { status, body, headers } = await fetchClientMetadata(url, signal);
-    const text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : await body?.cancel();
-    // A refusal by a firewall, or too many requests, tell nothing about the document itself.
-    if (status >= 500 || status === 403 || status === 429) throw new Error(`answered ${status}`);
-    return { status, text, control: headers.get("Cache-Control")?.toLowerCase() ?? "" };
-  };
-  const { status, text, control } = await ask().catch((cause) => {
-    if (cause instanceof TooLarge || cause instanceof InsideAddress) throw cause;
-    throw new Unreached(cause instanceof Error ? cause.message : String(cause), { cause });
-  });
-  if (text === undefined) throw new Error(`answered ${status}`); // no redirects: they could lead anywhere
-  const age = /no-store|no-cache/.test(control) ? 0 : Number(control.match(/max-age=(\d+)/)?.[1] ?? HOUR); // RFC 9111
+  const { status, body, headers } = await fetchClientMetadata(url, signal);
+  const text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : await body?.cancel();
+  // A refusal by a firewall, or too many requests, tell nothing about the document itself.
+  if (status >= 500 || status === 403 || status === 429) throw new Error(`answered ${status}`);
+  if (text === undefined) throw new Unusable(`answered ${status}`); // no redirects: they could lead anywhere
+  const control = headers.get("Cache-Control")?.toLowerCase() ?? ""; // RFC 9111
+  const age = /no-store|no-cache/.test(control) ? 0 : Number(control.match(/max-age=(\d+)/)?.[1] ?? HOUR);
   return { body: JSON.parse(text) as unknown, maxAge: Math.min(Math.max(age, MINUTE), DAY) };
 }
 
 /** Gives up on a promise when the signal says so. */
 function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
   return new Promise((resolve, reject) => {
-    const giveUp = () => reject(new Unreached("did not answer in time"));
+    const giveUp = () => reject(new Error("did not answer in time"));
     if (signal.aborted) giveUp();
-    signal.addEventListener("abort", giveUp, { once: true });
+    signal.addEventListener("abort", giveUp);
     promise.then(resolve, reject);
   });
 }
 
 /** Fetches from public addresses only: never from this machine, its network, or a cloud's metadata service. */
-async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response> {
+async function fetchPublicly(url: string, signal: AbortSignal) {
   const [https, { isIP }] = [nodeModule("node:https"), nodeModule("node:net")];
   const { hostname } = new URL(url);
   const literal = hostname.replace(/^\[|\]$/g, ""); // an address is connected to without a lookup
   const found: string[] = isIP(literal) ? [literal] : await resolveName(hostname, signal);
   const inside = found.find((address) => !isPublicAddress(address));
-  if (inside !== undefined) throw new InsideAddress(`${hostname} resolves to ${inside}, which is not a public address`);
+  if (inside !== undefined) throw new Unusable(`${hostname} resolves to ${inside}, which is not a public address`);
   const addresses = found.map((address) => ({ address, family: isIP(address) }));
   const [first] = addresses;
   if (!first) throw new Error(`${hostname} has no address`);
@@ -1129,57 +1113,56 @@ async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response
 }
 
 /** Resolves a name by queries that can be ended: a silent name server would use up getaddrinfo()'s few threads. */
-async function resolveName(hostname: string, signal: AbortSignal): Promise<string[]> {
+async function resolveName(hostname: string, signal: AbortSignal) {
   const resolver = new (nodeModule("node:dns").promises.Resolver)({ timeout: 1000, tries: 2 });
-  signal.addEventListener("abort", () => resolver.cancel(), { once: true });
+  signal.addEventListener("abort", () => resolver.cancel());
   const queries: Promise<string[]>[] = [resolver.resolve4(hostname), resolver.resolve6(hostname)];
   return (await Promise.all(queries.map((query) => query.catch(() => [])))).flat(); // a family may have none
 }
 
-/** What is not public by the special-purpose address registries (RFC 6890); the last one of IPv4 is Azure's. */
+/** What is not public by the special-purpose address registries (RFC 6890). The last of IPv4 is Azure's. */
 const PRIVATE_RANGES =
   "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 " +
   "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 " +
   "203.0.113.0/24 224.0.0.0/3 168.63.129.16/32 2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
 
 const privateAddresses = once(() => {
-  const list = new (nodeModule("node:net").BlockList)();
+  const { BlockList, isIP } = nodeModule("node:net");
+  const list = new BlockList();
   for (const range of PRIVATE_RANGES.split(" ")) {
-    const [address = "", bits] = range.split("/");
-    list.addSubnet(address, Number(bits), address.includes(":") ? "ipv6" : "ipv4");
+    const [address, bits] = range.split("/");
+    list.addSubnet(address, Number(bits), `ipv${isIP(address)}`);
   }
   return list;
 });
 
-/** Whether an address may be connected to on a stranger's word. Of IPv6 only 2000::/3 is public. */
-function isPublicAddress(address: string): boolean {
+/** Tells whether an address may be connected to on a stranger's word. Of IPv6 only 2000::/3 is public. */
+function isPublicAddress(address: string) {
   const family = nodeModule("node:net").isIP(address);
   const isGlobal = family === 4 || (family === 6 && /^[23][0-9a-f]{3}:[^%]*$/i.test(address)); // % names an interface
   return isGlobal && !privateAddresses().check(address, `ipv${family}`);
 }
 
-/** Name and redirect URIs that the most used clients published in 2026. `*` is one segment of the path. */
-const WELL_KNOWN_CLIENTS: Record<string, [name: string, redirect_uris: string]> = {
-  "claude.ai/oauth/mcp-oauth-client-metadata": [
-    "Claude",
-    "https://claude.ai/api/mcp/auth_callback https://claude.com/api/mcp/auth_callback",
-  ],
-  "claude.ai/oauth/claude-code-client-metadata": ["Claude Code", "http://localhost/callback http://127.0.0.1/callback"],
-  "chatgpt.com/oauth/client.json": ["ChatGPT", "https://chatgpt.com/connector_platform_oauth_redirect"],
-  "chatgpt.com/oauth/codex/client.json": ["Codex", "http://127.0.0.1/callback"],
-  "chatgpt.com/oauth/*/client.json": ["ChatGPT", "https://chatgpt.com/connector/oauth/*"],
-  "chatgpt.com/oauth/codex/*/client.json": ["Codex", "http://127.0.0.1/callback/*"],
-  "vscode.dev/oauth/client-metadata.json": [
-    "Visual Studio Code",
-    "https://vscode.dev/redirect https://insiders.vscode.dev/redirect http://127.0.0.1/ http://localhost/",
-  ],
+/** Name → redirect URIs that the most used clients published in 2026. `*` is one segment of the path. */
+const WELL_KNOWN_CLIENTS: Record<string, string> = {
+  "claude.ai/oauth/mcp-oauth-client-metadata":
+    "Claude → https://claude.ai/api/mcp/auth_callback https://claude.com/api/mcp/auth_callback",
+  "claude.ai/oauth/claude-code-client-metadata": "Claude Code → http://localhost/callback http://127.0.0.1/callback",
+  "chatgpt.com/oauth/client.json": "ChatGPT → https://chatgpt.com/connector_platform_oauth_redirect",
+  "chatgpt.com/oauth/codex/client.json": "Codex → http://127.0.0.1/callback",
+  "chatgpt.com/oauth/*/client.json": "ChatGPT → https://chatgpt.com/connector/oauth/*",
+  "chatgpt.com/oauth/codex/*/client.json": "Codex → http://127.0.0.1/callback/*",
+  "vscode.dev/oauth/client-metadata.json":
+    "Visual Studio Code → https://vscode.dev/redirect https://insiders.vscode.dev/redirect http://127.0.0.1/ " +
+    "http://localhost/",
 };
 
-function wellKnownClient(client_id: string): Client | undefined {
-  const segment = client_id.match(/\/([\w-]+)\/client\.json$/)?.[1] ?? " "; // no URL holds a space
+function wellKnownClient(client_id: string) {
+  const [, segment = " "] = client_id.match(/\/([\w-]+)\/client\.json$/) ?? []; // no URL holds a space
   const fill = (text: string) => text.replace("*", segment);
   const known = Object.entries(WELL_KNOWN_CLIENTS).find(([id]) => client_id === `https://${fill(id)}`);
-  return known && publicClient(client_id, { name: known[1][0], redirect_uris: fill(known[1][1]).split(" ") });
+  const [name, redirect_uris] = known ? fill(known[1]).split(" → ") : [];
+  return name && redirect_uris && publicClient(client_id, { name, redirect_uris: redirect_uris.split(" ") });
 }
 
 // --- Redirect policy ---
