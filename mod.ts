@@ -651,8 +651,7 @@ interface Client {
   refreshes: boolean;
   source: "preregistered" | "registered" | "document";
   auth?: "private_key_jwt" | undefined;
-  keys?: Jwk[] | undefined;
-  jwks_uri?: string;
+  keys?: Jwk[] | string | false; // or where they are
 }
 
 const MAX_BODY_BYTES = 64 * 1024;
@@ -663,11 +662,11 @@ const MAX_CLIENT_ID_LENGTH = 2048;
 /** Registers a client and stores nothing. @see https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 */
 async function registerClient(server: Server, c: Context) {
   const { redirect_uris: asked, name, method, refreshes, scope, ...echo } = readClientMetadata(await readJson(c));
-  const refusals = asked.map((uri) => redirectRefusal(server.allowed, uri));
-  const redirect_uris = asked.filter((_, i) => refusals[i] === undefined); // a part: Cursor sends mixed lists
-  const reasons = refusals.filter(isString).join("; ");
+  const refusal = (uri: string) => redirectRefusal(server.allowed, uri);
+  const redirect_uris = asked.filter((uri) => !refusal(uri)); // a part: Cursor sends mixed lists
+  const reasons = asked.flatMap((uri) => refusal(uri) ?? []).join("; ");
   if (reasons) server.emit("redirect_refused", reasons.slice(0, 1000), { clientName: name });
-  // At once, not later at /authorize: Claude Desktop then tries again with localhost.
+  // At once, not at /authorize: Claude Desktop then tries again with localhost.
   if (redirect_uris.length === 0) throw new OAuthError("invalid_redirect_uri", reasons);
   const hasSecret = method === "client_secret_post" || method === "client_secret_basic";
   // A client_id is the metadata with a MAC, so that a flood of registrations leaves no trace.
@@ -682,7 +681,7 @@ async function registerClient(server: Server, c: Context) {
     ...(hasSecret && { client_secret: await clientSecret(server, client_id), client_secret_expires_at: 0 }),
     ...defined({ client_name: name || undefined, ...echo }),
     redirect_uris,
-    // It may differ from what was asked for (RFC 7591 §3.2.1): clients read the answer.
+    // It may differ from the request (RFC 7591 §3.2.1): clients read the answer.
     token_endpoint_auth_method: hasSecret ? method : "none",
     grant_types: ["authorization_code", ...(refreshes ? ["refresh_token"] : [])],
     response_types: ["code"],
@@ -698,14 +697,15 @@ function assertMetadata(good: unknown, description: string): asserts good {
   if (!good) throw new OAuthError("invalid_client_metadata", description);
 }
 
-/** Reads the members of RFC 7591 §2 that matter here. `null` counts as absent. */
+/** Reads metadata (RFC 7591 §2). `null` counts as absent. */
 function readClientMetadata(body: unknown) {
   assertMetadata(isObject(body), "The body must be a JSON object");
-  const text = (name: string): string | undefined => {
-    assertMetadata(isString(body[name] ?? ""), `${name} must be a string`);
-    return body[name] || undefined;
+  const text = (name: string) => {
+    const value = body[name] ?? "";
+    assertMetadata(isString(value), `${name} must be a string`);
+    return value || undefined;
   };
-  const list = (name: string, otherwise: string[]): string[] => {
+  const list = (name: string, otherwise: string[]) => {
     const value = body[name] ?? otherwise;
     const [needed] = otherwise;
     assertMetadata(isStringList(value), `${name} must be a list of strings`);
@@ -730,18 +730,18 @@ function readClientMetadata(body: unknown) {
   };
 }
 
-/** Removes from a name what could make the owner's page look like something else. */
+/** Takes from a name what could make the owner's page look like something else. */
 function printable(name: string) {
   const visible = name.slice(0, 2000)
-    .replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
-    .replace(/(\p{M}{2})\p{M}+/gu, "$1") // more combining marks draw over the lines around them
-    .replace(/\p{Zs}+/gu, " ");
+    .replace(/[\p{C}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
+    .replace(/(\p{M}{2})\p{M}+/gu, "$1") // more marks draw over the lines around them
+    .replace(/\p{Z}+/gu, " ");
   return [...visible.trim()].slice(0, 200).join(""); // by characters: half of one breaks parsers
 }
 
 const preregistered = ({ clients }: Server, id: string) => clients.find(({ client_id }) => client_id === id);
 
-/** Finds the client that an id names. `isConnected`: for a connection that it has already. */
+/** Finds a client. `isConnected`: for a connection that it has already. */
 async function resolveClient(server: Server, id: string, isConnected = false): Promise<Client | undefined> {
   const known = preregistered(server, id);
   if (known) {
@@ -749,7 +749,7 @@ async function resolveClient(server: Server, id: string, isConnected = false): P
     return { id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
   }
   if (isDocumentUrl(id)) return await documentClient(server, id);
-  // With registration off, a client that registered before keeps its connections and gets no new one.
+  // With registration off, who registered before keeps its connections and gets no new one.
   if (!server.registration && !isConnected) return undefined;
   const [payload = ""] = id.split(".");
   if (!equal(id, await signedId(server, payload))) return undefined;
@@ -760,63 +760,64 @@ async function resolveClient(server: Server, id: string, isConnected = false): P
 
 /** Authenticates a client. @see https://www.rfc-editor.org/rfc/rfc6749#section-2.3 */
 async function authenticateClient(server: Server, c: Context, form: URLSearchParams) {
-  const { id, secrets } = clientCredentials(server, c.req.header("Authorization"), form);
+  const authorization = c.req.header("Authorization") ?? "";
+  const isBasic = /^basic /i.test(authorization);
+  const assertion = form.get("client_assertion");
+  let id = form.get("client_id") ?? (assertion && readAssertion(assertion).claims.sub);
+  let secrets = form.getAll("client_secret");
+  const ways = [isBasic, secrets.length > 0, assertion !== null].filter(Boolean);
+  if (ways.length > 1) throw invalidRequest("The client authenticates in more than one way (RFC 6749 §2.3)");
+  if (isBasic) {
+    const pair = decodeBase64(authorization.slice(6))?.match(/^([^:]*):(.*)$/s);
+    assertClient(pair, "The Basic credentials cannot be read");
+    const [, name = "", password = ""] = pair;
+    // RFC 6749 §2.3.1 form-encodes both halves; many clients do not. Each is taken in either way.
+    const decode = (value: string) => new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
+    const known = preregistered(server, name) ? name : decode(name);
+    assertClient(id === null || id === known, "client_id differs between header and body");
+    id = known;
+    secrets = [password, decode(password)];
+  }
+  assertClient(isString(id), "client_id is missing");
   if (isDocumentUrl(id) && !preregistered(server, id)) return await authenticatePublished(server, id, form);
   const client = await resolveClient(server, id, form.get("grant_type") !== "authorization_code");
-  if (!client) throw unauthenticated("This client is unknown here: register again");
+  assertClient(client, "This client is unknown here: register again");
   const { secret } = client;
-  if (secret === undefined || secrets.some((given) => equal(given, secret))) return client;
-  throw unauthenticated("The client_secret is missing or wrong");
+  const isGood = secret === undefined || secrets.some((given) => equal(given, secret));
+  assertClient(isGood, "The client_secret is missing or wrong");
+  return client;
 }
 
-const unauthenticated = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
-
-function clientCredentials(server: Server, authorization = "", form: URLSearchParams) {
-  const assertion = form.get("client_assertion");
-  const secrets = form.getAll("client_secret");
-  const id = form.get("client_id") ?? (assertion && readAssertion(assertion).claims.sub);
-  const isBasic = /^basic /i.test(authorization);
-  const ways = [isBasic, secrets.length > 0, assertion !== null].filter((used) => used);
-  if (ways.length > 1) throw invalidRequest("The client authenticates in more than one way (RFC 6749 §2.3)");
-  if (!isBasic) {
-    if (!isString(id)) throw unauthenticated("client_id is missing");
-    return { id, secrets };
-  }
-  const pair = decodeBase64(authorization.slice(6))?.match(/^([^:]*):(.*)$/s);
-  if (!pair) throw unauthenticated("The Basic credentials cannot be read");
-  const [, name = "", password = ""] = pair;
-  // RFC 6749 §2.3.1 form-encodes both halves; many clients do not. Each is taken in either way.
-  const decode = (value: string) => new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
-  const known = preregistered(server, name) ? name : decode(name);
-  if (id !== null && id !== known) throw unauthenticated("client_id differs between header and body");
-  return { id: known, secrets: [password, decode(password)] };
+function assertClient(good: unknown, description: string): asserts good {
+  if (!good) throw new OAuthError("invalid_client", description, { status: 401 });
 }
 
-/** Authenticates a client that publishes its metadata: by an assertion, or by nothing where its grant allows that. */
+/** Authenticates a client with a document: by an assertion, or by nothing where its grant allows that. */
 async function authenticatePublished(server: Server, id: string, form: URLSearchParams) {
-  const tokens = ["code", "refresh_token", "token"].map((name) => form.get(name) ?? "");
-  const ids = tokens.map((token) => grantId("pac", token) ?? grantId("prt", token) ?? grantId("pat", token));
+  const places = [["pac", "code"], ["prt", "refresh_token"], ["prt", "token"], ["pat", "token"]] as const;
+  const ids = places.map(([kind, name]) => grantId(kind, form.get(name) ?? ""));
   const records = await Promise.all(ids.map((id) => id ? readGrant(server, id) : undefined));
-  const grants = records.filter((grant) => grant?.client.id === id);
-  const isConnected = grants.length > 0;
-  const isHeld = grants.some((grant) => grant?.client.auth);
+  const clients = records.map((grant) => grant?.client).filter((client) => client?.id === id);
+  const isConnected = clients.length > 0;
+  const isHeld = clients.some((client) => client?.auth);
   if (isConnected) server.documents.own.add(id);
   const assertion = form.get("client_assertion");
   try {
     if (assertion !== null) {
-      if (form.get("client_assertion_type") !== ASSERTION_TYPE) throw unauthenticated("client_assertion_type is wrong");
+      assertClient(form.get("client_assertion_type") === ASSERTION_TYPE, "client_assertion_type is wrong");
       const { jti, exp } = await verifyAssertion(server, id, assertion);
       // Only for a connection that there is, or strangers with keys of their own could fill the store.
       if (isConnected) await spendAssertion(server, id, jti, exp);
-    } else if (isHeld && (await publishedClient(server, id)).auth) { // its present document decides
-      throw unauthenticated("This client must authenticate by private_key_jwt, as its metadata says");
+    } else if (isHeld) {
+      const { auth } = await publishedClient(server, id); // its present document decides
+      assertClient(!auth, "This client must authenticate by private_key_jwt, as its metadata says");
     }
   } catch (error) {
     const isOurs = error instanceof OAuthError; // what other servers say is for the owner only
     const reason = isOurs ? error.message : String(error);
     if (isConnected) server.emit("client_assertion_refused", `${id}: ${reason}`, isOurs ? {} : { cause: error });
-    if (!isTemporary(error)) throw unauthenticated(isOurs ? reason : "The client's keys cannot be used");
-    // Any other connection goes on: to ignore an assertion is no weaker than to accept a request without one.
+    assertClient(isTemporary(error), isOurs ? reason : "The client's keys cannot be used");
+    // Others go on: to ignore an assertion is no weaker than to accept a request without one.
     if (isHeld) throw tryLater("The client's keys cannot be fetched at the moment");
   }
   return publicClient(id);
@@ -830,7 +831,7 @@ const MAX_TRIED_KEYS = 4;
 type Jwk = Record<string, string | undefined>;
 type Algorithm = { kty: string; name: string; [more: string]: unknown };
 
-/** What each `alg` means, with the one type of key it takes: so a public key is never the secret of an HMAC. */
+/** What each `alg` means, with the one type of key it takes: a public key is never the secret of an HMAC. */
 const ASSERTION_ALGORITHMS: Record<string, Algorithm> = {
   ES256: { kty: "EC", namedCurve: "P-256", name: "ECDSA", hash: "SHA-256" },
   RS256: { kty: "RSA", name: "RSASSA-PKCS1-v1_5", hash: "SHA-256" },
@@ -838,7 +839,7 @@ const ASSERTION_ALGORITHMS: Record<string, Algorithm> = {
   EdDSA: { kty: "OKP", namedCurve: "Ed25519", name: "Ed25519" },
 };
 
-/** Decodes an assertion (a JWT, RFC 7519) without believing any of it. */
+/** Decodes a JWT (RFC 7519) without believing any of it. */
 function readAssertion(assertion: string) {
   const [head = "", body = "", tail = "", more] = assertion.split(".");
   try {
@@ -846,7 +847,7 @@ function readAssertion(assertion: string) {
     const [signature, signed] = [base64Bytes(tail), utf8.encode(`${head}.${body}`)];
     if (more === undefined && isObject(header) && isObject(claims)) return { header, claims, signature, signed };
   } catch { /* no JWT */ }
-  throw unauthenticated("The client_assertion is not a JWT");
+  assertClient(false, "The client_assertion is not a JWT");
 }
 
 /** Verifies a client's assertion. @see https://www.rfc-editor.org/rfc/rfc7523#section-3 */
@@ -854,31 +855,31 @@ async function verifyAssertion(server: Server, id: string, assertion: string) {
   const jwt = readAssertion(assertion);
   const { header: { alg, kid, typ, crit }, claims: { iss, sub, aud, exp, nbf = 0, iat = 0, jti } } = jwt;
   const now = seconds();
-  const audiences = [server.issuer, `${server.issuer}/token`];
+  const { issuer } = server;
   const isWithin = (at: unknown, from: number, to: number) =>
     typeof at === "number" && at > from - MAX_CLOCK_SKEW && at < to + MAX_CLOCK_SKEW;
   const rules: [good: unknown, must: string][] = [
     [Object.hasOwn(ASSERTION_ALGORITHMS, alg), `be signed by one of ${Object.keys(ASSERTION_ALGORITHMS).join(", ")}`],
     [crit === undefined, "have no critical extensions"],
-    // Not a token that the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
+    // Not what the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
     [/^(application\/)?(client-authentication\+)?jwt$/i.test(typ ?? "JWT"), "be of the type JWT"],
     [iss === id && sub === id, "have the client_id as iss and sub"],
-    [[aud].flat().some((to) => audiences.includes(to)), `have aud "${server.issuer}"`],
+    [[aud].flat().some((to) => to === issuer || to === `${issuer}/token`), `have aud "${issuer}"`],
     [isWithin(exp, now, now + MAX_ASSERTION_AGE), `expire within the next ${MAX_ASSERTION_AGE} seconds`],
     [isWithin(nbf, 0, now) && isWithin(iat, 0, now), "have nbf and iat in the past"],
     [isString(jti) && jti !== "" && jti.length <= 256, "have a jti of 256 characters at the most"],
   ];
-  for (const [good, must] of rules) if (!good) throw unauthenticated(`The client_assertion must ${must}`);
+  for (const [good, must] of rules) assertClient(good, `The client_assertion must ${must}`);
   const algorithm = ASSERTION_ALGORITHMS[alg]!;
-  for (const since of [0, now]) { // keys that do not fit are fetched again, once: they may just have been changed
+  for (const since of [0, now]) { // once more if none fits: they may just have been changed
     const keys = (await publishedKeys(server, id, since)).filter((key) => fits(key, jwt.header, algorithm));
     for (const key of keys.slice(0, MAX_TRIED_KEYS)) if (await isSignedBy(key, jwt, algorithm)) return { jti, exp };
     if (keys.length > 0 && kid !== undefined) break;
   }
-  throw unauthenticated("The client_assertion is signed by none of the client's keys");
+  assertClient(false, "The client_assertion is signed by none of the client's keys");
 }
 
-/** Tells whether a key may be tried. A stranger's own keys could make each request cost much computing. */
+/** Tells whether a key may be tried. With keys of any size, each request could cost much computing. */
 function fits({ kty, crv, n = "", e = "", kid, alg, use = "sig" }: Jwk, header: Jwk, algorithm: Algorithm) {
   const isCommon = kty !== "RSA" || (n.length >= 342 && n.length <= 683 && e.length <= 4); // 2,048 to 4,096 bits
   const isChosen = kid === (header.kid ?? kid) && header.alg === (alg ?? header.alg) && use === "sig";
@@ -895,12 +896,12 @@ async function isSignedBy({ kty, crv, x, y, n, e }: Jwk, jwt: ReturnType<typeof 
   }
 }
 
-/** Spends an assertion, so that whoever reads it on its way cannot use it on any server of this store. */
+/** Spends an assertion: whoever reads it on its way can use it on no server of this store. */
 async function spendAssertion(server: Server, id: string, jti: string, exp: number) {
   const user = random(16);
   const key = `assertion/${await server.mac("assertion", id, jti)}`;
   const first = await server.store.update(key, (current) => current ?? user, { expiresAt: exp + MAX_CLOCK_SKEW });
-  if (first !== user) throw unauthenticated("The client_assertion was used before");
+  assertClient(first === user, "The client_assertion was used before");
 }
 
 // --- Client ID Metadata Documents ---
@@ -914,41 +915,35 @@ const MAX_DOWNLOADS_PER_MINUTE = 60;
 
 /** In memory only, and bounded, because strangers can fill it. */
 interface DocumentCache {
-  copies: Map<string, { body: unknown; at: number; fresh: number }>; // by client and URL: no client changes another's
-  underWay: Map<string, Download>; // by URL
+  copies: Map<string, { body: unknown; at: number; fresh: number }>; // by client and URL: none changes another's
+  underWay: Map<string, Download>; // by URL, the oldest first
   asked: Map<string, { times: number; since: number }>; // by host, or by connected client
-  own: Set<string>; // clients with a connection: their copies and downloads are out of strangers' reach
+  own: Set<string>; // clients with a connection: strangers push out none of their copies and downloads
 }
 
-interface Download {
-  host: string;
-  started: number;
-  controller: AbortController;
-  answer: ReturnType<typeof fetchJson>;
-}
+type Download = { host: string; since: number; controller: AbortController; answer: ReturnType<typeof fetchJson> };
 
 /** @see https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document */
-function isDocumentUrl(client_id: string) {
-  if (client_id.length > MAX_CLIENT_ID_LENGTH || !/^https:\/\/[^/@]+\/[^?#][^#]*$/.test(client_id)) return false;
-  return URL.parse(client_id)?.href === client_id; // in one form only: client ids are compared as strings
+function isDocumentUrl(id: string) {
+  if (id.length > MAX_CLIENT_ID_LENGTH || !/^https:\/\/[^/@]+\/[^?#][^#]*$/.test(id)) return false;
+  return URL.parse(id)?.href === id; // in one form only: client ids are compared as strings
 }
 
 const publicClient = (id: string, more: Partial<Client> = {}): Client => (
   { id, name: new URL(id).host, redirect_uris: [], refreshes: true, source: "document", ...more }
 );
 
-async function documentClient(server: Server, client_id: string) {
+async function documentClient(server: Server, id: string) {
   try {
-    return await publishedClient(server, client_id);
+    return await publishedClient(server, id);
   } catch (cause) {
     // A document that was withdrawn or is wrong gets no stand-in: its author may have meant it.
-    const known = isTemporary(cause) && wellKnownClient(client_id);
+    const known = isTemporary(cause) && wellKnownClient(id);
     if (known) return known;
     const isOurs = cause instanceof OAuthError;
     if (isOurs && cause.status === 503) throw cause;
-    const reason = isOurs ? cause.message : "it cannot be read";
+    const description = `The app's metadata at ${id} cannot be used: ${isOurs ? cause.message : "it cannot be read"}`;
     // Not invalid_client: the client would take its registration for dead and come back with the same address.
-    const description = `The app's metadata at ${client_id} cannot be used: ${reason}`;
     throw invalidRequest(description, { event: "client_document_refused", cause });
   }
 }
@@ -957,30 +952,30 @@ const publishedClient = (server: Server, id: string, since?: number) =>
   fetchCached(server, id, id, (body) => readClientDocument(id, body), since);
 
 async function publishedKeys(server: Server, id: string, since: number) {
-  const { keys, jwks_uri = "" } = await publishedClient(server, id, since);
-  assertMetadata(keys || isDocumentUrl(jwks_uri), "The client publishes no keys");
-  return keys ?? await fetchCached(server, id, jwks_uri, readKeys, since);
+  const { keys } = await publishedClient(server, id, since);
+  assertMetadata(keys, "The client publishes no keys");
+  return isString(keys) ? await fetchCached(server, id, keys, readKeys, since) : keys;
 }
 
 function readClientDocument(id: string, body: unknown) {
   const { name, redirect_uris, refreshes, method } = readClientMetadata(body);
-  const { jwks, token_endpoint_auth_methods_supported: more, ...rest } = body as Record<string, unknown>;
+  const { jwks, jwks_uri, token_endpoint_auth_methods_supported: more, ...rest } = body as Record<string, unknown>;
   assertMetadata(rest.client_id === id, "it names another client_id"); // a copy of somebody else's document
   assertMetadata(name, "it has no client_name");
   const secret = [method, ...Object.keys(rest)].find((name) => name.startsWith("client_secret"));
   assertMetadata(!secret, `it relies on a shared secret (${secret}), which everybody can read`);
-  const offered = [method, ...(Array.isArray(more) ? more : [])];
-  const isPublic = offered.includes("none");
-  const isKnown = isPublic || offered.includes("private_key_jwt");
+  const methods = [method, ...(Array.isArray(more) ? more : [])];
+  const isPublic = methods.includes("none");
+  const isKnown = isPublic || methods.includes("private_key_jwt");
   assertMetadata(isKnown, `it asks for ${quote(method)}, which this server does not offer`);
-  const keys = jwks === undefined ? undefined : readKeys(jwks);
-  const jwks_uri = (isString(rest.jwks_uri) && URL.parse(rest.jwks_uri)?.href) || "";
-  assertMetadata(isPublic || keys || isDocumentUrl(jwks_uri), "it has neither jwks nor a jwks_uri of https");
+  const uri = (isString(jwks_uri) && URL.parse(jwks_uri)?.href) || "";
+  const keys = jwks ? readKeys(jwks) : isDocumentUrl(uri) && uri;
+  assertMetadata(isPublic || keys, "it has neither jwks nor a jwks_uri of https");
   const auth = isPublic ? undefined : "private_key_jwt";
-  return publicClient(id, { name, redirect_uris, refreshes, auth, keys, jwks_uri });
+  return publicClient(id, { name, redirect_uris, refreshes, auth, keys });
 }
 
-/** Reads the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
+/** Reads a JWK Set. One with a private key is refused, so that its author learns of it. */
 function readKeys(body: unknown): Jwk[] {
   const keys: unknown = isObject(body) ? body.keys : undefined;
   assertMetadata(Array.isArray(keys) && keys.every(isObject), "jwks must be a JWK Set");
@@ -989,7 +984,7 @@ function readKeys(body: unknown): Jwk[] {
   return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, value]) => isString(value))));
 }
 
-/** Returns what `parse` makes of a JSON document, as it was after `since`. An old copy stands in during an outage. */
+/** Returns what `parse` makes of a document as it was after `since`, or of an old copy during an outage. */
 async function fetchCached<T>(server: Server, id: string, url: string, parse: (body: unknown) => T, since = 0) {
   const { copies } = server.documents;
   const key = `${id} ${url}`;
@@ -1000,7 +995,7 @@ async function fetchCached<T>(server: Server, id: string, url: string, parse: (b
   try {
     const { body, maxAge } = await download(server, url, id);
     const parsed = parse(body);
-    remember(server.documents, copies, key, { body, at, fresh: at + maxAge });
+    remember(server, copies, key, { body, at, fresh: at + maxAge });
     return parsed;
   } catch (error) {
     if (!isTemporary(error)) copies.delete(key); // errors are not cached: what its author repairs works at once
@@ -1009,23 +1004,23 @@ async function fetchCached<T>(server: Server, id: string, url: string, parse: (b
   }
 }
 
-class Unusable extends Error {} // a document, by a fault of its own: anything else that fails is an outage
+class Unusable extends Error {} // by a fault of its own: anything else that fails is an outage
 
-function isTemporary(error: unknown) {
-  if (error instanceof OAuthError) return error.status === 503;
-  return ![Unusable, TooLarge, SyntaxError].some((fault) => error instanceof fault);
-}
+const isTemporary = (error: unknown) =>
+  error instanceof OAuthError
+    ? error.status === 503
+    : ![Unusable, TooLarge, SyntaxError].some((it) => error instanceof it);
 
 const tryLater = (description: string) =>
   new OAuthError("temporarily_unavailable", description, { status: 503, headers: { "Retry-After": "5" } });
 
 /** Sets an entry of a map that forgets its oldest ones, but those of connected clients last. */
-function remember<T>({ own }: DocumentCache, map: Map<string, T>, key: string, value: T): void {
+function remember<T>({ documents: { own } }: Server, map: Map<string, T>, key: string, value: T) {
   map.delete(key); // moves it to the end
   map.set(key, value);
-  if (map.size <= MAX_DOCUMENTS) return;
   const keys = [...map.keys()];
-  map.delete(keys.find((key) => !own.has(key.split(" ")[0]!)) ?? keys[0]!);
+  const oldest = keys.find((key) => !own.has(key.split(" ")[0]!)) ?? keys[0]!;
+  if (map.size > MAX_DOCUMENTS) map.delete(oldest);
 }
 
 /** Downloads a document, once for all who ask meanwhile; throws 503 if too many are asked for. */
@@ -1033,41 +1028,39 @@ async function download(server: Server, url: string, id: string) {
   const { underWay, asked, own } = server.documents;
   const { hostname: host } = new URL(url);
   const inTheWay = () => {
-    const all = [...underWay.values()]; // the oldest first
+    const all = [...underWay.values()];
     const ofHost = all.filter((download) => download.host === host);
     if (ofHost.length >= MAX_DOWNLOADS_PER_HOST) return ofHost;
     return all.length >= MAX_DOWNLOADS ? all : [];
   };
   // A slow one gives way: silent hosts must not keep another app out.
-  const slow = inTheWay().find(({ started, controller }) => seconds() - started > 1 && !controller.signal.aborted);
+  const slow = inTheWay().find(({ since, controller }) => seconds() - since > 1 && !controller.signal.aborted);
   if (slow && !underWay.has(url)) {
     slow.controller.abort();
     await delay(100); // it counts until it is really over
   }
-  let current = underWay.get(url);
-  if (!current) {
-    const now = seconds();
-    const counted = own.has(id) ? id : host;
-    const recent = asked.get(counted);
-    const { times, since } = recent && Math.abs(now - recent.since) < MINUTE ? recent : { times: 0, since: now };
-    if (inTheWay().length > 0 || times >= MAX_DOWNLOADS_PER_MINUTE) {
-      throw tryLater("Too many apps are asking at once; try again in a few seconds");
-    }
-    remember(server.documents, asked, counted, { times: times + 1, since });
-    const controller = new AbortController();
-    const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(5000)]);
-    const work = fetchJson(server, url, signal).finally(() => underWay.delete(url));
-    current = { host, started: now, controller, answer: inTime(work, signal) };
-    underWay.set(url, current);
+  const running = underWay.get(url);
+  if (running) return await running.answer;
+  const now = seconds();
+  const counted = own.has(id) ? id : host;
+  const recent = asked.get(counted);
+  const { times, since } = recent && Math.abs(now - recent.since) < MINUTE ? recent : { times: 0, since: now };
+  if (inTheWay().length > 0 || times >= MAX_DOWNLOADS_PER_MINUTE) {
+    throw tryLater("Too many apps ask at once; try again in a few seconds");
   }
-  return await current.answer;
+  remember(server, asked, counted, { times: times + 1, since });
+  const controller = new AbortController();
+  const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(5000)]);
+  const answer = inTime(fetchJson(server, url, signal).finally(() => underWay.delete(url)), signal);
+  underWay.set(url, { host, since: now, controller, answer });
+  return await answer;
 }
 
 /** Fetches one document. Its time and size are counted on the stream, whatever its headers promise. */
 async function fetchJson({ fetchClientMetadata }: Server, url: string, signal: AbortSignal) {
   const { status, body, headers } = await fetchClientMetadata(url, signal);
   const text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : await body?.cancel();
-  // A refusal by a firewall, or too many requests, tell nothing about the document itself.
+  // A firewall's refusal, or too many requests, tell nothing about the document itself.
   if (status >= 500 || status === 403 || status === 429) throw new Error(`answered ${status}`);
   if (text === undefined) throw new Unusable(`answered ${status}`); // no redirects: they could lead anywhere
   const control = headers.get("Cache-Control")?.toLowerCase() ?? ""; // RFC 9111
@@ -1085,7 +1078,7 @@ function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
   });
 }
 
-/** Fetches from public addresses only: never from this machine, its network, or a cloud's metadata service. */
+/** Fetches from public addresses only: not from this machine, its network, or a cloud's metadata service. */
 async function fetchPublicly(url: string, signal: AbortSignal) {
   const [https, { isIP }] = [nodeModule("node:https"), nodeModule("node:net")];
   const { hostname } = new URL(url);
@@ -1096,10 +1089,10 @@ async function fetchPublicly(url: string, signal: AbortSignal) {
   const addresses = found.map((address) => ({ address, family: isIP(address) }));
   const [first] = addresses;
   if (!first) throw new Error(`${hostname} has no address`);
-  // Only to an address that was checked: a name that changes its answer in between gains nothing.
-  const lookup = (_name: string, { all }: { all?: boolean }, callback: (...args: unknown[]) => void) =>
-    all ? callback(null, addresses) : callback(null, first.address, first.family);
-  // A proxy that the environment prescribes would look the name up again, and connect to whatever it finds.
+  // Only to what was checked: a name that changes its answer in between gains nothing.
+  const lookup = (_name: string, { all }: { all?: boolean }, done: (...found: unknown[]) => void) =>
+    all ? done(null, addresses) : done(null, first.address, first.family);
+  // A proxy of the environment would look the name up again, and connect to whatever it finds.
   const agent = new https.Agent({ proxyEnv: {} });
   const headers = { Accept: "application/json", "User-Agent": "personal-auth" };
   // deno-lint-ignore no-explicit-any
@@ -1112,12 +1105,13 @@ async function fetchPublicly(url: string, signal: AbortSignal) {
   return new Response(body, { status, headers: { "Cache-Control": message.headers["cache-control"] ?? "" } });
 }
 
-/** Resolves a name by queries that can be ended: a silent name server would use up getaddrinfo()'s few threads. */
+/** Resolves a name, by queries that can be ended: a silent name server would use up getaddrinfo()'s threads. */
 async function resolveName(hostname: string, signal: AbortSignal) {
   const resolver = new (nodeModule("node:dns").promises.Resolver)({ timeout: 1000, tries: 2 });
   signal.addEventListener("abort", () => resolver.cancel());
-  const queries: Promise<string[]>[] = [resolver.resolve4(hostname), resolver.resolve6(hostname)];
-  return (await Promise.all(queries.map((query) => query.catch(() => [])))).flat(); // a family may have none
+  const none = () => []; // a family may have none
+  const both = [resolver.resolve4(hostname).catch(none), resolver.resolve6(hostname).catch(none)];
+  return (await Promise.all<string[]>(both)).flat();
 }
 
 /** What is not public by the special-purpose address registries (RFC 6890). The last of IPv4 is Azure's. */
@@ -1157,12 +1151,13 @@ const WELL_KNOWN_CLIENTS: Record<string, string> = {
     "http://localhost/",
 };
 
-function wellKnownClient(client_id: string) {
-  const [, segment = " "] = client_id.match(/\/([\w-]+)\/client\.json$/) ?? []; // no URL holds a space
+function wellKnownClient(id: string) {
+  const [, segment = " "] = id.match(/\/([\w-]+)\/client\.json$/) ?? []; // no URL holds a space
   const fill = (text: string) => text.replace("*", segment);
-  const known = Object.entries(WELL_KNOWN_CLIENTS).find(([id]) => client_id === `https://${fill(id)}`);
-  const [name, redirect_uris] = known ? fill(known[1]).split(" → ") : [];
-  return name && redirect_uris && publicClient(client_id, { name, redirect_uris: redirect_uris.split(" ") });
+  for (const [address, client] of Object.entries(WELL_KNOWN_CLIENTS)) {
+    const [name = "", uris = ""] = fill(client).split(" → ");
+    if (id === `https://${fill(address)}`) return publicClient(id, { name, redirect_uris: uris.split(" ") });
+  }
 }
 
 // --- Redirect policy ---
