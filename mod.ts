@@ -795,11 +795,11 @@ function assertClient(good: unknown, description: string): asserts good {
 /** Authenticates a client with a document: by an assertion, or by nothing where its grant allows that. */
 async function authenticatePublished(server: Server, id: string, form: URLSearchParams) {
   const places = [["pac", "code"], ["prt", "refresh_token"], ["prt", "token"], ["pat", "token"]] as const;
-  const ids = places.map(([kind, name]) => grantId(kind, form.get(name) ?? ""));
-  const records = await Promise.all(ids.map((id) => id ? readGrant(server, id) : undefined));
-  const clients = records.map((grant) => grant?.client).filter((client) => client?.id === id);
+  const ids = places.flatMap(([kind, name]) => grantId(kind, form.get(name) ?? "") ?? []);
+  const grants = await Promise.all(ids.map((id) => readGrant(server, id)));
+  const clients = grants.flatMap((grant) => grant?.client.id === id ? [grant.client] : []);
   const isConnected = clients.length > 0;
-  const isHeld = clients.some((client) => client?.auth);
+  const isHeld = clients.some(({ auth }) => auth);
   if (isConnected) server.documents.own.add(id);
   const assertion = form.get("client_assertion");
   try {
@@ -853,16 +853,17 @@ function readAssertion(assertion: string) {
 /** Verifies a client's assertion. @see https://www.rfc-editor.org/rfc/rfc7523#section-3 */
 async function verifyAssertion(server: Server, id: string, assertion: string) {
   const jwt = readAssertion(assertion);
-  const { header: { alg, kid, typ, crit }, claims: { iss, sub, aud, exp, nbf = 0, iat = 0, jti } } = jwt;
-  const now = seconds();
+  const { header: { alg, kid, typ = "JWT", crit }, claims: { iss, sub, aud, exp, nbf = 0, iat = 0, jti } } = jwt;
   const { issuer } = server;
+  const algorithms = Object.keys(ASSERTION_ALGORITHMS);
+  const now = seconds();
   const isWithin = (at: unknown, from: number, to: number) =>
     typeof at === "number" && at > from - MAX_CLOCK_SKEW && at < to + MAX_CLOCK_SKEW;
   const rules: [good: unknown, must: string][] = [
-    [Object.hasOwn(ASSERTION_ALGORITHMS, alg), `be signed by one of ${Object.keys(ASSERTION_ALGORITHMS).join(", ")}`],
+    [algorithms.includes(alg), `be signed by one of ${algorithms.join(", ")}`],
     [crit === undefined, "have no critical extensions"],
     // Not what the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
-    [/^(application\/)?(client-authentication\+)?jwt$/i.test(typ ?? "JWT"), "be of the type JWT"],
+    [isString(typ) && /^(application\/)?(client-authentication\+)?jwt$/i.test(typ), "be of the type JWT"],
     [iss === id && sub === id, "have the client_id as iss and sub"],
     [[aud].flat().some((to) => to === issuer || to === `${issuer}/token`), `have aud "${issuer}"`],
     [isWithin(exp, now, now + MAX_ASSERTION_AGE), `expire within the next ${MAX_ASSERTION_AGE} seconds`],
@@ -921,7 +922,13 @@ interface DocumentCache {
   own: Set<string>; // clients with a connection: strangers push out none of their copies and downloads
 }
 
-type Download = { host: string; since: number; controller: AbortController; answer: ReturnType<typeof fetchJson> };
+interface Download {
+  host: string;
+  since: number;
+  controller: AbortController;
+  over: ReturnType<typeof fetchJson>; // when it has really ended, although nobody waits for it any more
+  answer: Download["over"];
+}
 
 /** @see https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document */
 function isDocumentUrl(id: string) {
@@ -1037,7 +1044,7 @@ async function download(server: Server, url: string, id: string) {
   const slow = inTheWay().find(({ since, controller }) => seconds() - since > 1 && !controller.signal.aborted);
   if (slow && !underWay.has(url)) {
     slow.controller.abort();
-    await delay(100); // it counts until it is really over
+    await Promise.race([slow.over.catch(() => {}), delay(100)]); // at once, or others take its place
   }
   const running = underWay.get(url);
   if (running) return await running.answer;
@@ -1051,8 +1058,9 @@ async function download(server: Server, url: string, id: string) {
   remember(server, asked, counted, { times: times + 1, since });
   const controller = new AbortController();
   const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(5000)]);
-  const answer = inTime(fetchJson(server, url, signal).finally(() => underWay.delete(url)), signal);
-  underWay.set(url, { host, since: now, controller, answer });
+  const over = fetchJson(server, url, signal).finally(() => underWay.delete(url));
+  const answer = inTime(over, signal);
+  underWay.set(url, { host, since: now, controller, over, answer });
   return await answer;
 }
 

@@ -1300,6 +1300,8 @@ test("hostile assertions are refused in the standard's form, in bounded time", a
     "other issuer": await sign({ iss: other }),
     "other subject": await sign({ sub: other }),
     "another type": await sign({}, { typ: "at+jwt" }),
+    "a type that is no text": await sign({}, { typ: { toString: 1 } }),
+    "an alg that is no text": await sign({}, { alg: { toString: 1 } }),
     "a critical extension": await sign({}, { crit: ["exp"] }),
     "not JSON": `${encodePart("{")}.${encodePart("{")}.x`,
     "null": `${encodePart("null")}.${encodePart("null")}.x`,
