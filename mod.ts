@@ -916,7 +916,7 @@ const MAX_DOWNLOADS_PER_MINUTE = 60;
 
 /** In memory only, and bounded, because strangers can fill it. */
 interface DocumentCache {
-  copies: Map<string, { body: unknown; at: number; fresh: number }>; // by client and URL: none changes another's
+  copies: Map<string, { id: string; body: unknown; at: number; fresh: number }>; // by client and URL
   underWay: Map<string, Download>; // by URL, the oldest first
   asked: Map<string, { times: number; since: number }>; // by host, or by connected client
   own: Set<string>; // clients with a connection: strangers push out none of their copies and downloads
@@ -993,8 +993,8 @@ function readKeys(body: unknown): Jwk[] {
 
 /** Returns what `parse` makes of a document as it was after `since`, or of an old copy during an outage. */
 async function fetchCached<T>(server: Server, id: string, url: string, parse: (body: unknown) => T, since = 0) {
-  const { copies } = server.documents;
-  const key = `${id} ${url}`;
+  const { copies, own } = server.documents;
+  const key = `${id} ${url}`; // of its own for each client: nobody else replaces or removes its copy
   const known = copies.get(key);
   const copy = known && known.at >= since ? known : undefined;
   const at = seconds();
@@ -1002,7 +1002,7 @@ async function fetchCached<T>(server: Server, id: string, url: string, parse: (b
   try {
     const { body, maxAge } = await download(server, url, id);
     const parsed = parse(body);
-    remember(server, copies, key, { body, at, fresh: at + maxAge });
+    remember(copies, key, { id, body, at, fresh: at + maxAge }, ({ id }) => own.has(id));
     return parsed;
   } catch (error) {
     if (!isTemporary(error)) copies.delete(key); // errors are not cached: what its author repairs works at once
@@ -1021,13 +1021,13 @@ const isTemporary = (error: unknown) =>
 const tryLater = (description: string) =>
   new OAuthError("temporarily_unavailable", description, { status: 503, headers: { "Retry-After": "5" } });
 
-/** Sets an entry of a map that forgets its oldest ones, but those of connected clients last. */
-function remember<T>({ documents: { own } }: Server, map: Map<string, T>, key: string, value: T) {
+/** Sets an entry of a map that forgets its oldest ones, but kept ones last. */
+function remember<T>(map: Map<string, T>, key: string, value: T, isKept = (_: T) => false): void {
   map.delete(key); // moves it to the end
   map.set(key, value);
+  if (map.size <= MAX_DOCUMENTS) return;
   const keys = [...map.keys()];
-  const oldest = keys.find((key) => !own.has(key.split(" ")[0]!)) ?? keys[0]!;
-  if (map.size > MAX_DOCUMENTS) map.delete(oldest);
+  map.delete(keys.find((key) => !isKept(map.get(key)!)) ?? keys[0]!);
 }
 
 /** Downloads a document, once for all who ask meanwhile; throws 503 if too many are asked for. */
@@ -1055,7 +1055,7 @@ async function download(server: Server, url: string, id: string) {
   if (inTheWay().length > 0 || times >= MAX_DOWNLOADS_PER_MINUTE) {
     throw tryLater("Too many apps ask at once; try again in a few seconds");
   }
-  remember(server, asked, counted, { times: times + 1, since });
+  remember(asked, counted, { times: times + 1, since });
   const controller = new AbortController();
   const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(5000)]);
   const over = fetchJson(server, url, signal).finally(() => underWay.delete(url));
