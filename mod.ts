@@ -646,17 +646,16 @@ function protectedResourceMetadata({ issuer, resource, scopes, pages }: Server) 
 
 // --- Clients ---
 
-/** A client, whatever its origin. A public one has no secret; `auth` is the only way that its document offers. */
+/** A client of any origin. `auth`: its document offers nothing else. */
 interface Client {
   id: string;
   name: string;
   redirect_uris: string[];
-  secret?: string;
+  secret?: string | undefined;
   refreshes: boolean;
   source: "preregistered" | "registered" | "document";
-  auth?: "private_key_jwt";
-  jwks?: unknown;
-  jwks_uri?: string;
+  auth?: "private_key_jwt" | undefined;
+  keys?: Jwk[] | string | false; // or where they are
 }
 
 const MAX_BODY_BYTES = 64 * 1024;
@@ -665,32 +664,30 @@ const MAX_URI_LENGTH = 4096;
 const MAX_CLIENT_ID_LENGTH = 2048;
 
 /** Registers a client and stores nothing. @see https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 */
-async function registerClient(server: Server, c: Context): Promise<Response> {
-  const metadata = readClientMetadata(await readJson(c));
-  const { redirect_uris: asked, client_name, method, refreshes, scope, ...echo } = metadata;
-  const refusals = asked.map((uri) => redirectRefusal(server.allowed, uri));
-  const redirect_uris = asked.filter((_, i) => refusals[i] === undefined); // a part: Cursor sends mixed lists
-  const reasons = refusals.filter(isString).join("; ");
-  if (reasons) server.emit("redirect_refused", reasons.slice(0, 1000), { clientName: client_name });
-  // At once, and not later at /authorize: Claude Desktop then tries again with localhost.
+async function registerClient(server: Server, c: Context) {
+  const { redirect_uris: asked, name, method, refreshes, scope, ...echo } = readClientMetadata(await readJson(c));
+  const refusal = (uri: string) => redirectRefusal(server.allowed, uri);
+  const redirect_uris = asked.filter((uri) => !refusal(uri)); // a part: Cursor sends mixed lists
+  const reasons = asked.flatMap((uri) => refusal(uri) ?? []).join("; ");
+  if (reasons) server.emit("redirect_refused", reasons.slice(0, 1000), { clientName: name });
+  // At once, not at /authorize: Claude Desktop then tries again with localhost.
   if (redirect_uris.length === 0) throw new OAuthError("invalid_redirect_uri", reasons);
-  const confidential = method === "client_secret_post" || method === "client_secret_basic";
-  const signed = { n: client_name, r: redirect_uris, ...(confidential && { s: 1 }), ...(!refreshes && { o: 1 }) };
+  const hasSecret = method === "client_secret_post" || method === "client_secret_basic";
   // A client_id is the metadata with a MAC, so that a flood of registrations leaves no trace.
-  const payload = base64url(utf8.encode(JSON.stringify(signed)));
-  const client_id = await signedId(server, payload);
+  const signed = { n: name, r: redirect_uris, ...(hasSecret && { s: 1 }), ...(!refreshes && { o: 1 }) };
+  const client_id = await signedId(server, base64url(utf8.encode(JSON.stringify(signed))));
   assertMetadata(client_id.length <= MAX_CLIENT_ID_LENGTH, "client_name and redirect_uris are too long");
-  server.emit("client_registered", "a client registered", { clientName: client_name });
-  noteAttempt(server, { id: client_id, name: client_name }, { introduced: seconds() });
+  server.emit("client_registered", "a client registered", { clientName: name });
+  noteAttempt(server, { id: client_id, name }, { introduced: seconds() });
   const answer = {
     client_id,
     client_id_issued_at: Math.floor(seconds()),
-    ...(confidential && { client_secret: await clientSecret(server, client_id), client_secret_expires_at: 0 }),
-    ...defined({ client_name: client_name || undefined, ...echo }),
+    ...(hasSecret && { client_secret: await clientSecret(server, client_id), client_secret_expires_at: 0 }),
+    ...defined({ client_name: name || undefined, ...echo }),
     redirect_uris,
-    // This may differ from what was requested (RFC 7591 §3.2.1): clients read the answer.
-    token_endpoint_auth_method: confidential ? method : "none",
-    grant_types: refreshes ? ["authorization_code", "refresh_token"] : ["authorization_code"],
+    // It may differ from the request (RFC 7591 §3.2.1): clients read the answer.
+    token_endpoint_auth_method: hasSecret ? method : "none",
+    grant_types: ["authorization_code", ...(refreshes ? ["refresh_token"] : [])],
     response_types: ["code"],
     scope: grantedScopes(scope, server.scopes).join(" "),
   };
@@ -704,138 +701,141 @@ function assertMetadata(good: unknown, description: string): asserts good {
   if (!good) throw new OAuthError("invalid_client_metadata", description);
 }
 
-/** Reads the members of RFC 7591 §2 that matter here. `null` counts as absent. */
+/** Reads metadata (RFC 7591 §2). `null` counts as absent. */
 function readClientMetadata(body: unknown) {
   assertMetadata(isObject(body), "The body must be a JSON object");
-  const text = (name: string): string | undefined => {
-    assertMetadata(isString(body[name] ?? ""), `${name} must be a string`);
-    return body[name] || undefined;
+  const text = (name: string) => {
+    const value = body[name] ?? "";
+    assertMetadata(isString(value), `${name} must be a string`);
+    return value || undefined;
   };
-  const list = (name: string, needed?: string): string[] | undefined => {
-    const value = body[name] ?? undefined;
-    assertMetadata(isStringList(value ?? []), `${name} must be a list of strings`);
-    assertMetadata(!value || !needed || value.includes(needed), `${name} must hold ${needed}`);
+  const list = (name: string, otherwise: string[]) => {
+    const value = body[name] ?? otherwise;
+    const [needed] = otherwise;
+    assertMetadata(isStringList(value), `${name} must be a list of strings`);
+    assertMetadata(!needed || value.includes(needed), `${name} must hold ${needed}`);
     return value;
   };
-  const redirect_uris = [...new Set(list("redirect_uris"))];
+  const redirect_uris = [...new Set(list("redirect_uris", []))];
   if (redirect_uris.length === 0) throw new OAuthError("invalid_redirect_uri", "redirect_uris is missing or empty");
   assertMetadata(redirect_uris.length <= MAX_REDIRECT_URIS, `redirect_uris may hold ${MAX_REDIRECT_URIS} at the most`);
-  list("response_types", "code");
-  const client_uri = text("client_uri")?.slice(0, MAX_URI_LENGTH) ?? "";
+  list("response_types", ["code"]);
+  const client_uri = text("client_uri");
   return {
     redirect_uris,
-    client_name: printable(text("client_name") ?? ""),
-    refreshes: list("grant_types", "authorization_code")?.includes("refresh_token") ?? true,
+    name: printable(text("client_name") ?? ""),
+    refreshes: list("grant_types", ["authorization_code", "refresh_token"]).includes("refresh_token"),
     method: text("token_endpoint_auth_method") ?? "none",
     scope: text("scope"),
-    client_uri: URL.parse(client_uri)?.protocol === "https:" ? client_uri : undefined,
+    client_uri: unsafeRedirect(client_uri) ? undefined : client_uri,
     software_id: text("software_id"),
     software_version: text("software_version"),
     application_type: text("application_type"),
   };
 }
 
-/** Returns a name for the owner's pages, without what makes a page look like something else. */
-function printable(name: string): string {
+/** Takes from a name what could make the owner's page look like something else. */
+function printable(name: string) {
   const visible = name.slice(0, 2000)
-    .replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
-    .replace(/(\p{M}{2})\p{M}+/gu, "$1") // more combining marks draw over the lines around them
-    .replace(/\p{Zs}+/gu, " ");
+    .replace(/[\p{C}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
+    .replace(/(\p{M}{2})\p{M}+/gu, "$1") // more marks draw over the lines around them
+    .replace(/\p{Z}+/gu, " ");
   return [...visible.trim()].slice(0, 200).join(""); // by characters: half of one breaks parsers
-}
-
-/** Finds the client that a client_id names. `isConnected`: for a connection that it has already. */
-async function resolveClient(server: Server, client_id: string, isConnected = false): Promise<Client | undefined> {
-  const known = preregistered(server, client_id);
-  if (known) {
-    const { client_secret: secret, redirect_uris, client_name: name = client_id } = known;
-    return { id: client_id, name, redirect_uris, ...defined({ secret }), refreshes: true, source: "preregistered" };
-  }
-  if (isDocumentUrl(client_id)) return await documentClient(server, client_id);
-  // With registration off, a client that registered before keeps its connections and gets no new one.
-  if (client_id.length > MAX_CLIENT_ID_LENGTH || !(server.registration || isConnected)) return undefined;
-  const [payload = ""] = client_id.split(".");
-  if (!equal(client_id, await signedId(server, payload))) return undefined;
-  const { n: name, r: redirect_uris, s, o } = JSON.parse(decodeBase64(payload)!);
-  const secret = s && { secret: await clientSecret(server, client_id) };
-  return { id: client_id, name, redirect_uris, ...secret, refreshes: !o, source: "registered" };
 }
 
 const preregistered = ({ clients }: Server, id: string) => clients.find(({ client_id }) => client_id === id);
 
+/** Finds a client. `isConnected`: for a connection that it has already. */
+async function resolveClient(server: Server, id: string, isConnected = false): Promise<Client | undefined> {
+  const known = preregistered(server, id);
+  if (known) {
+    const { client_secret: secret, redirect_uris, client_name: name = id } = known;
+    return { id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
+  }
+  if (isDocumentUrl(id)) return await documentClient(server, id);
+  // With registration off, who registered before keeps its connections and gets no new one.
+  if (!server.registration && !isConnected) return undefined;
+  const [payload = ""] = id.split(".");
+  if (!equal(id, await signedId(server, payload))) return undefined;
+  const { n: name, r: redirect_uris, s, o } = JSON.parse(decodeBase64(payload)!);
+  const secret = s && await clientSecret(server, id);
+  return { id, name, redirect_uris, secret, refreshes: !o, source: "registered" };
+}
+
 /** Authenticates a client. @see https://www.rfc-editor.org/rfc/rfc6749#section-2.3 */
-async function authenticateClient(server: Server, c: Context, form: URLSearchParams): Promise<Client> {
-  const { id, secrets } = clientCredentials(server, c.req.header("Authorization"), form);
+async function authenticateClient(server: Server, c: Context, form: URLSearchParams) {
+  const authorization = c.req.header("Authorization") ?? "";
+  const isBasic = /^basic /i.test(authorization);
+  const assertion = form.get("client_assertion");
+  let id = form.get("client_id") ?? (assertion && readAssertion(assertion).claims.sub);
+  let secrets = form.getAll("client_secret");
+  const ways = [isBasic, secrets.length > 0, assertion !== null].filter(Boolean);
+  if (ways.length > 1) throw invalidRequest("The client authenticates in more than one way (RFC 6749 §2.3)");
+  if (isBasic) {
+    const pair = decodeBase64(authorization.slice(6))?.match(/^([^:]*):(.*)$/s);
+    assertClient(pair, "The Basic credentials cannot be read");
+    const [, name = "", password = ""] = pair;
+    // RFC 6749 §2.3.1 form-encodes both halves; many clients do not. Each is taken in either way.
+    const decode = (value: string) => new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
+    const known = preregistered(server, name) ? name : decode(name);
+    assertClient(id === null || id === known, "client_id differs between header and body");
+    id = known;
+    secrets = [password, decode(password)];
+  }
+  assertClient(isString(id), "client_id is missing");
   if (isDocumentUrl(id) && !preregistered(server, id)) return await authenticatePublished(server, id, form);
   const client = await resolveClient(server, id, form.get("grant_type") !== "authorization_code");
-  if (!client) throw unauthenticated("This client is unknown here: register again");
+  assertClient(client, "This client is unknown here: register again");
   const { secret } = client;
-  if (secret === undefined || secrets.some((given) => equal(given, secret))) return client;
-  throw unauthenticated("The client_secret is missing or wrong");
+  const isGood = secret === undefined || secrets.some((given) => equal(given, secret));
+  assertClient(isGood, "The client_secret is missing or wrong");
+  return client;
 }
 
-const unauthenticated = (description: string) => new OAuthError("invalid_client", description, { status: 401 });
-
-function clientCredentials(server: Server, authorization = "", form: URLSearchParams) {
-  const assertion = form.get("client_assertion");
-  const id = form.get("client_id") ?? (assertion && readAssertion(assertion).claims.sub);
-  const isBasic = authorization.slice(0, 6).toLowerCase() === "basic ";
-  const ways = [isBasic, form.has("client_secret"), assertion !== null].filter((used) => used);
-  if (ways.length > 1) throw invalidRequest("The client authenticates in more than one way (RFC 6749 §2.3)");
-  if (!isBasic) {
-    if (!isString(id)) throw unauthenticated("client_id is missing");
-    return { id, secrets: form.getAll("client_secret") };
-  }
-  const [, name, password] = decodeBase64(authorization.slice(6).trim())?.match(/^([^:]*):(.*)$/s) ?? [];
-  if (name === undefined || password === undefined) throw unauthenticated("The Basic credentials cannot be read");
-  // RFC 6749 §2.3.1 form-encodes both halves; many clients do not. Each is taken in either way.
-  const decode = (value: string) => new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
-  const known = preregistered(server, name) ? name : decode(name);
-  if (id !== null && id !== known) throw unauthenticated("client_id differs between header and body");
-  return { id: known, secrets: [password, decode(password)] };
+function assertClient(good: unknown, description: string): asserts good {
+  if (!good) throw new OAuthError("invalid_client", description, { status: 401 });
 }
 
-/** Authenticates a client that publishes its metadata: by an assertion, or by nothing where its grant allows that. */
-async function authenticatePublished(server: Server, id: string, form: URLSearchParams): Promise<Client> {
-  const tokens = ["code", "refresh_token", "token"].map((name) => form.get(name) ?? "");
-  const ids = tokens.map((token) => grantId("pac", token) ?? grantId("prt", token) ?? grantId("pat", token));
-  const records = await Promise.all(ids.map((id) => id ? readGrant(server, id) : undefined));
-  const grants = records.filter((grant) => grant?.client.id === id);
-  const isConnected = grants.length > 0;
+/** Authenticates a client with a document: by an assertion, or by nothing where its grant allows that. */
+async function authenticatePublished(server: Server, id: string, form: URLSearchParams) {
+  const places = [["pac", "code"], ["prt", "refresh_token"], ["prt", "token"], ["pat", "token"]] as const;
+  const ids = places.flatMap(([kind, name]) => grantId(kind, form.get(name) ?? "") ?? []);
+  const grants = await Promise.all(ids.map((id) => readGrant(server, id)));
+  const clients = grants.flatMap((grant) => grant?.client.id === id ? [grant.client] : []);
+  const isConnected = clients.length > 0;
+  const isHeld = clients.some(({ auth }) => auth);
   if (isConnected) server.documents.own.add(id);
-  const isHeld = grants.some((grant) => grant?.client.auth);
   const assertion = form.get("client_assertion");
   try {
     if (assertion !== null) {
-      if (form.get("client_assertion_type") !== ASSERTION_TYPE) throw unauthenticated("client_assertion_type is wrong");
+      assertClient(form.get("client_assertion_type") === ASSERTION_TYPE, "client_assertion_type is wrong");
       const { jti, exp } = await verifyAssertion(server, id, assertion);
       // Only for a connection that there is, or strangers with keys of their own could fill the store.
       if (isConnected) await spendAssertion(server, id, jti, exp);
-    } else if (isHeld && (await publishedClient(server, id)).auth) { // its present document decides
-      throw unauthenticated("This client must authenticate by private_key_jwt, as its metadata says");
+    } else if (isHeld) {
+      const { auth } = await publishedClient(server, id); // its present document decides
+      assertClient(!auth, "This client must authenticate by private_key_jwt, as its metadata says");
     }
   } catch (error) {
-    const { message, cause } = error as Error;
-    if (isConnected) server.emit("client_assertion_refused", `${id}: ${message}`, defined({ cause }));
     const isOurs = error instanceof OAuthError; // what other servers say is for the owner only
-    if (!isTemporary(error)) throw unauthenticated(isOurs ? message : "The client's keys cannot be used");
-    // Any other connection goes on: to ignore an assertion is no weaker than to accept a request without one.
+    const reason = isOurs ? error.message : String(error);
+    if (isConnected) server.emit("client_assertion_refused", `${id}: ${reason}`, isOurs ? {} : { cause: error });
+    assertClient(isTemporary(error), isOurs ? reason : "The client's keys cannot be used");
+    // Others go on: to ignore an assertion is no weaker than to accept a request without one.
     if (isHeld) throw tryLater("The client's keys cannot be fetched at the moment");
   }
   return publicClient(id);
 }
 
 const ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
-const MAX_ASSERTION_LENGTH = 8 * 1024;
 const MAX_ASSERTION_AGE = HOUR;
 const MAX_CLOCK_SKEW = MINUTE;
-const MAX_KEYS = 20;
 const MAX_TRIED_KEYS = 4;
 
-type Algorithm = { kty: string; namedCurve?: string; name: string; hash?: string; saltLength?: number };
 type Jwk = Record<string, string | undefined>;
+type Algorithm = { kty: string; name: string; [more: string]: unknown };
 
-/** What each `alg` means, with the one type of key it takes: so a public key is never the secret of an HMAC. */
+/** What each `alg` means, with the one type of key it takes: a public key is never the secret of an HMAC. */
 const ASSERTION_ALGORITHMS: Record<string, Algorithm> = {
   ES256: { kty: "EC", namedCurve: "P-256", name: "ECDSA", hash: "SHA-256" },
   RS256: { kty: "RSA", name: "RSASSA-PKCS1-v1_5", hash: "SHA-256" },
@@ -843,76 +843,70 @@ const ASSERTION_ALGORITHMS: Record<string, Algorithm> = {
   EdDSA: { kty: "OKP", namedCurve: "Ed25519", name: "Ed25519" },
 };
 
-/** Decodes an assertion (a JWT, RFC 7519) without believing any of it. */
+/** Decodes a JWT (RFC 7519) without believing any of it. */
 function readAssertion(assertion: string) {
-  const parts = assertion.length > MAX_ASSERTION_LENGTH ? [] : assertion.split(".");
+  const [head = "", body = "", tail = "", more] = assertion.split(".");
   try {
-    const [header, claims] = parts.slice(0, 2).map((part) => JSON.parse(decodeBase64(part)!));
-    const [signature, signed] = [base64Bytes(parts[2]!), utf8.encode(parts.slice(0, 2).join("."))];
-    if (parts.length === 3 && isObject(header) && isObject(claims)) return { header, claims, signature, signed };
+    const [header, claims] = [head, body].map((part) => JSON.parse(decodeBase64(part)!));
+    const [signature, signed] = [base64Bytes(tail), utf8.encode(`${head}.${body}`)];
+    if (more === undefined && isObject(header) && isObject(claims)) return { header, claims, signature, signed };
   } catch { /* no JWT */ }
-  throw unauthenticated("The client_assertion is not a JWT");
+  assertClient(false, "The client_assertion is not a JWT");
 }
 
 /** Verifies a client's assertion. @see https://www.rfc-editor.org/rfc/rfc7523#section-3 */
 async function verifyAssertion(server: Server, id: string, assertion: string) {
   const jwt = readAssertion(assertion);
-  const { header, claims: { iss, sub, aud, exp, nbf = 0, iat = 0, jti } } = jwt;
-  const must = (good: unknown, what: string) => {
-    if (!good) throw unauthenticated(`The client_assertion must ${what}`);
-  };
+  const { header: { alg, kid, typ = "JWT", crit }, claims: { iss, sub, aud, exp, nbf = 0, iat = 0, jti } } = jwt;
+  const { issuer } = server;
+  const algorithms = Object.keys(ASSERTION_ALGORITHMS);
   const now = seconds();
-  const algorithm = Object.hasOwn(ASSERTION_ALGORITHMS, header.alg) && ASSERTION_ALGORITHMS[header.alg];
-  must(algorithm, `be signed by one of ${Object.keys(ASSERTION_ALGORITHMS).join(", ")}`);
-  must(header.crit === undefined, "have no critical extensions");
-  // Not a token that the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
-  must(/^(application\/)?(client-authentication\+)?jwt$/i.test(header.typ ?? "JWT"), "be of the type JWT");
-  must(iss === id && sub === id, "have the client_id as iss and sub");
-  const audiences = [server.issuer, `${server.issuer}/token`];
-  must([aud].flat().some((to) => audiences.includes(to)), `have aud "${server.issuer}"`);
-  must(typeof exp === "number" && exp > now - MAX_CLOCK_SKEW, "have an exp in the future");
-  must(exp < now + MAX_ASSERTION_AGE + MAX_CLOCK_SKEW, `expire within ${MAX_ASSERTION_AGE} seconds`);
-  must([nbf, iat].every((at) => typeof at === "number" && at < now + MAX_CLOCK_SKEW), "have nbf and iat in the past");
-  must(isString(jti) && jti !== "" && jti.length <= 256, "have a jti of 256 characters at the most");
-  for (const since of [0, now]) { // keys that do not fit are fetched again, once: they may just have been changed
-    const keys = fittingKeys(await publishedKeys(server, id, since), header);
-    for (const key of keys.slice(0, MAX_TRIED_KEYS)) if (await isSignedBy(key, jwt)) return { jti, exp };
-    if (keys.length > 0 && header.kid !== undefined) break;
+  const isWithin = (at: unknown, from: number, to: number) =>
+    typeof at === "number" && at > from - MAX_CLOCK_SKEW && at < to + MAX_CLOCK_SKEW;
+  const rules: [good: unknown, must: string][] = [
+    [algorithms.includes(alg), `be signed by one of ${algorithms.join(", ")}`],
+    [crit === undefined, "have no critical extensions"],
+    // Not what the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
+    [isString(typ) && /^(application\/)?(client-authentication\+)?jwt$/i.test(typ), "be of the type JWT"],
+    [iss === id && sub === id, "have the client_id as iss and sub"],
+    [[aud].flat().some((to) => to === issuer || to === `${issuer}/token`), `have aud "${issuer}"`],
+    [isWithin(exp, now, now + MAX_ASSERTION_AGE), `expire within the next ${MAX_ASSERTION_AGE} seconds`],
+    [isWithin(nbf, 0, now) && isWithin(iat, 0, now), "have nbf and iat in the past"],
+    [isString(jti) && jti !== "" && jti.length <= 256, "have a jti of 256 characters at the most"],
+  ];
+  for (const [good, must] of rules) assertClient(good, `The client_assertion must ${must}`);
+  const algorithm = ASSERTION_ALGORITHMS[alg]!;
+  for (const since of [0, now]) { // once more if none fits: they may just have been changed
+    const keys = (await publishedKeys(server, id, since)).filter((key) => fits(key, jwt.header, algorithm));
+    for (const key of keys.slice(0, MAX_TRIED_KEYS)) if (await isSignedBy(key, jwt, algorithm)) return { jti, exp };
+    if (keys.length > 0 && kid !== undefined) break;
   }
-  throw unauthenticated("The client_assertion is signed by none of the client's keys");
+  assertClient(false, "The client_assertion is signed by none of the client's keys");
 }
 
-function fittingKeys(keys: Jwk[], header: Jwk): Jwk[] {
-  const { kty, namedCurve } = ASSERTION_ALGORITHMS[header.alg!]!;
-  return keys.filter((key) => {
-    // RSA of 2,048 to 4,096 bits, or a stranger's own keys could make each request cost much computing.
-    const { n = "", e = "", alg = header.alg, use = "sig" } = key;
-    const isCommon = kty !== "RSA" || (n.length >= 342 && n.length <= 683 && e.length <= 4);
-    return key.kty === kty && key.crv === namedCurve && alg === header.alg && use === "sig" && isCommon &&
-      (header.kid === undefined || key.kid === header.kid);
-  });
+/** Tells whether a key may be tried. With keys of any size, each request could cost much computing. */
+function fits({ kty, crv, n = "", e = "", kid, alg, use = "sig" }: Jwk, header: Jwk, algorithm: Algorithm) {
+  const isCommon = kty !== "RSA" || (n.length >= 342 && n.length <= 683 && e.length <= 4); // 2,048 to 4,096 bits
+  const isChosen = kid === (header.kid ?? kid) && header.alg === (alg ?? header.alg) && use === "sig";
+  return isChosen && isCommon && kty === algorithm.kty && crv === algorithm.namedCurve;
 }
 
-async function isSignedBy(
-  { kty, crv, x, y, n, e }: Jwk,
-  { header, signature, signed }: ReturnType<typeof readAssertion>,
-) {
-  const algorithm = ASSERTION_ALGORITHMS[header.alg]!;
+async function isSignedBy({ kty, crv, x, y, n, e }: Jwk, jwt: ReturnType<typeof readAssertion>, algorithm: Algorithm) {
+  const members = defined({ kty, crv, x, y, n, e });
   try {
-    const members = defined({ kty, crv, x, y, n, e });
-    const imported = await crypto.subtle.importKey("jwk", members, algorithm, false, ["verify"]);
-    return await crypto.subtle.verify(algorithm, imported, signature, signed);
+    const key = await crypto.subtle.importKey("jwk", members, algorithm, false, ["verify"]);
+    return await crypto.subtle.verify(algorithm, key, jwt.signature, jwt.signed);
   } catch {
     return false; // no key
   }
 }
 
-/** Spends an assertion, so that whoever reads it on its way cannot use it on any server of this store. */
-async function spendAssertion(server: Server, id: string, jti: string, exp: number): Promise<void> {
+/** Spends an assertion: whoever reads it on its way can use it on no server of this store. */
+async function spendAssertion(server: Server, id: string, jti: string, exp: number) {
   const user = random(16);
   const key = `assertion/${await server.mac("assertion", id, jti)}`;
   const first = await server.store.update(key, (current) => current ?? user, { expiresAt: exp + MAX_CLOCK_SKEW });
-  if (first !== user) throw unauthenticated("The client_assertion was used before");
+  assertClient(first === user, "The client_assertion was used before");
 }
 
 // --- Client ID Metadata Documents ---
@@ -926,102 +920,108 @@ const MAX_DOWNLOADS_PER_MINUTE = 60;
 
 /** In memory only, and bounded, because strangers can fill it. */
 interface DocumentCache {
-  copies: Map<string, { id: string; body: unknown; at: number; fresh: number }>;
-  underWay: Map<string, ReturnType<typeof startDownload>>;
-  asked: Map<string, { times: number; since: number }>;
-  own: Set<string>; // clients with a connection: their copies and downloads are out of strangers' reach
+  copies: Map<string, { id: string; body: unknown; at: number; fresh: number }>; // by client and URL
+  underWay: Map<string, Download>; // by URL, the oldest first
+  asked: Map<string, { times: number; since: number }>; // by host, or by connected client
+  own: Set<string>; // clients with a connection: strangers push out none of their copies and downloads
+}
+
+interface Download {
+  host: string;
+  since: number;
+  controller: AbortController;
+  over: ReturnType<typeof fetchJson>; // when it has really ended, although nobody waits for it any more
+  answer: Download["over"];
 }
 
 /** @see https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document */
-function isDocumentUrl(client_id: string): boolean {
-  if (!client_id.startsWith("https://") || client_id.length > MAX_CLIENT_ID_LENGTH) return false;
-  const url = URL.parse(client_id);
-  // Client ids are compared as strings, so a URL counts in one form only: no dot segments, no default port.
-  return url?.href === client_id && url.pathname !== "/" && !client_id.includes("#") && !url.username && !url.password;
+function isDocumentUrl(id: string) {
+  if (id.length > MAX_CLIENT_ID_LENGTH || !/^https:\/\/[^/@]+\/[^?#][^#]*$/.test(id)) return false;
+  return URL.parse(id)?.href === id; // in one form only: client ids are compared as strings
 }
 
 const publicClient = (id: string, more: Partial<Client> = {}): Client => (
   { id, name: new URL(id).host, redirect_uris: [], refreshes: true, source: "document", ...more }
 );
 
-async function documentClient(server: Server, client_id: string): Promise<Client> {
+async function documentClient(server: Server, id: string) {
   try {
-    return await publishedClient(server, client_id);
+    return await publishedClient(server, id);
   } catch (cause) {
     // A document that was withdrawn or is wrong gets no stand-in: its author may have meant it.
-    const known = isTemporary(cause) && wellKnownClient(client_id);
+    const known = isTemporary(cause) && wellKnownClient(id);
     if (known) return known;
     const isOurs = cause instanceof OAuthError;
     if (isOurs && cause.status === 503) throw cause;
-    const reason = isOurs ? cause.message : "it cannot be read";
-    const details = { event: "client_document_refused", cause } as const;
+    const description = `The app's metadata at ${id} cannot be used: ${isOurs ? cause.message : "it cannot be read"}`;
     // Not invalid_client: the client would take its registration for dead and come back with the same address.
-    throw invalidRequest(`The app's metadata at ${client_id} cannot be used: ${reason}`, details);
+    throw invalidRequest(description, { event: "client_document_refused", cause });
   }
 }
 
 const publishedClient = (server: Server, id: string, since?: number) =>
   fetchCached(server, id, id, (body) => readClientDocument(id, body), since);
 
-function readClientDocument(id: string, body: unknown): Client {
-  const { client_name: name, redirect_uris, refreshes, method } = readClientMetadata(body);
-  const { jwks, token_endpoint_auth_methods_supported: more, ...rest } = body as Record<string, unknown>;
-  assertMetadata(rest.client_id === id, "it names another client_id"); // a copy of somebody else's document
-  assertMetadata(name, "it has no client_name");
-  const secret = ["client_secret", "client_secret_expires_at"].find((name) => Object.hasOwn(rest, name)) ??
-    (method.startsWith("client_secret") && method);
-  assertMetadata(!secret, `it relies on a shared secret (${secret}), which everybody can read`);
-  const offered = [method, ...(Array.isArray(more) ? more : [])];
-  const isPublic = offered.includes("none");
-  const isKnown = isPublic || offered.includes("private_key_jwt");
-  assertMetadata(isKnown, `it asks for ${quote(method)}, which this server does not offer`);
-  if (jwks !== undefined) readKeys(jwks);
-  const jwks_uri = (isString(rest.jwks_uri) && URL.parse(rest.jwks_uri)?.href) || "";
-  assertMetadata(isPublic || jwks || isDocumentUrl(jwks_uri), "it has neither jwks nor a jwks_uri of https");
-  const auth = !isPublic && { auth: "private_key_jwt" as const };
-  return publicClient(id, { name, redirect_uris, refreshes, jwks, jwks_uri, ...auth });
+async function publishedKeys(server: Server, id: string, since: number) {
+  const { keys } = await publishedClient(server, id, since);
+  assertMetadata(keys, "The client publishes no keys");
+  return isString(keys) ? await fetchCached(server, id, keys, readKeys, since) : keys;
 }
 
-/** Reads the keys of a JWK Set. One with a private key is refused, so that its author learns of it. */
+function readClientDocument(id: string, body: unknown) {
+  const { name, redirect_uris, refreshes, method } = readClientMetadata(body);
+  const { jwks, jwks_uri, token_endpoint_auth_methods_supported: more, ...rest } = body as Record<string, unknown>;
+  assertMetadata(rest.client_id === id, "it names another client_id"); // a copy of somebody else's document
+  assertMetadata(name, "it has no client_name");
+  const secret = [method, ...Object.keys(rest)].find((name) => name.startsWith("client_secret"));
+  assertMetadata(!secret, `it relies on a shared secret (${secret}), which everybody can read`);
+  const methods = [method, ...(Array.isArray(more) ? more : [])];
+  const isPublic = methods.includes("none");
+  const isKnown = isPublic || methods.includes("private_key_jwt");
+  assertMetadata(isKnown, `it asks for ${quote(method)}, which this server does not offer`);
+  const uri = (isString(jwks_uri) && URL.parse(jwks_uri)?.href) || "";
+  const keys = jwks ? readKeys(jwks) : isDocumentUrl(uri) && uri;
+  assertMetadata(isPublic || keys, "it has neither jwks nor a jwks_uri of https");
+  const auth = isPublic ? undefined : "private_key_jwt";
+  return publicClient(id, { name, redirect_uris, refreshes, auth, keys });
+}
+
+/** Reads a JWK Set. One with a private key is refused, so that its author learns of it. */
 function readKeys(body: unknown): Jwk[] {
   const keys: unknown = isObject(body) ? body.keys : undefined;
-  const isSet = Array.isArray(keys) && keys.length <= MAX_KEYS && keys.every(isObject);
-  assertMetadata(isSet, `jwks must be a JWK Set of ${MAX_KEYS} keys at the most`);
+  assertMetadata(Array.isArray(keys) && keys.every(isObject), "jwks must be a JWK Set");
   const secret = ["d", "p", "q", "dp", "dq", "qi", "oth", "k"].find((name) => keys.some((key) => name in key));
   assertMetadata(!secret, `jwks holds a private key (${secret}): replace it, everybody can read it`);
   return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, value]) => isString(value))));
 }
 
-async function publishedKeys(server: Server, id: string, since: number) {
-  const { jwks, jwks_uri = "" } = await publishedClient(server, id, since);
-  if (jwks !== undefined) return readKeys(jwks);
-  assertMetadata(isDocumentUrl(jwks_uri), "The client publishes no keys");
-  return await fetchCached(server, id, jwks_uri, readKeys, since);
-}
-
-/** Returns what `parse` makes of a JSON document, as it was after `since`. An old copy stands in during an outage. */
+/** Returns what `parse` makes of a document as it was after `since`, or of an old copy during an outage. */
 async function fetchCached<T>(server: Server, id: string, url: string, parse: (body: unknown) => T, since = 0) {
   const { copies, own } = server.documents;
-  const known = copies.get(url);
+  const key = `${id} ${url}`; // of its own for each client: nobody else replaces or removes its copy
+  const known = copies.get(key);
   const copy = known && known.at >= since ? known : undefined;
   const at = seconds();
   if (copy && at < copy.fresh) return parse(copy.body);
   try {
     const { body, maxAge } = await download(server, url, id);
     const parsed = parse(body);
-    remember(copies, url, { id, body, at, fresh: at + maxAge }, ({ id }) => own.has(id));
+    remember(copies, key, { id, body, at, fresh: at + maxAge }, ({ id }) => own.has(id));
     return parsed;
   } catch (error) {
-    if (isTemporary(error) && copy && seconds() < copy.at + MAX_COPY_AGE) return parse(copy.body);
-    if (!isTemporary(error)) copies.delete(url); // errors are not cached: what its author repairs works at once
+    if (!isTemporary(error)) copies.delete(key); // errors are not cached: what its author repairs works at once
+    else if (copy && seconds() < copy.at + MAX_COPY_AGE) return parse(copy.body);
     throw error;
   }
 }
 
-class Unreached extends Error {} // another server, at the moment: it did not say that there is nothing
-class InsideAddress extends Error {} // what a stranger wants fetched: that is no outage
+class Unusable extends Error {} // by a fault of its own: anything else that fails is an outage
+
 const isTemporary = (error: unknown) =>
-  error instanceof Unreached || (error instanceof OAuthError && error.status === 503);
+  error instanceof OAuthError
+    ? error.status === 503
+    : ![Unusable, TooLarge, SyntaxError].some((it) => error instanceof it);
+
 const tryLater = (description: string) =>
   new OAuthError("temporarily_unavailable", description, { status: 503, headers: { "Retry-After": "5" } });
 
@@ -1035,19 +1035,20 @@ function remember<T>(map: Map<string, T>, key: string, value: T, isKept = (_: T)
 }
 
 /** Downloads a document, once for all who ask meanwhile; throws 503 if too many are asked for. */
-async function download(server: Server, url: string, id: string): ReturnType<typeof fetchJson> {
+async function download(server: Server, url: string, id: string) {
   const { underWay, asked, own } = server.documents;
   const { hostname: host } = new URL(url);
   const inTheWay = () => {
-    const all = [...underWay.values()]; // the oldest first
+    const all = [...underWay.values()];
     const ofHost = all.filter((download) => download.host === host);
-    return ofHost.length >= MAX_DOWNLOADS_PER_HOST ? ofHost : all.length >= MAX_DOWNLOADS ? all : [];
+    if (ofHost.length >= MAX_DOWNLOADS_PER_HOST) return ofHost;
+    return all.length >= MAX_DOWNLOADS ? all : [];
   };
   // A slow one gives way: silent hosts must not keep another app out.
-  const slow = inTheWay().find(({ started, controller }) => seconds() - started > 1 && !controller.signal.aborted);
+  const slow = inTheWay().find(({ since, controller }) => seconds() - since > 1 && !controller.signal.aborted);
   if (slow && !underWay.has(url)) {
     slow.controller.abort();
-    await Promise.race([slow.over, delay(100)]);
+    await Promise.race([slow.over.catch(() => {}), delay(100)]); // at once, or others take its place
   }
   const running = underWay.get(url);
   if (running) return await running.answer;
@@ -1056,68 +1057,54 @@ async function download(server: Server, url: string, id: string): ReturnType<typ
   const recent = asked.get(counted);
   const { times, since } = recent && Math.abs(now - recent.since) < MINUTE ? recent : { times: 0, since: now };
   if (inTheWay().length > 0 || times >= MAX_DOWNLOADS_PER_MINUTE) {
-    throw tryLater("Too many apps are asking at once; try again in a few seconds");
+    throw tryLater("Too many apps ask at once; try again in a few seconds");
   }
   remember(asked, counted, { times: times + 1, since });
-  return await startDownload(server, url, host).answer;
-}
-
-/** Starts a download. It counts until it is really over, even if nobody waits for it any more. */
-function startDownload(server: Server, url: string, host: string) {
-  const { underWay } = server.documents;
   const controller = new AbortController();
   const signal = AbortSignal.any([controller.signal, AbortSignal.timeout(5000)]);
-  const work = fetchJson(server, url, signal);
-  const over = work.then(() => {}, () => {}).finally(() => underWay.delete(url));
-  const answer = inTime(work, signal);
-  answer.catch(() => {}); // whoever asked may have been answered in another way
-  const started = { host, started: seconds(), answer, over, controller };
-  underWay.set(url, started);
-  return started;
+  const over = fetchJson(server, url, signal).finally(() => underWay.delete(url));
+  const answer = inTime(over, signal);
+  underWay.set(url, { host, since: now, controller, over, answer });
+  return await answer;
 }
 
 /** Fetches one document. Its time and size are counted on the stream, whatever its headers promise. */
 async function fetchJson({ fetchClientMetadata }: Server, url: string, signal: AbortSignal) {
-  const answer = async () => {
-    const { status, body, headers } = await fetchClientMetadata(url, signal);
-    const text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : await body?.cancel();
-    // A refusal by a firewall, or too many requests, tell nothing about the document itself.
-    if (status >= 500 || status === 403 || status === 429) throw new Error(`answered ${status}`);
-    return { status, text, control: headers.get("Cache-Control")?.slice(0, 1000).toLowerCase() ?? "" };
-  };
-  const { status, text, control } = await answer().catch((cause) => {
-    if (cause instanceof TooLarge || cause instanceof InsideAddress) throw cause;
-    throw new Unreached(cause instanceof Error ? cause.message : String(cause), { cause });
-  });
-  if (text === undefined) throw new Error(`answered ${status}`); // no redirects: they could lead anywhere
-  const age = /no-store|no-cache/.test(control) ? 0 : Number(control.match(/max-age=(\d+)/)?.[1] ?? HOUR); // RFC 9111
+  const { status, body, headers } = await fetchClientMetadata(url, signal);
+  const text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : await body?.cancel();
+  // A firewall's refusal, or too many requests, tell nothing about the document itself.
+  if (status >= 500 || status === 403 || status === 429) throw new Error(`answered ${status}`);
+  if (text === undefined) throw new Unusable(`answered ${status}`); // no redirects: they could lead anywhere
+  const control = headers.get("Cache-Control")?.toLowerCase() ?? ""; // RFC 9111
+  const age = /no-store|no-cache/.test(control) ? 0 : Number(control.match(/max-age=(\d+)/)?.[1] ?? HOUR);
   return { body: JSON.parse(text) as unknown, maxAge: Math.min(Math.max(age, MINUTE), DAY) };
 }
 
 /** Gives up on a promise when the signal says so. */
 function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
   return new Promise((resolve, reject) => {
-    const giveUp = () => reject(new Unreached("did not answer in time"));
+    const giveUp = () => reject(new Error("did not answer in time"));
     if (signal.aborted) giveUp();
-    signal.addEventListener("abort", giveUp, { once: true });
+    signal.addEventListener("abort", giveUp);
     promise.then(resolve, reject);
   });
 }
 
-/** Fetches from public addresses only: never from this machine, its network, or a cloud's metadata service. */
-async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response> {
+/** Fetches from public addresses only: not from this machine, its network, or a cloud's metadata service. */
+async function fetchPublicly(url: string, signal: AbortSignal) {
   const [https, { isIP }] = [nodeModule("node:https"), nodeModule("node:net")];
   const { hostname } = new URL(url);
   const literal = hostname.replace(/^\[|\]$/g, ""); // an address is connected to without a lookup
   const found: string[] = isIP(literal) ? [literal] : await resolveName(hostname, signal);
   const inside = found.find((address) => !isPublicAddress(address));
-  if (inside !== undefined) throw new InsideAddress(`${hostname} resolves to ${inside}, which is not a public address`);
-  const [first, ...others] = found.map((address) => ({ address, family: isIP(address) }));
+  if (inside !== undefined) throw new Unusable(`${hostname} resolves to ${inside}, which is not a public address`);
+  const addresses = found.map((address) => ({ address, family: isIP(address) }));
+  const [first] = addresses;
   if (!first) throw new Error(`${hostname} has no address`);
-  // Only to an address that was checked: a name that changes its answer in between gains nothing.
-  const lookup = (_name: string, { all }: { all?: boolean }, callback: (...args: unknown[]) => void) =>
-    all ? callback(null, [first, ...others]) : callback(null, first.address, first.family);
-  // A proxy that the environment prescribes would look the name up again, and connect to whatever it finds.
+  // Only to what was checked: a name that changes its answer in between gains nothing.
+  const lookup = (_name: string, { all }: { all?: boolean }, done: (...found: unknown[]) => void) =>
+    all ? done(null, addresses) : done(null, first.address, first.family);
+  // A proxy of the environment would look the name up again, and connect to whatever it finds.
   const agent = new https.Agent({ proxyEnv: {} });
   const headers = { Accept: "application/json", "User-Agent": "personal-auth" };
   // deno-lint-ignore no-explicit-any
@@ -1130,59 +1117,59 @@ async function fetchPublicly(url: string, signal: AbortSignal): Promise<Response
   return new Response(body, { status, headers: { "Cache-Control": message.headers["cache-control"] ?? "" } });
 }
 
-/** Resolves a name by queries that can be ended: a silent name server would use up getaddrinfo()'s few threads. */
-async function resolveName(hostname: string, signal: AbortSignal): Promise<string[]> {
+/** Resolves a name, by queries that can be ended: a silent name server would use up getaddrinfo()'s threads. */
+async function resolveName(hostname: string, signal: AbortSignal) {
   const resolver = new (nodeModule("node:dns").promises.Resolver)({ timeout: 1000, tries: 2 });
-  signal.addEventListener("abort", () => resolver.cancel(), { once: true });
-  const queries: Promise<string[]>[] = [resolver.resolve4(hostname), resolver.resolve6(hostname)];
-  return (await Promise.all(queries.map((query) => query.catch(() => [])))).flat(); // a family may have none
+  signal.addEventListener("abort", () => resolver.cancel());
+  const none = () => []; // a family may have none
+  const both = [resolver.resolve4(hostname).catch(none), resolver.resolve6(hostname).catch(none)];
+  return (await Promise.all<string[]>(both)).flat();
 }
 
-/** What is not public by the special-purpose address registries (RFC 6890); the last one of IPv4 is Azure's. */
+/** What is not public by the special-purpose address registries (RFC 6890). The last of IPv4 is Azure's. */
 const PRIVATE_RANGES =
   "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 " +
   "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 " +
   "203.0.113.0/24 224.0.0.0/3 168.63.129.16/32 2001::/23 2001:db8::/32 2002::/16 3fff::/20 2620:4f:8000::/48";
 
 const privateAddresses = once(() => {
-  const list = new (nodeModule("node:net").BlockList)();
+  const { BlockList, isIP } = nodeModule("node:net");
+  const list = new BlockList();
   for (const range of PRIVATE_RANGES.split(" ")) {
-    const [address = "", bits] = range.split("/");
-    list.addSubnet(address, Number(bits), address.includes(":") ? "ipv6" : "ipv4");
+    const [address, bits] = range.split("/");
+    list.addSubnet(address, Number(bits), `ipv${isIP(address)}`);
   }
   return list;
 });
 
-/** Whether an address may be connected to on a stranger's word. Of IPv6 only 2000::/3 is public. */
-function isPublicAddress(address: string): boolean {
-  const { isIPv4, isIPv6 } = nodeModule("node:net");
-  if (isIPv4(address)) return !privateAddresses().check(address, "ipv4");
-  const plain = address.split("%")[0]!; // without the name of an interface
-  return isIPv6(plain) && /^[23][0-9a-f]{3}:/i.test(plain) && !privateAddresses().check(plain, "ipv6");
+/** Tells whether an address may be connected to on a stranger's word. Of IPv6 only 2000::/3 is public. */
+function isPublicAddress(address: string) {
+  const family = nodeModule("node:net").isIP(address);
+  const isGlobal = family === 4 || (family === 6 && /^[23][0-9a-f]{3}:[^%]*$/i.test(address)); // % names an interface
+  return isGlobal && !privateAddresses().check(address, `ipv${family}`);
 }
 
-/** Name and redirect URIs that the most used clients published in 2026. `*` is one segment of the path. */
-const WELL_KNOWN_CLIENTS: Record<string, [name: string, redirect_uris: string]> = {
-  "claude.ai/oauth/mcp-oauth-client-metadata": [
-    "Claude",
-    "https://claude.ai/api/mcp/auth_callback https://claude.com/api/mcp/auth_callback",
-  ],
-  "claude.ai/oauth/claude-code-client-metadata": ["Claude Code", "http://localhost/callback http://127.0.0.1/callback"],
-  "chatgpt.com/oauth/client.json": ["ChatGPT", "https://chatgpt.com/connector_platform_oauth_redirect"],
-  "chatgpt.com/oauth/codex/client.json": ["Codex", "http://127.0.0.1/callback"],
-  "chatgpt.com/oauth/*/client.json": ["ChatGPT", "https://chatgpt.com/connector/oauth/*"],
-  "chatgpt.com/oauth/codex/*/client.json": ["Codex", "http://127.0.0.1/callback/*"],
-  "vscode.dev/oauth/client-metadata.json": [
-    "Visual Studio Code",
-    "https://vscode.dev/redirect https://insiders.vscode.dev/redirect http://127.0.0.1/ http://localhost/",
-  ],
+/** Name → redirect URIs that the most used clients published in 2026. `*` is one segment of the path. */
+const WELL_KNOWN_CLIENTS: Record<string, string> = {
+  "claude.ai/oauth/mcp-oauth-client-metadata":
+    "Claude → https://claude.ai/api/mcp/auth_callback https://claude.com/api/mcp/auth_callback",
+  "claude.ai/oauth/claude-code-client-metadata": "Claude Code → http://localhost/callback http://127.0.0.1/callback",
+  "chatgpt.com/oauth/client.json": "ChatGPT → https://chatgpt.com/connector_platform_oauth_redirect",
+  "chatgpt.com/oauth/codex/client.json": "Codex → http://127.0.0.1/callback",
+  "chatgpt.com/oauth/*/client.json": "ChatGPT → https://chatgpt.com/connector/oauth/*",
+  "chatgpt.com/oauth/codex/*/client.json": "Codex → http://127.0.0.1/callback/*",
+  "vscode.dev/oauth/client-metadata.json":
+    "Visual Studio Code → https://vscode.dev/redirect https://insiders.vscode.dev/redirect http://127.0.0.1/ " +
+    "http://localhost/",
 };
 
-function wellKnownClient(client_id: string): Client | undefined {
-  const segment = client_id.match(/\/([\w-]+)\/client\.json$/)?.[1] ?? " "; // no URL holds a space
+function wellKnownClient(id: string) {
+  const [, segment = " "] = id.match(/\/([\w-]+)\/client\.json$/) ?? []; // no URL holds a space
   const fill = (text: string) => text.replace("*", segment);
-  const known = Object.entries(WELL_KNOWN_CLIENTS).find(([id]) => client_id === `https://${fill(id)}`);
-  return known && publicClient(client_id, { name: known[1][0], redirect_uris: fill(known[1][1]).split(" ") });
+  for (const [address, client] of Object.entries(WELL_KNOWN_CLIENTS)) {
+    const [name = "", uris = ""] = fill(client).split(" → ");
+    if (id === `https://${fill(address)}`) return publicClient(id, { name, redirect_uris: uris.split(" ") });
+  }
 }
 
 // --- Redirect policy ---

@@ -1300,6 +1300,8 @@ test("hostile assertions are refused in the standard's form, in bounded time", a
     "other issuer": await sign({ iss: other }),
     "other subject": await sign({ sub: other }),
     "another type": await sign({}, { typ: "at+jwt" }),
+    "a type that is no text": await sign({}, { typ: { toString: 1 } }),
+    "an alg that is no text": await sign({}, { alg: { toString: 1 } }),
     "a critical extension": await sign({}, { crit: ["exp"] }),
     "not JSON": `${encodePart("{")}.${encodePart("{")}.x`,
     "null": `${encodePart("null")}.${encodePart("null")}.x`,
@@ -5089,6 +5091,25 @@ test("a crowd of strangers' documents takes nothing from a client with a connect
   assertEquals((await visit(`${DOCUMENT}?x`)).status, 503);
   assert((await visit(DOCUMENT)).text.includes("Connect Another Name?"), "it was not asked for again");
   assert(!(await contents(store)).includes("app7.example"));
+});
+
+test("a stranger that names a connected client's document as its keys takes nothing from it", async (t) => {
+  const travel = timeMachine(t);
+  const stranger = "https://stranger.example/client.json";
+  let up = true;
+  const fetchClientMetadata: MetadataFetcher = (url) => {
+    if (!up) return Promise.reject(new Error("down"));
+    return Promise.resolve(
+      Response.json(url === stranger ? asserted({ client_id: url, jwks_uri: DOCUMENT }) : document()),
+    );
+  };
+  const { app } = world({ fetchClientMetadata });
+  await post(app, "/token", { ...redeeming(await approvedCode(app, DOCUMENT)), client_id: DOCUMENT });
+  travel(3601);
+  const { sign } = await signer("ES256", "key-1", stranger);
+  assertEquals((await refreshing(app, stranger, "x", asserting(await sign()))).status, 401);
+  up = false;
+  assertEquals((await browse(app).open(authorizeUrl(DOCUMENT))).status, 200, "its copy was removed");
 });
 
 test("a refresh token for another resource asks its client to sign in again", async () => {
