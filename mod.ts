@@ -531,6 +531,7 @@ function createServer(options: PersonalAuthOptions) {
     ...{ emit, events, documents, passwordReady, longMac },
     store, // its failures are reported, and answered with 503
     mac: (async (...parts) => (await longMac(...parts)).slice(0, 64)) as Mac,
+    registered: new Map<string, Client>(), // by a client_id whose MAC was checked
     verified: new Map<string, VerifiedToken>(), // by Authorization header
     passed: Symbol("passed"), // where a Hono context holds what a guard has found, for the next guard
     attempts: new Map<string, Attempt>(), // not approved yet, by client_id, the latest last
@@ -755,11 +756,15 @@ async function resolveClient(server: Server, id: string, isConnected = false): P
   if (isDocumentUrl(id)) return await documentClient(server, id);
   // With registration off, who registered before keeps its connections and gets no new one.
   if (!server.registration && !isConnected) return undefined;
+  const recent = server.registered.get(id);
+  if (recent) return recent;
   const [payload = ""] = id.split(".");
   if (!equal(id, await signedId(server, payload))) return undefined;
   const { n: name, r: redirect_uris, s, o } = JSON.parse(decodeBase64(payload)!);
   const secret = s && await clientSecret(server, id);
-  return { id, name, redirect_uris, secret, refreshes: !o, source: "registered" };
+  const client: Client = { id, name, redirect_uris, secret, refreshes: !o, source: "registered" };
+  remember(server.registered, id, client);
+  return client;
 }
 
 /** Authenticates a client. @see https://www.rfc-editor.org/rfc/rfc6749#section-2.3 */
@@ -798,8 +803,7 @@ function assertClient(good: unknown, description: string): asserts good {
 
 /** Authenticates a client with a document: by an assertion, or by nothing where its grant allows that. */
 async function authenticatePublished(server: Server, id: string, form: URLSearchParams) {
-  const places = [["pac", "code"], ["prt", "refresh_token"], ["prt", "token"], ["pat", "token"]] as const;
-  const ids = places.flatMap(([kind, name]) => grantId(kind, form.get(name) ?? "") ?? []);
+  const ids = ["code", "refresh_token", "token"].flatMap((name) => grantIdOf(form.get(name) ?? "") ?? []);
   const grants = await Promise.all(ids.map((id) => readGrant(server, id)));
   const clients = grants.flatMap((grant) => grant?.client.id === id ? [grant.client] : []);
   const isConnected = clients.length > 0;
@@ -912,7 +916,7 @@ async function spendAssertion(server: Server, id: string, jti: string, exp: numb
 // --- Client ID Metadata Documents ---
 
 const MAX_DOCUMENT_BYTES = 16 * 1024;
-const MAX_DOCUMENTS = 100;
+const MAX_REMEMBERED = 100; // of each kind that strangers can fill
 const MAX_COPY_AGE = 30 * DAY;
 const MAX_DOWNLOADS = 8;
 const MAX_DOWNLOADS_PER_HOST = 2;
@@ -1029,7 +1033,7 @@ const tryLater = (description: string) =>
 function remember<T>(map: Map<string, T>, key: string, value: T, isKept = (_: T) => false): void {
   map.delete(key); // moves it to the end
   map.set(key, value);
-  if (map.size <= MAX_DOCUMENTS) return;
+  if (map.size <= MAX_REMEMBERED) return;
   const keys = [...map.keys()];
   map.delete(keys.find((key) => !isKept(map.get(key)!)) ?? keys[0]!);
 }
@@ -1786,8 +1790,6 @@ function grantIdOf(token: string) {
   const [, id, short] = /^(?:p(?:ac|at|rt)_([0-9a-f]{32})[0-9a-f]{64,96}|pat_([\w-]{22})[\w-]{43})$/.exec(token) ?? [];
   return short ? hex(base64Bytes(short)) : id; // a personal access token is in base64url, which is shorter to copy
 }
-
-const grantId = (_prefix: string, token: string) => grantIdOf(token); // for one caller, which asks for all kinds
 
 async function rename(server: Server, id: string, label: string) {
   if (label.length > MAX_LABEL) throw invalidRequest(`The name may have up to ${MAX_LABEL} characters`);
