@@ -735,7 +735,7 @@ function readClientMetadata(body: unknown) {
   };
 }
 
-/** Takes from a name what could make the owner's page look like something else. */
+/** Returns a name without what could make the owner's page look like something else. */
 function printable(name: string) {
   const visible = name.slice(0, 2000)
     .replace(/[\p{C}\p{Default_Ignorable_Code_Point}\u2800]/gu, "")
@@ -754,7 +754,7 @@ async function resolveClient(server: Server, id: string, isConnected = false): P
     return { id, name, redirect_uris, secret, refreshes: true, source: "preregistered" };
   }
   if (isDocumentUrl(id)) return await documentClient(server, id);
-  // With registration off, who registered before keeps its connections and gets no new one.
+  // With registration off, a registered client keeps its connections and gets no new one.
   if (!server.registration && !isConnected) return undefined;
   const recent = server.registered.get(id);
   if (recent) return recent;
@@ -780,7 +780,7 @@ async function authenticateClient(server: Server, c: Context, form: URLSearchPar
     const pair = decodeBase64(authorization.slice(6))?.match(/^([^:]*):(.*)$/s);
     assertClient(pair, "The Basic credentials cannot be read");
     const [, name = "", password = ""] = pair;
-    // RFC 6749 §2.3.1 form-encodes both halves; many clients do not. Each is taken in either way.
+    // RFC 6749 §2.3.1 form-encodes both halves; many clients do not. Both ways are taken.
     const decode = (value: string) => new URLSearchParams(`value=${value.replaceAll("&", "%26")}`).get("value")!;
     const known = preregistered(server, name) ? name : decode(name);
     assertClient(id === null || id === known, "client_id differs between header and body");
@@ -801,7 +801,7 @@ function assertClient(good: unknown, description: string): asserts good {
   if (!good) throw new OAuthError("invalid_client", description, { status: 401 });
 }
 
-/** Authenticates a client with a document: by an assertion, or by nothing where its grant allows that. */
+/** Authenticates a client with a document: by an assertion, or by nothing where its grants allow that. */
 async function authenticatePublished(server: Server, id: string, form: URLSearchParams) {
   const ids = ["code", "refresh_token", "token"].flatMap((name) => grantIdOf(form.get(name) ?? "") ?? []);
   const grants = await Promise.all(ids.map((id) => readGrant(server, id)));
@@ -814,7 +814,7 @@ async function authenticatePublished(server: Server, id: string, form: URLSearch
     if (assertion !== null) {
       assertClient(form.get("client_assertion_type") === ASSERTION_TYPE, "client_assertion_type is wrong");
       const { jti, exp } = await verifyAssertion(server, id, assertion);
-      // Only for a connection that there is, or strangers with keys of their own could fill the store.
+      // Only for a connection that there is, or strangers could fill the store.
       if (isConnected) await spendAssertion(server, id, jti, exp);
     } else if (isHeld) {
       const { auth } = await publishedClient(server, id); // its present document decides
@@ -825,7 +825,7 @@ async function authenticatePublished(server: Server, id: string, form: URLSearch
     const reason = isOurs ? error.message : String(error);
     if (isConnected) server.emit("client_assertion_refused", `${id}: ${reason}`, isOurs ? {} : { cause: error });
     assertClient(isTemporary(error), isOurs ? reason : "The client's keys cannot be used");
-    // Others go on: to ignore an assertion is no weaker than to accept a request without one.
+    // Others go on: to ignore an assertion is no weaker than a request without one.
     if (isHeld) throw tryLater("The client's keys cannot be fetched at the moment");
   }
   return publicClient(id);
@@ -839,7 +839,7 @@ const MAX_TRIED_KEYS = 4;
 type Jwk = Record<string, string | undefined>;
 type Algorithm = { kty: string; name: string; [more: string]: unknown };
 
-/** What each `alg` means, with the one type of key it takes: a public key is never the secret of an HMAC. */
+/** What each `alg` means, with the one type of key it takes: no public key becomes the secret of an HMAC. */
 const ASSERTION_ALGORITHMS: Record<string, Algorithm> = {
   ES256: { kty: "EC", namedCurve: "P-256", name: "ECDSA", hash: "SHA-256" },
   RS256: { kty: "RSA", name: "RSASSA-PKCS1-v1_5", hash: "SHA-256" },
@@ -870,7 +870,7 @@ async function verifyAssertion(server: Server, id: string, assertion: string) {
   const rules: [good: unknown, must: string][] = [
     [algorithms.includes(alg), `be signed by one of ${algorithms.join(", ")}`],
     [crit === undefined, "have no critical extensions"],
-    // Not what the same key signed for another purpose, such as an ID token (RFC 8725 §3.11).
+    // Not signed for another purpose, such as an ID token (RFC 8725 §3.11).
     [isString(typ) && /^(application\/)?(client-authentication\+)?jwt$/i.test(typ), "be of the type JWT"],
     [iss === id && sub === id, "have the client_id as iss and sub"],
     [[aud].flat().some((to) => to === issuer || to === `${issuer}/token`), `have aud "${issuer}"`],
@@ -888,7 +888,7 @@ async function verifyAssertion(server: Server, id: string, assertion: string) {
   assertClient(false, "The client_assertion is signed by none of the client's keys");
 }
 
-/** Tells whether a key may be tried. With keys of any size, each request could cost much computing. */
+/** Tells whether a key may be tried: one of any size could cost much computing. */
 function fits({ kty, crv, n = "", e = "", kid, alg, use = "sig" }: Jwk, header: Jwk, algorithm: Algorithm) {
   const isCommon = kty !== "RSA" || (n.length >= 342 && n.length <= 683 && e.length <= 4); // 2,048 to 4,096 bits
   const isChosen = kid === (header.kid ?? kid) && header.alg === (alg ?? header.alg) && use === "sig";
@@ -905,7 +905,7 @@ async function isSignedBy({ kty, crv, x, y, n, e }: Jwk, jwt: ReturnType<typeof 
   }
 }
 
-/** Spends an assertion: whoever reads it on its way can use it on no server of this store. */
+/** Spends an assertion: whoever reads it on its way can use it nowhere on this store. */
 async function spendAssertion(server: Server, id: string, jti: string, exp: number) {
   const user = random(16);
   const key = `assertion/${await server.mac("assertion", id, jti)}`;
@@ -927,14 +927,14 @@ interface DocumentCache {
   copies: Map<string, { id: string; body: unknown; at: number; fresh: number }>; // by client and URL
   underWay: Map<string, Download>; // by URL, the oldest first
   asked: Map<string, { times: number; since: number }>; // by host, or by connected client
-  own: Set<string>; // clients with a connection: strangers push out none of their copies and downloads
+  own: Set<string>; // clients with a connection: strangers push out nothing of theirs
 }
 
 interface Download {
   host: string;
   since: number;
   controller: AbortController;
-  over: ReturnType<typeof fetchJson>; // when it has really ended, although nobody waits for it any more
+  over: ReturnType<typeof fetchJson>; // when it has really ended
   answer: Download["over"];
 }
 
@@ -952,13 +952,13 @@ async function documentClient(server: Server, id: string) {
   try {
     return await publishedClient(server, id);
   } catch (cause) {
-    // A document that was withdrawn or is wrong gets no stand-in: its author may have meant it.
+    // A document that was withdrawn or is wrong gets no stand-in: its author may mean it.
     const known = isTemporary(cause) && wellKnownClient(id);
     if (known) return known;
     const isOurs = cause instanceof OAuthError;
     if (isOurs && cause.status === 503) throw cause;
     const description = `The app's metadata at ${id} cannot be used: ${isOurs ? cause.message : "it cannot be read"}`;
-    // Not invalid_client: the client would take its registration for dead and come back with the same address.
+    // Not invalid_client: the client would register again, with the same address.
     throw invalidRequest(description, { event: "client_document_refused", cause });
   }
 }
@@ -999,10 +999,10 @@ function readKeys(body: unknown): Jwk[] {
   return keys.map((key) => Object.fromEntries(Object.entries(key).filter(([, value]) => isString(value))));
 }
 
-/** Returns what `parse` makes of a document as it was after `since`, or of an old copy during an outage. */
+/** Returns what `parse` makes of a document as it was after `since`; during an outage, of an old copy. */
 async function fetchCached<T>(server: Server, id: string, url: string, parse: (body: unknown) => T, since = 0) {
   const { copies, own } = server.documents;
-  const key = `${id} ${url}`; // of its own for each client: nobody else replaces or removes its copy
+  const key = `${id} ${url}`; // each client has its own, so that nobody else replaces or removes it
   const known = copies.get(key);
   const copy = known && known.at >= since ? known : undefined;
   const at = seconds();
@@ -1013,13 +1013,13 @@ async function fetchCached<T>(server: Server, id: string, url: string, parse: (b
     remember(copies, key, { id, body, at, fresh: at + maxAge }, ({ id }) => own.has(id));
     return parsed;
   } catch (error) {
-    if (!isTemporary(error)) copies.delete(key); // errors are not cached: what its author repairs works at once
+    if (!isTemporary(error)) copies.delete(key); // errors are not cached, so that a repair works at once
     else if (copy && seconds() < copy.at + MAX_COPY_AGE) return parse(copy.body);
     throw error;
   }
 }
 
-class Unusable extends Error {} // by a fault of its own: anything else that fails is an outage
+class Unusable extends Error {} // by its own fault; any other failure is an outage
 
 const isTemporary = (error: unknown) =>
   error instanceof OAuthError
@@ -1029,7 +1029,7 @@ const isTemporary = (error: unknown) =>
 const tryLater = (description: string) =>
   new OAuthError("temporarily_unavailable", description, { status: 503, headers: { "Retry-After": "5" } });
 
-/** Sets an entry of a map that forgets its oldest ones, but kept ones last. */
+/** Sets an entry of a map that forgets its oldest ones, and kept ones last. */
 function remember<T>(map: Map<string, T>, key: string, value: T, isKept = (_: T) => false): void {
   map.delete(key); // moves it to the end
   map.set(key, value);
@@ -1072,11 +1072,11 @@ async function download(server: Server, url: string, id: string) {
   return await answer;
 }
 
-/** Fetches one document. Its time and size are counted on the stream, whatever its headers promise. */
+/** Fetches one document. Time and size are counted on the stream, whatever its headers promise. */
 async function fetchJson({ fetchClientMetadata }: Server, url: string, signal: AbortSignal) {
   const { status, body, headers } = await fetchClientMetadata(url, signal);
   const text = status === 200 ? await inTime(readLimited(body, MAX_DOCUMENT_BYTES), signal) : await body?.cancel();
-  // A firewall's refusal, or too many requests, tell nothing about the document itself.
+  // A firewall's refusal, or too many requests, say nothing about the document.
   if (status >= 500 || status === 403 || status === 429) throw new Error(`answered ${status}`);
   if (text === undefined) throw new Unusable(`answered ${status}`); // no redirects: they could lead anywhere
   const control = headers.get("Cache-Control")?.toLowerCase() ?? ""; // RFC 9111
@@ -1098,7 +1098,7 @@ function inTime<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
 async function fetchPublicly(url: string, signal: AbortSignal) {
   const [https, { isIP }] = [nodeModule("node:https"), nodeModule("node:net")];
   const { hostname } = new URL(url);
-  const literal = hostname.replace(/^\[|\]$/g, ""); // an address is connected to without a lookup
+  const literal = hostname.replace(/^\[|\]$/g, ""); // needs no lookup
   const found: string[] = isIP(literal) ? [literal] : await resolveName(hostname, signal);
   const inside = found.find((address) => !isPublicAddress(address));
   if (inside !== undefined) throw new Unusable(`${hostname} resolves to ${inside}, which is not a public address`);
@@ -1108,7 +1108,7 @@ async function fetchPublicly(url: string, signal: AbortSignal) {
   // Only to what was checked: a name that changes its answer in between gains nothing.
   const lookup = (_name: string, { all }: { all?: boolean }, done: (...found: unknown[]) => void) =>
     all ? done(null, addresses) : done(null, first.address, first.family);
-  // A proxy of the environment would look the name up again, and connect to whatever it finds.
+  // A proxy of the environment would look the name up again, and connect to what it finds.
   const agent = new https.Agent({ proxyEnv: {} });
   const headers = { Accept: "application/json", "User-Agent": "personal-auth" };
   // deno-lint-ignore no-explicit-any
@@ -1117,11 +1117,11 @@ async function fetchPublicly(url: string, signal: AbortSignal) {
   });
   const { statusCode: status } = message;
   const body = status === 200 ? nodeModule("node:stream").Readable.toWeb(message) : null;
-  if (!body) message.destroy(); // or the socket stays open for as long as the other side likes
+  if (!body) message.destroy(); // or the socket stays open as long as the other side likes
   return new Response(body, { status, headers: { "Cache-Control": message.headers["cache-control"] ?? "" } });
 }
 
-/** Resolves a name, by queries that can be ended: a silent name server would use up getaddrinfo()'s threads. */
+/** Resolves a name by queries that can be ended: a silent name server would block getaddrinfo()'s threads. */
 async function resolveName(hostname: string, signal: AbortSignal) {
   const resolver = new (nodeModule("node:dns").promises.Resolver)({ timeout: 1000, tries: 2 });
   signal.addEventListener("abort", () => resolver.cancel());
@@ -1146,7 +1146,7 @@ const privateAddresses = once(() => {
   return list;
 });
 
-/** Tells whether an address may be connected to on a stranger's word. Of IPv6 only 2000::/3 is public. */
+/** Tells whether an address may be connected to on a stranger's word. Of IPv6 only 2000::/3 may. */
 function isPublicAddress(address: string) {
   const family = nodeModule("node:net").isIP(address);
   const isGlobal = family === 4 || (family === 6 && /^[23][0-9a-f]{3}:[^%]*$/i.test(address)); // % names an interface
@@ -1471,8 +1471,9 @@ async function tokenEndpoint(server: Server, c: Context) {
 }
 
 /**
- * Ends the connection of a token, and answers 200 for an unknown one too (RFC 7009 §2.1). The client stays registered:
- * Claude Code signs out and comes back with the same client_id.
+ * Ends the connection of a token, and answers 200 for an unknown one too. The client stays registered: Claude Code signs
+ * out and comes back with the same client_id.
+ * @see https://www.rfc-editor.org/rfc/rfc7009#section-2.1
  */
 async function revocationEndpoint(server: Server, c: Context) {
   const form = await readForm(c);
@@ -1482,8 +1483,9 @@ async function revocationEndpoint(server: Server, c: Context) {
 }
 
 /**
- * Describes a token to a resource server elsewhere (RFC 7662 §2). Only one that the owner registered with a secret may
- * ask, or anybody could learn whether a token found somewhere is alive.
+ * Describes a token to a resource server elsewhere. Only one that the owner registered with a secret may ask, or anybody
+ * could learn whether a token found somewhere is alive.
+ * @see https://www.rfc-editor.org/rfc/rfc7662#section-2
  */
 async function introspectionEndpoint(server: Server, c: Context) {
   const form = await readForm(c);
@@ -1503,8 +1505,8 @@ async function introspectionEndpoint(server: Server, c: Context) {
 // --- Grants ---
 
 /**
- * A connection: one record, `grant/<id>`, which every token of it names. So checking a token is one read, every change
- * is atomic, and the end of a connection ends all its tokens. Only hashes of secrets are stored.
+ * A connection: one record, `grant/<id>`, which all its tokens name. So a check of a token is one read, every change is
+ * atomic, and the end of a connection ends all its tokens. Only hashes of secrets are stored.
  */
 interface Grant {
   client: { id: string; name: string; auth?: "private_key_jwt" }; // `auth`: its only way to authenticate
@@ -1532,7 +1534,7 @@ type AccessToken = { hash: string; n: number; scopes?: number[]; expires: number
 interface RefreshState {
   hash: string; // of the current token, RT(n)
   n: number;
-  presented: boolean; // RT(n) or its access token was used: the client has it, and RT(n-1) is spent
+  presented: boolean; // RT(n) or its access token was used: RT(n-1) is spent
   rotated: [hash: string, at: number][]; // the latest before RT(n), newest first
   repeated?: number; // the latest n that was issued again after the grace period
 }
@@ -1551,8 +1553,8 @@ const EVENTS = {
   refresh_token_repeated: "an old refresh token was used again, long after its rotation",
 };
 const CODE_TTL = 5 * MINUTE;
-const REFRESH_GRACE = 2 * MINUTE; // for clients that refresh in parallel on several machines
-const MAX_ACCESS_TOKENS = 100; // so that the largest record fits into the 64 KiB of a Deno KV
+const REFRESH_GRACE = 2 * MINUTE; // for clients that refresh on several machines at once
+const MAX_ACCESS_TOKENS = 100; // so that the largest record fits into a Deno KV
 const MAX_ROTATIONS = 200;
 
 // OAuth's hard rules are pure functions, without HTTP and storage.
@@ -1563,7 +1565,7 @@ function approveGrant(approval: Omit<Grant, "created" | "expires" | "access">, c
   return { ...approval, created: now, expires, code: { ...code, expires: now + CODE_TTL }, access: [] };
 }
 
-/** Returns why a code or token of a grant is refused to its holder. */
+/** Returns why a code or token of a grant is refused. */
 function grantRefusal(grant: Grant, holder: Partial<Presented>, now: number, expires = Infinity) {
   const { resource, client_id = grant.client.id } = holder;
   if (grant.revoked !== undefined) return `the connection was ended ${ago(now - grant.revoked)}`;
@@ -1576,7 +1578,8 @@ function grantRefusal(grant: Grant, holder: Partial<Presented>, now: number, exp
 const refused = (grant: Grant, reason = "it was never issued"): Transition => ({ grant, outcome: "refused", reason });
 
 /**
- * Redeems a code once. A wrong attempt costs the client neither the code nor the connection.
+ * Redeems a code once. A wrong attempt costs neither the code nor the connection.
+ * @see https://www.rfc-editor.org/rfc/rfc7636#section-4.6
  * @see https://datatracker.ietf.org/doc/html/draft-ietf-oauth-v2-1-13#section-4.1.3
  */
 function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: number): Transition {
@@ -1589,7 +1592,7 @@ function redeemGrant(grant: Grant, request: PresentedCode, issue: Issue, now: nu
     return refused(grant, `redirect_uri ${quote(redirect_uri)} differs from ${quote(grant.redirect_uri)}`);
   }
   if (code.redeemed !== undefined) {
-    // The client's own duplicate came before that. Later, somebody else holds both.
+    // The client's own duplicate came before that; later, somebody else holds both.
     if (request.arrived < code.redeemed) return refused(grant, "a duplicate of a request that came at the same time");
     return { grant: revokeGrant(grant, now), outcome: "code_replayed" };
   }
@@ -1622,16 +1625,16 @@ function repeatRefresh(grant: Grant, refresh: RefreshState, hash: string, issue:
   const index = rotated.findIndex(([known]) => known === hash);
   const [, at = -Infinity] = rotated[index] ?? [];
   if (now - at <= REFRESH_GRACE) {
-    // Its access token gets new time only if it has used up half of it.
+    // Its access token gets new time once half of it is used up.
     const issued = grant.access.find((token) => token.hash === issue.access.hash);
     const lasts = issued && issued.expires - now >= (issue.access.expires - now) / 2;
     return { grant: lasts ? grant : withTokens(grant, issue, refresh, now, n - index), outcome: "issued" };
   }
-  // A thief may rotate first and wait: the client then seems to have lost an answer. Two in a row are taken for theft.
+  // A thief may rotate first and wait, as if an answer had been lost. Two in a row are taken for theft.
   if (index !== 0 || presented || repeated === n - 1) {
     return { grant: revokeGrant(grant, now), outcome: "refresh_token_reused" };
   }
-  // The grace period for the client's other machines starts again.
+  // The client's other machines get a grace period of their own.
   const late: RefreshState = { ...refresh, rotated: [[hash, now], ...rotated.slice(1)], repeated: n };
   return { grant: withTokens(grant, issue, late, now), outcome: "refresh_token_repeated" };
 }
@@ -1644,7 +1647,7 @@ function withTokens(grant: Grant, issue: Issue, refresh: RefreshState, now: numb
 }
 
 function verifyGrant(grant: Grant, hash: string, resource: string, now: number) {
-  // Not in constant time: how far two digests agree says nothing about the tokens.
+  // Not in constant time: digests that agree in part tell nothing of the tokens.
   const token = grant.access.find((candidate) => candidate.hash === hash);
   return token && !grantRefusal(grant, { resource }, now, Math.min(token.expires, grant.expires)) ? token : undefined;
 }
@@ -1652,24 +1655,24 @@ function verifyGrant(grant: Grant, hash: string, resource: string, now: number) 
 const scopesOf = (grant: Grant, { scopes }: AccessToken) =>
   scopes ? grant.scopes.filter((_, position) => scopes.includes(position)) : grant.scopes;
 
-/** Returns the grant after use of an access token, the same object if there is nothing new. */
+/** Returns the grant after a call with an access token, the same object if there is nothing new. */
 function presentGrant(grant: Grant, { n }: AccessToken, now: number): Grant {
   const { refresh, called = now, used = 0 } = grant;
-  // The client has the latest tokens: use of the previous refresh token is theft from now on.
+  // The client has the latest tokens: from now on, use of the previous refresh token is theft.
   const spent = refresh?.n === n && !refresh.presented && { refresh: { ...refresh, presented: true } };
   // Once a minute, or a busy client would turn every read into a write.
   const isRecent = grant.called !== undefined && Math.abs(now - used) < MINUTE;
   return isRecent && !spent ? grant : { ...grant, called, used: now, ...spent };
 }
 
-/** Ends a connection. The record stays, so that its approval cannot be posted again. */
+/** Ends a connection. The record stays, so that its form cannot be posted again. */
 function revokeGrant({ code: _code, refresh: _refresh, ...rest }: Grant, now: number): Grant {
   return { ...rest, access: [], revoked: now };
 }
 
 const readGrant = ({ store }: Server, id: string) => store.get(`grant/${id}`) as Promise<Grant | undefined>;
 
-/** Stores a new grant and returns it, or the one that the same form has made before. */
+/** Stores a new grant and returns it, or the one that the same form made before. */
 const insertGrant = ({ store }: Server, id: string, grant: Grant) =>
   store.update(`grant/${id}`, (current) => current ?? grant, { expiresAt: grant.expires }) as Promise<Grant>;
 
@@ -1679,17 +1682,17 @@ async function updateGrant({ store }: Server, id: string, change: (grant: Grant)
   return await store.update(`grant/${id}`, changeIt, defined({ expiresAt })) as Grant | undefined;
 }
 
-/** One answer to whatever is wrong with a token: the reason is for the owner, not for a thief. */
+/** Says one thing of whatever is wrong with a token: the reason is for the owner, not for a thief. */
 const invalidGrant = (details: OAuthErrorDetails) =>
   new OAuthError("invalid_grant", "The code or refresh token is wrong, used, expired or revoked", details);
 
 const emitFor = (server: Server, type: AuthEvent["type"], message: string, connection: string, grant: Grant) =>
   server.emit(type, message, { connection, clientName: grant.client.name });
 
-/** An id that comes from the form, so that sending it twice finds the first grant. */
+/** Derives an id from a form: sent twice, it finds the first grant. */
 const formId = async ({ mac }: Server, ...form: string[]) => (await mac("grant", ...form)).slice(0, 32);
 
-/** Approves a request (or with `lookOnly` finds its approval), and returns its code while that is good. */
+/** Approves a request, or with `lookOnly` finds its approval. Returns its code while that is good. */
 async function approve(server: Server, form: string, request: AuthorizationRequest, lookOnly = false) {
   const { client: { id: client_id, name, auth, refreshes }, redirect_uri, scopes, code_challenge: challenge } = request;
   const id = await formId(server, form);
@@ -1739,7 +1742,7 @@ async function refresh(server: Server, form: URLSearchParams, client: Client) {
 
 type Step = (grant: Grant, issue: Issue) => Transition;
 
-/** Issues tokens by an atomic transition, and raises its event. Returns the token response (OAuth 2.1 §3.2.3). */
+/** Issues tokens by an atomic transition, and raises its event (OAuth 2.1 §3.2.3). */
 async function issueTokens(server: Server, id: string, accessSecret: string, refreshSecret: string, step: Step) {
   const access_token = `pat_${id}${accessSecret}`;
   const { token: refresh_token, hash: refresh } = await deriveRefresh(server, id, refreshSecret);
@@ -1747,7 +1750,7 @@ async function issueTokens(server: Server, id: string, accessSecret: string, ref
   const expires = now + Math.max(server.refreshTokenTtl, server.accessTokenTtl);
   const issue = { access: { hash, expires: now + server.accessTokenTtl }, refresh, expires };
   let result!: Transition; // of the last try to write
-  // Without this, an update would remove a record that has expired only by a clock that is wrong.
+  // Or an update would remove a record that only a wrong clock calls expired.
   const isThere = await readGrant(server, id) !== undefined;
   const grant = isThere && await updateGrant(server, id, (grant) => {
     result = step(grant, issue);
@@ -1779,16 +1782,16 @@ async function deriveRefresh({ longMac }: Server, id: string, secret: string) {
   return { id, token, hash: digest.slice(CHECK_DIGITS, 64), successor: digest.slice(64) };
 }
 
-/** Reads a refresh token if this server made it: whoever learns an id must not end a connection by a made-up one. */
+/** Reads a refresh token of this server: nobody who learns an id can end a connection by a made-up one. */
 async function readRefresh(server: Server, token: string) {
   const made = await deriveRefresh(server, token.slice(4, 36), token.slice(36, -CHECK_DIGITS));
   return equal(token, made.token) ? made : undefined;
 }
 
-/** Returns the id of the grant that a code or token names. What kind it is, and if it is good, its hash tells. */
+/** Returns the id of the grant that a code or token names. Its hash tells whether it is good, and for what. */
 function grantIdOf(token: string) {
   const [, id, short] = /^(?:p(?:ac|at|rt)_([0-9a-f]{32})[0-9a-f]{64,96}|pat_([\w-]{22})[\w-]{43})$/.exec(token) ?? [];
-  return short ? hex(base64Bytes(short)) : id; // a personal access token is in base64url, which is shorter to copy
+  return short ? hex(base64Bytes(short)) : id; // a personal access token is shorter to copy
 }
 
 async function rename(server: Server, id: string, label: string) {
@@ -1810,11 +1813,11 @@ async function revokeToken(server: Server, token: string, client: Client) {
     if (!grant.access.some((access) => access.hash === hash) && !await readRefresh(server, token)) return;
     if (grant.client.id !== client.id) throw new OAuthError("invalid_grant", "The token was issued to another client");
   }
-  await revoke(server, id); // also where nothing seems to be left: the clock may be wrong
+  await revoke(server, id); // also where nothing is found: the clock may be wrong
 }
 
 async function revoke(server: Server, id: string) {
-  const now = seconds(); // of this call alone: no two moments are the same
+  const now = seconds(); // no two moments are the same
   const end = (grant: Grant) => grantRefusal(grant, server, now) ? grant : revokeGrant(grant, now);
   const grant = await updateGrant(server, id, end, now + FORM_TTL);
   if (grant?.revoked !== now) return false;
@@ -1848,13 +1851,13 @@ async function listConnections(server: Server): Promise<Connection[]> {
 /** Stands in place of a client_id. */
 const PERSONAL = "personal-access-token";
 
-/** Makes a personal access token, unless the same form has made one that is in use. */
+/** Makes a personal access token, unless the same form made one that is in use. */
 async function createToken(server: Server, request: TokenRequest, form = random(32)) {
   const { name, expiresIn = 365 * DAY, scopes = server.scopes.all } = request;
   assert(isString(name) && printable(name) !== "", "createToken: name must say what the token is for");
   assert(isLifetime(expiresIn), `createToken: expiresIn ${LIFETIME}, not ${quote(expiresIn)}`);
   assertOffered(server, "createToken", scopes);
-  // The same form makes the same token, as for a double click. It is sealed: a copy of the store does not give it.
+  // The same form makes the same token, as for a double click. A copy of the store does not give it.
   const parts = [form, name, String(expiresIn), ...scopes];
   const id = await formId(server, ...parts);
   const token = `pat_${base64url(unhex(id))}${base64url(unhex(await server.mac("token", ...parts)))}`;
@@ -1878,14 +1881,14 @@ const MARK_PATIENCE = 200; // ms
 /** Never read from query or body: URLs are logged (RFC 6750 §2.1). */
 const BEARER = /^Bearer +([A-Za-z0-9._~+/-]+=*) *$/i;
 
-/** Makes a guard. It looks at the token alone: a client without one gets the 401, whatever it sent. */
+/** Makes a guard. It looks at the token alone: without one, any request gets the 401. */
 function createGuard(server: Server, required: string[] = []): MiddlewareHandler<AuthEnv> {
   const { mcpPath } = server;
   const checkToken = withCors(async (c, next) => {
     try {
       const info = recall(server, c) ?? await authenticate(server, c);
       admit(server, c, info);
-      // With what the token has already: clients ask for exactly this list.
+      // With those it has: clients ask for exactly this list.
       const needed = [...new Set([...info.scopes, ...required])];
       const isGranted = needed.length === info.scopes.length;
       if (!isGranted) throw challenge(server, "insufficient_scope", "The token lacks a scope that this needs", needed);
@@ -1893,7 +1896,7 @@ function createGuard(server: Server, required: string[] = []): MiddlewareHandler
       return errorResponse(server, c, error);
     }
     await next();
-    // Some clients add a slash. 308 keeps method and body, and stays on this host.
+    // Some clients add a slash. 308 keeps method and body.
     if (c.req.path === `${mcpPath}/` && c.res.status === 404) c.res = c.redirect(mcpPath, 308);
   });
   return function personalAuthGuard(c, next) {
@@ -1915,16 +1918,16 @@ function assertOffered({ scopes: { all } }: Server, caller: string, scopes: stri
   assert(isOffered, `${caller}: scopes must be some of ${all.join(", ")}, not ${quote(scopes)}`);
 }
 
-/** Returns what is known of a token, unless any process has changed the store since. */
+/** Returns what is known of a token, unless a process has changed the store since. */
 function recall({ passed, verified, store }: Server, c: Context) {
-  const earlier: AuthInfo | undefined = c.get(passed); // from another guard of the same request
+  const earlier: AuthInfo | undefined = c.get(passed); // from another guard of this request
   if (earlier) return earlier;
   const known = verified.get(c.req.raw.headers.get("Authorization") ?? "");
   return known && known.version === store.version?.() && Date.now() / 1000 < known.until ? known.info : undefined;
 }
 
 function admit({ passed }: Server, c: Context, info: AuthInfo) {
-  c.set(passed, info); // c.var.auth alone would not do: any middleware can set it
+  c.set(passed, info); // c.var.auth would not do: any middleware can set it
   c.set("auth", info);
 }
 
@@ -1939,7 +1942,7 @@ async function authenticate(server: Server, c: Context) {
 async function verifyAccessToken(server: Server, token: string, header = `Bearer ${token}`) {
   const { store, verified, resource, resourceMetadataUrl } = server;
   const now = seconds();
-  const version = store.version?.(); // before the record is read, or a change in between would go unseen
+  const version = store.version?.(); // before the read, or a change in between would go unseen
   const id = grantIdOf(token);
   const grant = id ? await readGrant(server, id) : undefined;
   const hash = grant ? await hashToken(token) : "";
@@ -1982,7 +1985,10 @@ async function markPresented(server: Server, id: string, token: AccessToken, now
   if (grant?.called === now) emitFor(server, "first_call", "the app called for the first time", id, grant);
 }
 
-/** Makes an error with its challenge (RFC 9728 §5.1). Without `scope`, Claude would ask for every scope there is. */
+/**
+ * Makes an error with its challenge. Without `scope`, Claude would ask for every scope there is.
+ * @see https://www.rfc-editor.org/rfc/rfc9728#section-5.1
+ */
 function challenge(server: Server, code: string, description: string, scopes = server.scopes.byDefault) {
   const status = code === "insufficient_scope" ? 403 : 401;
   // No error code where no token came (RFC 6750 §3.1).
@@ -3588,7 +3594,7 @@ export type SetupOptions = {
   token?: string | undefined;
 };
 
-/** What is said where a check fails → the fix → the fix with `personalAuth()`. `{}` is what was found. */
+/** What is said where a check fails → the fix → the fix with `personalAuth()`. `{}`: what was found. */
 const CHECKS = {
   "public address": "{} is this computer → For claude.ai, use the https address of a tunnel.",
   "https": "The address is http → Use https: clients send no token over http.",
@@ -3624,11 +3630,11 @@ const CHECKS = {
   "CORS": "A browser may not use the {} endpoint → Answer OPTIONS first, with Access-Control-Allow-Origin.",
 } satisfies Record<string, `${string} → ${string}`>;
 
-/** Ends the check: the rest would only fail for the same reason. */
+/** Ends the check: all else would fail for the same reason. */
 class RootCause extends Error {}
 
 /**
- * Asks any MCP server, from outside and without a password, what a client will ask. Registers a client, and starts an
+ * Asks any MCP server what a client will ask, from outside and without a password. Registers a client, and starts an
  * authorization that it never finishes.
  *
  * @throws {TypeError} if `mcpUrl` is not an http or https URL, or `token` cannot be a token.
@@ -3637,7 +3643,7 @@ export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Pr
   const typed = webUrl(mcpUrl);
   assert(typed, `Give the URL that you type into Claude, such as "https://your-domain.com/mcp"`);
   typed.hash = "";
-  // RFC 6750 §2.1. The message of fetch() about anything else holds the token.
+  // RFC 6750 §2.1; of anything else, the message of fetch() holds the token.
   assert(/^[\w.~+/-]+=*$/.test(options.token || "x"), "The token holds a character that no token has");
   const checkup = startCheckup(typed, options);
   const below = (heading: SetupFinding["heading"]) => Object.assign(checkup, { heading });
@@ -3665,7 +3671,7 @@ export async function checkSetup(mcpUrl: string, options: SetupOptions = {}): Pr
 
 type Checkup = ReturnType<typeof startCheckup>;
 
-/** Returns what the stages share: how to ask, how to judge an answer, and what was found. */
+/** Returns what the stages share. */
 function startCheckup(url: URL, { token = "", onProgress, fetch: send = fetch }: SetupOptions) {
   const state = {
     heading: "Address" as SetupFinding["heading"],
@@ -3682,7 +3688,7 @@ function startCheckup(url: URL, { token = "", onProgress, fetch: send = fetch }:
         return true;
       }
       const plain = isString(found) && token ? found.replaceAll(token, "[token]") : found;
-      // Quoted in ASCII, so that it cannot control a terminal. An object may be too deep for JSON.stringify().
+      // Quoted in ASCII, so that it controls no terminal. An object may be too deep for JSON.stringify().
       const shown = plain instanceof Object ? "an object" : quote(plain);
       const [what = "", fix, withPersonalAuth] = CHECKS[check].replace("{}", () => shown).split(" → ");
       findings.push({ heading, result, what, ...defined({ fix, withPersonalAuth }) });
@@ -3693,7 +3699,7 @@ function startCheckup(url: URL, { token = "", onProgress, fetch: send = fetch }:
   const must = judge("failed"); // else some client cannot connect
   const need = judge("failed", true); // else everything after it fails as well
 
-  /** Asks one question, and takes at most 30 seconds and 1 MB. Ends the check if nothing usable answers. */
+  /** Asks one question, for at most 30 seconds and 1 MB. Ends the check if nothing usable answers. */
   async function ask(place: unknown, headers = {}, body?: object, method = body ? "POST" : "GET") {
     const target = place instanceof URL ? place : webUrl(place);
     onProgress?.(`${method} ${target?.pathname}`);
@@ -3758,7 +3764,7 @@ async function exchange(request: Request, fetch: NonNullable<SetupOptions["fetch
   return { status, ok, headers, location, text, json, summary, took: seconds() - start };
 }
 
-/** Reads the first JSON-RPC response of an event stream, which may stay open for ever. */
+/** Reads the first JSON-RPC response of an event stream, which may stay open. */
 async function readMessage(stream: Response["body"], isCall: boolean): Promise<string> {
   const [reader, decoder] = [stream?.getReader(), new TextDecoder()];
   let [line, length] = ["", 0];
@@ -3798,7 +3804,7 @@ const AS_BROWSER = { Accept: "text/html", "User-Agent": "Mozilla/5.0" };
 const PARAMS = { protocolVersion: "2025-11-25", capabilities: {}, clientInfo: { name: "setup-check", version: "1" } };
 const INITIALIZE = { jsonrpc: "2.0", id: 0, method: "initialize", params: PARAMS };
 
-/** Asks without a token. Returns where the metadata is: a client learns that from the 401. */
+/** Asks without a token, and returns where the metadata is: a client learns that from the 401. */
 async function checkGuard(checkup: Checkup) {
   const { url, token, ask, need, must, should } = checkup;
   const { status, ok, headers, took } = await ask(url, AS_JSON, INITIALIZE);
@@ -3823,7 +3829,7 @@ async function checkGuard(checkup: Checkup) {
   return challenge.match(/resource_metadata="([^"]+)"/)?.[1];
 }
 
-/** Calls as Claude does. The token is sent to the typed address, and to no other. */
+/** Calls as Claude does. The token is sent to the typed address alone. */
 async function checkCalls({ url, token, next, ask, need, should }: Checkup) {
   const headers: Record<string, string> = { ...AS_CLAUDE, Authorization: `Bearer ${token}` };
   const hello = await ask(url, headers, INITIALIZE);
@@ -3939,7 +3945,7 @@ async function checkConsent({ ask, need, must, should }: Checkup, server: Metada
   should(policy.includes("frame-ancestors") || headers.has("X-Frame-Options"), "no frames");
   const form = readDenial(text.slice(0, 64 * 1024));
   if (!form) return; // the rest would need the owner
-  // A form for elsewhere is not sent: the page could choose any address, with any fields.
+  // A form for elsewhere is not sent: a page could choose any address and fields.
   const target = webUrl(form.action || page.href, page);
   if (!should(target?.origin === page.origin, "own URLs", form.action)) return;
   const Cookie = headers.getSetCookie().map((cookie) => cookie.split(";")[0]).join("; ");
@@ -3951,7 +3957,7 @@ async function checkConsent({ ask, need, must, should }: Checkup, server: Metada
   must(isBack && isTold && hasIss, "denial");
 }
 
-/** Each part is bounded, or shares no character with the next, so that the time grows with the length alone. */
+/** Each part is bounded, or shares no character with the next: the time grows with the length alone. */
 const ATTRIBUTE = /([\w-]{1,40})\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))/g;
 
 function readAttributes(tag: string): Record<string, string> {
@@ -3962,7 +3968,7 @@ function readAttributes(tag: string): Record<string, string> {
   return attributes;
 }
 
-/** Finds the form with a button to deny: where it goes, and what a browser posts at a press of that button. */
+/** Finds the form with a button to deny: where it goes, and what a browser posts. */
 function readDenial(html: string) {
   for (const form of html.split(/<form\b/i).slice(1)) {
     const [{ action, method } = {}, ...tags] = form.split(/<\/form/i)[0]!.split("<").map(readAttributes);
@@ -4015,7 +4021,7 @@ async function setupCheckCommand() {
   }
 }
 
-/** Formats a report, with failures last: nobody reads what has scrolled away. */
+/** Formats a report with failures last: nobody reads what has scrolled away. */
 function reportText({ url, findings, next }: SetupReport, verbose: boolean): string {
   const marks = { failed: "✗", warning: "!", ok: "✓" };
   const lines = [`Setup of ${url}`, ""];
@@ -4036,5 +4042,5 @@ function reportText({ url, findings, next }: SetupReport, verbose: boolean): str
   return [...lines, "", ...next].join("\n");
 }
 
-/** Only where this very file is the program: bundled into another one, it is nobody's command. */
+/** Only where this file is the program: bundled into another one, it is nobody's command. */
 if ((import.meta as { main?: boolean }).main && /\/mod\.[jt]s$/.test(import.meta.url)) void setupCheckCommand();
