@@ -483,12 +483,12 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   for (const [path, POST] of Object.entries(ENDPOINTS)) {
     if (path !== "/register" || server.registration) add(basePath + path, withCors(endpoint(server, { POST })));
   }
+  const setHeaders: MiddlewareHandler = (c, next) => {
+    for (const [name, value] of Object.entries(FIXED_HEADERS)) c.header(name, value);
+    return next();
+  };
   for (const [path, [GET, change]] of Object.entries(OWNER_PAGES)) {
     const POST: Handler = (server, c) => assertOwnSite(server, c) ?? change(server, c);
-    const setHeaders: MiddlewareHandler = (c, next) => {
-      for (const [name, value] of Object.entries(FIXED_HEADERS)) c.header(name, value);
-      return next();
-    };
     add(basePath + path, setHeaders, endpoint(server, { GET, POST }, errorPage));
   }
   for (const path of new Set([basePath || "/", `${basePath}/`])) app.get(path, homePage(server));
