@@ -3734,7 +3734,7 @@ function startCheckup(url: URL, { token = "", onProgress, fetch: send = fetch }:
 
 /** Parses an http or https URL without credentials, which fetch() refuses. */
 function webUrl(value: unknown, base?: URL): URL | undefined {
-  const url = isString(value) && value.length < 8192 ? URL.parse(value, base) : undefined;
+  const url = isString(value) && value.length < 8192 ? URL.parse(value, base?.href) : undefined;
   return url && /^https?:\/\/[^/@]+\//.test(url.href) ? url : undefined;
 }
 
