@@ -472,24 +472,20 @@ export function personalAuth(options: PersonalAuthOptions): PersonalAuth {
   };
 
   for (const [path, document] of discoveryDocuments(server)) {
-    const GET = () => json(document, 200, { "Cache-Control": "public, max-age=300" });
+    const GET: Handler = (_, c) => c.json(document, 200, { "Cache-Control": "public, max-age=300" });
     add(path, CORS, endpoint(server, { GET }));
   }
   // Answer 404 explicitly: OpenID clients fail on half a document, and on an app's catch-all page.
   const openid = "/.well-known/openid-configuration";
   for (const path of new Set([openid + basePath, openid + mcpPath, basePath + openid, mcpPath + openid])) {
-    app.all(path, () => json({ error: "not_found" }, 404));
+    app.all(path, (c) => c.json({ error: "not_found" }, 404, FIXED_HEADERS));
   }
   for (const [path, POST] of Object.entries(ENDPOINTS)) {
     if (path !== "/register" || server.registration) add(basePath + path, withCors(endpoint(server, { POST })));
   }
-  const setHeaders: MiddlewareHandler = (c, next) => {
-    for (const [name, value] of Object.entries(FIXED_HEADERS)) c.header(name, value);
-    return next();
-  };
   for (const [path, [GET, change]] of Object.entries(OWNER_PAGES)) {
     const POST: Handler = (server, c) => assertOwnSite(server, c) ?? change(server, c);
-    add(basePath + path, setHeaders, endpoint(server, { GET, POST }, errorPage));
+    add(basePath + path, endpoint(server, { GET, POST }, errorPage));
   }
   for (const path of new Set([basePath || "/", `${basePath}/`])) app.get(path, homePage(server));
 
@@ -544,12 +540,6 @@ function createServer(options: PersonalAuthOptions) {
 /** Nobody keeps an answer, and no browser guesses that it is a page. */
 const FIXED_HEADERS = { "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff" };
 
-/** Answers in JSON. c.json() would make a Headers object, which Node's adapter copies: a tenth of a refresh. */
-function json(body: unknown, status = 200, more: Record<string, string> = {}) {
-  const headers = { "Content-Type": "application/json", ...FIXED_HEADERS, ...more };
-  return new Response(JSON.stringify(body), { status, headers });
-}
-
 /** Answers by the handler of a method, which may end early by throwing its answer, or an error. */
 function endpoint(
   server: Server,
@@ -559,6 +549,7 @@ function endpoint(
   const methods = Object.keys(handlers).join(", ").replace("GET", "GET, HEAD");
   return async (c) => {
     const method = c.req.method === "HEAD" ? "GET" : c.req.method;
+    for (const [name, value] of Object.entries(FIXED_HEADERS)) c.header(name, value);
     try {
       if (Object.hasOwn(handlers, method)) return await handlers[method]!(server, c);
       throw invalidRequest(`The method must be one of ${methods}`, { status: 405, headers: { Allow: methods } });
@@ -692,7 +683,7 @@ async function registerClient(server: Server, c: Context) {
     response_types: ["code"],
     scope: grantedScopes(scope, server.scopes).join(" "),
   };
-  return json(answer, 201);
+  return c.json(answer, 201);
 }
 
 const signedId = async ({ mac }: Server, payload: string) => `${payload}.${await mac("client_id", payload)}`;
@@ -1460,8 +1451,8 @@ async function tokenEndpoint(server: Server, c: Context) {
   try {
     const grant_type = required(form, "grant_type");
     checkResource(server, form);
-    if (grant_type === "authorization_code") return json(await redeem(server, form, client, arrived));
-    if (grant_type === "refresh_token") return json(await refresh(server, form, client));
+    if (grant_type === "authorization_code") return c.json(await redeem(server, form, client, arrived));
+    if (grant_type === "refresh_token") return c.json(await refresh(server, form, client));
     throw new OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token");
   } catch (error) {
     const id = grantIdOf(form.get("code") ?? form.get("refresh_token") ?? "");
@@ -1479,7 +1470,7 @@ async function revocationEndpoint(server: Server, c: Context) {
   const form = await readForm(c);
   const client = await authenticateClient(server, c, form);
   await revokeToken(server, required(form, "token"), client);
-  return new Response(null, { headers: FIXED_HEADERS });
+  return c.body(null);
 }
 
 /**
@@ -1495,9 +1486,9 @@ async function introspectionEndpoint(server: Server, c: Context) {
   const { issuer: iss, resource: aud } = server;
   try {
     const { clientId: client_id, scopes, expiresAt: exp } = await verifyAccessToken(server, required(form, "token"));
-    return json({ active: true, client_id, scope: scopes.join(" "), exp, token_type: "Bearer", iss, aud });
+    return c.json({ active: true, client_id, scope: scopes.join(" "), exp, token_type: "Bearer", iss, aud });
   } catch (error) {
-    if (error instanceof OAuthError && error.code === "invalid_token") return json({ active: false });
+    if (error instanceof OAuthError && error.code === "invalid_token") return c.json({ active: false });
     throw error;
   }
 }
@@ -1704,7 +1695,7 @@ async function approve(server: Server, form: string, request: AuthorizationReque
   const grant = approveGrant(approval, { hash: await hashToken(code), challenge, refreshes }, seconds());
   const kept = await (lookOnly ? readGrant(server, id) : insertGrant(server, id, grant));
   if (!kept) return undefined;
-  server.attempts.delete(client_id); // from here on, the record tells
+  if (!lookOnly) server.attempts.delete(client_id); // from here on, the record tells
   if (kept.client.id !== client_id || kept.redirect_uri !== redirect_uri) return undefined;
   // After a double click the browser follows the second response.
   return { code: hasOpenCode(kept, seconds()) ? code : undefined, repeated: kept.created !== grant.created };
@@ -1790,8 +1781,9 @@ async function readRefresh(server: Server, token: string) {
 
 /** Returns the id of the grant that a code or token names. Its hash tells whether it is good, and for what. */
 function grantIdOf(token: string) {
-  const [, id, short] = /^(?:p(?:ac|at|rt)_([0-9a-f]{32})[0-9a-f]{64,96}|pat_([\w-]{22})[\w-]{43})$/.exec(token) ?? [];
-  return short ? hex(base64Bytes(short)) : id; // a personal access token is shorter to copy
+  const forms = /^(?:p(?:ac|at)_([0-9a-f]{32})[0-9a-f]{64}|prt_([0-9a-f]{32})[0-9a-f]{96}|pat_([\w-]{22})[\w-]{43})$/;
+  const [, id, refreshId, short] = forms.exec(token) ?? [];
+  return short ? hex(base64Bytes(short)) : id ?? refreshId; // a personal access token is shorter to copy
 }
 
 async function rename(server: Server, id: string, label: string) {
@@ -1980,7 +1972,7 @@ async function verifyAccessToken(server: Server, token: string, header = `Bearer
 
 /** Stores that a token was used, if it can: the owner may always read. */
 async function markPresented(server: Server, id: string, token: AccessToken, now: number) {
-  const change = (grant: Grant) => presentGrant(grant, token, now);
+  const change = (grant: Grant) => grantRefusal(grant, server, now) ? grant : presentGrant(grant, token, now);
   const grant = await updateGrant(server, id, change).catch(() => undefined); // the store reports it
   if (grant?.called === now) emitFor(server, "first_call", "the app called for the first time", id, grant);
 }
@@ -2933,7 +2925,8 @@ let commits = 0; // of all file stores in this process
 function prepareStatements(db: Sqlite) {
   const select = db.prepare("SELECT value, expires FROM entries WHERE key = ?");
   const range = db.prepare("SELECT * FROM entries WHERE key >= ? AND key < ? ORDER BY key");
-  const upsert = db.prepare("INSERT INTO entries VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = ?2, expires = ?3");
+  const upsert = db.prepare(`INSERT INTO entries VALUES (?, ?, ?)
+    ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires`);
   const remove = db.prepare("DELETE FROM entries WHERE key = ?");
   // Two per change: nothing waits. The latest stay, because a clock that was wrong must not cost a connection.
   const sweep = db.prepare(`DELETE FROM entries WHERE key IN
@@ -3539,11 +3532,12 @@ function asOAuthError({ emit }: Server, error: unknown): OAuthError {
   return new OAuthError("server_error", "Something went wrong here", { status: 500 });
 }
 
-function errorResponse(server: Server, _: Context, thrown: unknown): Response | Promise<Response> {
+function errorResponse(server: Server, c: Context, thrown: unknown): Response | Promise<Response> {
   const { code, message, status, headers } = asOAuthError(server, thrown);
   // A 401 must say how to authenticate (RFC 9110 §15.5.2); the guard's own says it by itself.
   const basic = status === 401 && { "WWW-Authenticate": 'Basic realm="token"' };
-  return json({ error: code, error_description: errorDescription(message) }, status, { ...basic, ...headers });
+  const body = { error: code, error_description: errorDescription(message) };
+  return c.json(body, status, { ...FIXED_HEADERS, ...basic, ...headers });
 }
 
 function errorPage(server: Server, c: Context, thrown: unknown): Response | Promise<Response> {

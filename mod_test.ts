@@ -3455,6 +3455,19 @@ test("a used refresh token in another hand ends exactly that connection", async 
   }
 });
 
+test("only a token of the right length names a connection", async () => {
+  const { app, auth, events } = world();
+  const { access_token, refresh_token } = await connect(app);
+  const id = access_token.slice(4, 36);
+  for (const token of [`pat_${id}${"0".repeat(96)}`, `prt_${id}${"0".repeat(64)}`, access_token.slice(0, -1)]) {
+    assertEquals((await callMcp(app, token)).status, 401);
+  }
+  assert(!events.some(({ type }) => type === "token_refused"));
+  assertEquals((await callMcp(app, refresh_token)).status, 401); // the owner is told of a client that mixes them up
+  assertEquals(events.filter(({ type }) => type === "token_refused").length, 1);
+  assertEquals((await auth.connections()).length, 1);
+});
+
 test("a made-up refresh token ends nothing, even with the right connection in it", async (t) => {
   const travel = timeMachine(t);
   const { app } = world();
@@ -3826,6 +3839,34 @@ test("a guard trusts an earlier one for the same pass alone, and only of its own
   assertEquals(await status("/mcp/both", third, { auth }), [401, 401, 401]);
 });
 
+test("a connection that is ended during its first call is not changed by that call", async () => {
+  const memory = memoryStore();
+  let release = () => {};
+  let isHeld = false;
+  const store: Store = {
+    ...memory,
+    async update(key, change, options) {
+      if (isHeld && key.startsWith("grant/")) {
+        isHeld = false;
+        await new Promise<void>((resolve) => release = resolve);
+      }
+      return await memory.update(key, change, options);
+    },
+  };
+  const { app, auth, events } = world({ store });
+  const { access_token } = await connect(app);
+  isHeld = true;
+  const call = callMcp(app, access_token);
+  await pause(20);
+  const [{ id } = { id: "" }] = await auth.connections();
+  assertEquals(await auth.revoke(id), true);
+  const ended = await store.get(`grant/${id}`);
+  release();
+  await call;
+  assertEquals(await store.get(`grant/${id}`), ended);
+  assert(!events.some(({ type }) => type === "first_call"));
+});
+
 test("first_call is raised once, however many calls come first", async () => {
   const { app, events } = world();
   const { access_token } = await connect(app);
@@ -3859,6 +3900,22 @@ test("AuthInfo and the SDK's may stand for each other", () => {
   type Same<Ours, Theirs> = [Ours, Theirs, keyof Theirs] extends [Theirs, Ours, keyof Ours] ? true : false;
   const isSame: Same<AuthInfo, SdkAuthInfo> = true;
   assert(isSame);
+});
+
+test("what an app sets with c.header() before the routes is on every answer", async () => {
+  const { auth } = world();
+  const app = new Hono<AuthEnv>();
+  app.use((c, next) => {
+    c.header("X-Request-Id", "1");
+    return next();
+  });
+  app.route("/", auth);
+  for (const path of ["/mcp", "/token", "/revoke", "/register", "/authorize", "/connections"]) {
+    for (const method of ["GET", "POST", "PUT"]) {
+      const { headers } = await app.request(BASE + path, { method });
+      assertEquals(headers.get("X-Request-Id"), "1", `${method} ${path}`);
+    }
+  }
 });
 
 test("the guard answers a browser's preflight and opens its answers to it", async () => {
@@ -5189,6 +5246,19 @@ test("only approve approves", async () => {
     const page = await browser.submit(await browser.open(authorizeUrl(client_id)), { decision });
     assertEquals([page.status, page.location], [403, undefined], decision);
   }
+});
+
+test("a second click forgets no newer attempt of its app", async () => {
+  const { app, auth } = world({ password: PASSWORD });
+  const { client_id } = await register(app);
+  const browser = browse(app);
+  const page = await browser.open(authorizeUrl(client_id));
+  const fields = { decision: "approve", password: PASSWORD };
+  await browser.submit(page, fields);
+  await auth.revoke((await auth.connections())[0]!.id);
+  await browser.open(authorizeUrl(client_id, { state: "again" }));
+  await browser.submit(page, fields);
+  assert((await browser.open(PAGE)).text.includes("It is your turn: approve or deny"));
 });
 
 test("a second click is redirected like the first one, until the code is used", async () => {
