@@ -929,7 +929,7 @@ interface Download {
   answer: Download["over"];
 }
 
-/** @see https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document */
+/** Tells a document's address. @see https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document */
 function isDocumentUrl(id: string) {
   if (id.length > MAX_CLIENT_ID_LENGTH || !/^https:\/\/[^/@]+\/[^?#][^#]*$/.test(id)) return false;
   return URL.parse(id)?.href === id; // in one form only: client ids are compared as strings
@@ -1550,7 +1550,7 @@ const MAX_ROTATIONS = 200;
 
 // OAuth's hard rules are pure functions, without HTTP and storage.
 
-/** The record outlives its form, so that the form is good once. */
+/** Makes a record that outlives its form, so that the form is good once. */
 function approveGrant(approval: Omit<Grant, "created" | "expires" | "access">, code: NewCode, now: number): Grant {
   const expires = now + UNREDEEMED_KEPT;
   return { ...approval, created: now, expires, code: { ...code, expires: now + CODE_TTL }, access: [] };
@@ -2538,9 +2538,9 @@ code{display:block;background:var(--paper);white-space:pre-wrap;user-select:all;
 `;
 
 const serverName = ({ pages, issuer }: Server) => pages.title || issuer.replace("https://", "");
-/** Never shortened: the end of a host counts. */
+/** Shows the whole host: its end counts. */
 const hostOf = ({ protocol, host }: URL) => protocol === "https:" ? host : `${protocol}//${host}`;
-/** Whether the target is an app on the browser's computer. A private-use scheme may have a host `localhost` too. */
+/** Tells an app on the browser's computer. A private-use scheme may have a host `localhost` too. */
 const isLocal = ({ protocol, hostname }: URL) => /^https?:$/.test(protocol) && isLoopback(hostname);
 const nameOf = (name: string) => html`<bdi class="name">${name || UNNAMED}</bdi>`;
 const link = (uri: string, text: string) => html`<a class="button approve" href="${uri}">${nameOf(text)}</a>`;
@@ -2580,7 +2580,7 @@ function scopeList({ scopes }: Server, granted: string[]) {
   return html`<ul class="marks">${items}</ul>`;
 }
 
-/** `ready`: with the cursor in it, unless that scrolls the question out of sight on a phone. */
+/** Asks for the password. `ready`: with the cursor in it, unless that scrolls the question away on a phone. */
 function passwordField(isOwner: boolean, problem?: Problem, ready = problem !== undefined) {
   const alert = problem && html`<p class="warn" role="alert" id="problem">${problem.message}</p>`;
   if (isOwner) return alert;
