@@ -929,7 +929,10 @@ interface Download {
   answer: Download["over"];
 }
 
-/** Tells a document's address. @see https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document */
+/**
+ * Tells whether a client_id is the address of a document.
+ * @see https://datatracker.ietf.org/doc/draft-ietf-oauth-client-id-metadata-document
+ */
 function isDocumentUrl(id: string) {
   if (id.length > MAX_CLIENT_ID_LENGTH || !/^https:\/\/[^/@]+\/[^?#][^#]*$/.test(id)) return false;
   return URL.parse(id)?.href === id; // in one form only: client ids are compared as strings
@@ -1462,8 +1465,8 @@ async function tokenEndpoint(server: Server, c: Context) {
 }
 
 /**
- * Ends the connection of a token, and answers 200 for an unknown one too. The client stays registered: Claude Code signs
- * out and comes back with the same client_id.
+ * Ends the connection of a token, and answers 200 for an unknown one too. The client stays registered: Claude Code
+ * signs out and comes back with the same client_id.
  * @see https://www.rfc-editor.org/rfc/rfc7009#section-2.1
  */
 async function revocationEndpoint(server: Server, c: Context) {
@@ -1474,8 +1477,8 @@ async function revocationEndpoint(server: Server, c: Context) {
 }
 
 /**
- * Describes a token to a resource server elsewhere. Only one that the owner registered with a secret may ask, or anybody
- * could learn whether a token found somewhere is alive.
+ * Describes a token to a resource server elsewhere. Only one that the owner registered with a secret may ask, or
+ * anybody could learn whether a token found somewhere is alive.
  * @see https://www.rfc-editor.org/rfc/rfc7662#section-2
  */
 async function introspectionEndpoint(server: Server, c: Context) {
@@ -2540,7 +2543,7 @@ code{display:block;background:var(--paper);white-space:pre-wrap;user-select:all;
 const serverName = ({ pages, issuer }: Server) => pages.title || issuer.replace("https://", "");
 /** Shows the whole host: its end counts. */
 const hostOf = ({ protocol, host }: URL) => protocol === "https:" ? host : `${protocol}//${host}`;
-/** Tells an app on the browser's computer. A private-use scheme may have a host `localhost` too. */
+/** Tells whether the target is on the browser's computer. A private-use scheme may have a host `localhost` too. */
 const isLocal = ({ protocol, hostname }: URL) => /^https?:$/.test(protocol) && isLoopback(hostname);
 const nameOf = (name: string) => html`<bdi class="name">${name || UNNAMED}</bdi>`;
 const link = (uri: string, text: string) => html`<a class="button approve" href="${uri}">${nameOf(text)}</a>`;
