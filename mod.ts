@@ -1192,10 +1192,7 @@ function isListed(allowed: readonly string[] | null, url: URL): boolean {
 }
 
 /** Returns the entry of `allowedRedirectDomains` that lets a URL in. */
-function allowEntry(url: URL): string {
-  if (isLocal(url)) return "localhost";
-  return url.protocol === "https:" ? url.host : `${url.protocol}//${url.host}`;
-}
+const allowEntry = (url: URL) => isLocal(url) ? "localhost" : hostOf(url);
 
 /** What no list can allow: ways to make a URI look like another one, or run as script. */
 const UNSAFE: [pattern: RegExp, fault: string][] = [
@@ -2396,7 +2393,7 @@ function grantAdvice(server: Server, grant: Grant, now: number) {
   const userAgent = /^claude\.(ai|com)$/.test(target.host) ? "the user agent Claude-User" : "its user agent";
   const isStripped = (server.found.at ?? 0) > redeemed; // a request came without its token
   const fault = isStripped ? "remove the Authorization header: a request without a token came" : `block ${userAgent}`;
-  const expired = Math.max(...access.map(({ expires }) => expires));
+  const expired = Math.max(0, ...access.map(({ expires }) => expires));
   return {
     pending: isLocal(target)
       ? `${name} never fetched its token: nothing listens at ${target.host} on your browser's computer. If it is on ` +
@@ -2488,7 +2485,6 @@ export type PageOptions = {
 };
 
 const UNNAMED = "an app without a name";
-const RELATIVE_TIME = new Intl.RelativeTimeFormat("en");
 /** Events when all is well; every other one needs a look. */
 const ROUTINE = /^(owner_signed_in|sign_in_failed|connection_\w+|code_redeemed|first_call|token_created)$/;
 const OPEN_TOO_LONG: Problem = { status: 403, message: "This page was open for too long. Check it and answer again." };
@@ -2566,9 +2562,7 @@ function heading(name: string, where: string, more: Html, label?: string) {
 /** Shows a time from now, because a page without script knows no time zone; the exact one is its title. */
 function timeOf(at: number) {
   const left = at - seconds();
-  const units = [["month", 30 * DAY], ["day", DAY], ["hour", HOUR], ["minute", MINUTE]] as const;
-  const [unit, size] = units.find(([, size]) => Math.abs(left) >= size) ?? [];
-  const text = unit ? RELATIVE_TIME.format(Math.trunc(left / size), unit) : "just now";
+  const text = Math.abs(left) < MINUTE ? "just now" : fromNow(left);
   return html`<time datetime="${new Date(at * 1000).toISOString()}" title="${formatTime(at)}">${text}</time>`;
 }
 
@@ -3297,12 +3291,15 @@ function seconds() {
   return latest;
 }
 
-function ago(seconds: number) {
-  const units = [[DAY, "day"], [HOUR, "hour"], [MINUTE, "minute"]] as const;
-  const [size, unit] = units.find(([size]) => seconds >= size) ?? [1, "second"];
-  const count = Math.max(0, Math.floor(seconds / size));
-  return `${count} ${unit}${count === 1 ? "" : "s"} ago`;
+/** Says how far a moment is from now, in the largest unit that fits. */
+function fromNow(seconds: number) {
+  const units = [["month", 30 * DAY], ["day", DAY], ["hour", HOUR], ["minute", MINUTE]] as const;
+  const [unit, size] = units.find(([, size]) => Math.abs(seconds) >= size) ?? ["second", 1];
+  return RELATIVE_TIME.format(Math.trunc(seconds / size), unit);
 }
+
+const RELATIVE_TIME = new Intl.RelativeTimeFormat("en");
+const ago = (seconds: number) => fromNow(-Math.max(0, seconds));
 
 const hex = (bytes: Uint8Array) => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 const unhex = (text: string) => Uint8Array.from(text.match(/../g) ?? [], (digits) => parseInt(digits, 16));
