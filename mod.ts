@@ -1667,9 +1667,9 @@ const readGrant = ({ store }: Server, id: string) => store.get(`grant/${id}`) as
 const insertGrant = ({ store }: Server, id: string, grant: Grant) =>
   store.update(`grant/${id}`, (current) => current ?? grant, { expiresAt: grant.expires }) as Promise<Grant>;
 
-/** Changes a grant atomically, if there is one. */
+/** Changes a grant atomically, if there is one. Keeps what has expired, perhaps by a clock that is wrong. */
 async function updateGrant({ store }: Server, id: string, change: (grant: Grant) => Grant, expiresAt?: number) {
-  const changeIt = (current: unknown) => current && change(current as Grant);
+  const changeIt: Change = (current, expired) => current ? change(current as Grant) : expired;
   return await store.update(`grant/${id}`, changeIt, defined({ expiresAt })) as Grant | undefined;
 }
 
@@ -1741,9 +1741,7 @@ async function issueTokens(server: Server, id: string, accessSecret: string, ref
   const expires = now + Math.max(server.refreshTokenTtl, server.accessTokenTtl);
   const issue = { access: { hash, expires: now + server.accessTokenTtl }, refresh, expires };
   let result!: Transition; // of the last try to write
-  // Or an update would remove a record that only a wrong clock calls expired.
-  const isThere = await readGrant(server, id) !== undefined;
-  const grant = isThere && await updateGrant(server, id, (grant) => {
+  const grant = await updateGrant(server, id, (grant) => {
     result = step(grant, issue);
     return result.grant;
   }, expires);
@@ -1812,6 +1810,7 @@ async function revoke(server: Server, id: string) {
   const now = seconds(); // no two moments are the same
   const end = (grant: Grant) => grantRefusal(grant, server, now) ? grant : revokeGrant(grant, now);
   const grant = await updateGrant(server, id, end, now + FORM_TTL);
+  if (!grant) await server.store.update(`grant/${id}`, (current) => current); // removes what has expired
   if (grant?.revoked !== now) return false;
   emitFor(server, "connection_revoked", "a connection was ended", id, grant);
   return true;
@@ -2866,13 +2865,16 @@ function listed(key: string, entry: Entry | undefined): [key: string, value: unk
   return value === undefined ? [] : [[key, value]];
 }
 
+/** A change that our own stores also tell of what has expired: if it returns that, nothing is written. */
+type Change = (current: unknown, expired?: unknown) => unknown;
+
 /** Returns what `update` answers. Writes the entry if it changes, or none to delete it. */
 function applyChange(found: Entry | undefined, [key, change, options]: Update, write: Write) {
   const current = valueOf(found);
-  const next = change(current);
-  if (next === undefined) {
-    if (found) write(key); // also an expired one: the clock may be set back
-  } else if (next !== current) {
+  const next = (change as Change)(current, found);
+  if (next === found) return undefined;
+  if (next === undefined) write(key); // also an expired one: the clock may be set back
+  else if (next !== current) {
     const kept = current === undefined ? null : found!.expires;
     write(key, { value: JSON.stringify(next), expires: options?.expiresAt ?? kept });
   }
@@ -3245,9 +3247,9 @@ function guardStore(store: Store, emit: Emit): Store {
   async function guarded<T>(ask: (changeInTime: Update[1]) => Promise<T>, change?: Update[1]): Promise<T> {
     let isOver = false;
     // A store that wakes up late must not change anything: the client was answered 503.
-    const changeInTime = (current: unknown) => {
+    const changeInTime: Change = (current, expired) => {
       assert(!isOver, "the store came back after the answer: nothing was changed");
-      return change!(current);
+      return (change as Change)(current, expired);
     };
     try {
       return await withDeadline(promiseTry(() => ask(changeInTime)));
