@@ -376,9 +376,10 @@ const SCOPE = /^[\x21\x23-\x5b\x5d-\x7e]+$/;
 const OFFLINE_ACCESS = "offline_access";
 
 function readScopes(scopes: string[] | Record<string, string | ScopeOption>) {
-  const options = new Map<string, ScopeOption>();
-  if (Array.isArray(scopes)) { for (const name of scopes) options.set(name, {}); }
-  else for (const [name, it] of Object.entries(scopes)) options.set(name, isString(it) ? { description: it } : it);
+  const named: [string, string | ScopeOption][] = Array.isArray(scopes)
+    ? scopes.map((name) => [name, {}])
+    : Object.entries(scopes);
+  const options = new Map(named.map(([name, it]) => [name, isString(it) ? { description: it } : it]));
   const all = [...options.keys()];
   const byDefault = all.filter((name) => !options.get(name)?.onRequest);
   assert(byDefault.length > 0, `scopes must name a scope that is granted by default, such as ["mcp"]`);
@@ -658,9 +659,9 @@ const MAX_CLIENT_ID_LENGTH = 2048;
 /** Registers a client and stores nothing. @see https://www.rfc-editor.org/rfc/rfc7591#appendix-A.5.2 */
 async function registerClient(server: Server, c: Context) {
   const { redirect_uris: asked, name, method, refreshes, scope, ...echo } = readClientMetadata(await readJson(c));
-  const refusal = (uri: string) => redirectRefusal(server.allowed, uri);
-  const redirect_uris = asked.filter((uri) => !refusal(uri)); // a part: Cursor sends mixed lists
-  const reasons = asked.flatMap((uri) => refusal(uri) ?? []).join("; ");
+  const refusals = asked.map((uri) => redirectRefusal(server.allowed, uri));
+  const redirect_uris = asked.filter((_, i) => !refusals[i]); // a part: Cursor sends mixed lists
+  const reasons = refusals.filter(isString).join("; ");
   if (reasons) server.emit("redirect_refused", reasons.slice(0, 1000), { clientName: name });
   // At once, not at /authorize: Claude Desktop then tries again with localhost.
   if (redirect_uris.length === 0) throw new OAuthError("invalid_redirect_uri", reasons);
@@ -1725,8 +1726,9 @@ async function refresh(server: Server, form: URLSearchParams, client: Client) {
   const access = await server.mac("access", refresh_token, asked ?? "");
   const request = { hash: made.hash, client_id: client.id, resource: server.resource };
   return await issueTokens(server, made.id, access, made.successor, (grant, issue) => {
-    const { scopes } = grant;
-    const narrower = asked !== null && { scopes: narrowedScopes(asked, scopes).map((scope) => scopes.indexOf(scope)) };
+    const scopes = narrowedScopes(asked, grant.scopes);
+    const isNarrower = scopes.length < grant.scopes.length;
+    const narrower = isNarrower && { scopes: scopes.map((scope) => grant.scopes.indexOf(scope)) };
     return refreshGrant(grant, request, { ...issue, access: { ...issue.access, ...narrower } }, seconds());
   });
 }
@@ -2850,7 +2852,9 @@ export function memoryStore(): Store {
   };
 }
 
-type Update = Parameters<Store["update"]>;
+type Update = [key: string, change: Change, options?: { expiresAt?: number } | undefined];
+/** A change that our own stores also tell of what has expired: if it returns that, nothing is written. */
+type Change = (current: unknown, expired?: unknown) => unknown;
 type Entry = { value: string; expires: number | null; mark?: string }; // the value as JSON: nobody else holds it
 type Write = (key: string, entry?: Entry) => void;
 
@@ -2865,13 +2869,10 @@ function listed(key: string, entry: Entry | undefined): [key: string, value: unk
   return value === undefined ? [] : [[key, value]];
 }
 
-/** A change that our own stores also tell of what has expired: if it returns that, nothing is written. */
-type Change = (current: unknown, expired?: unknown) => unknown;
-
 /** Returns what `update` answers. Writes the entry if it changes, or none to delete it. */
 function applyChange(found: Entry | undefined, [key, change, options]: Update, write: Write) {
   const current = valueOf(found);
-  const next = (change as Change)(current, found);
+  const next = change(current, found);
   if (next === found) return undefined;
   if (next === undefined) write(key); // also an expired one: the clock may be set back
   else if (next !== current) {
@@ -3244,12 +3245,12 @@ function withDeadline<T>(answer: Promise<T>) {
 
 /** Wraps the store: if it fails or is too slow, the answer is 503. */
 function guardStore(store: Store, emit: Emit): Store {
-  async function guarded<T>(ask: (changeInTime: Update[1]) => Promise<T>, change?: Update[1]): Promise<T> {
+  async function guarded<T>(ask: (changeInTime: Change) => Promise<T>, change?: Change): Promise<T> {
     let isOver = false;
     // A store that wakes up late must not change anything: the client was answered 503.
     const changeInTime: Change = (current, expired) => {
       assert(!isOver, "the store came back after the answer: nothing was changed");
-      return (change as Change)(current, expired);
+      return change!(current, expired);
     };
     try {
       return await withDeadline(promiseTry(() => ask(changeInTime)));
